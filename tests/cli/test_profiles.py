@@ -1,12 +1,19 @@
 """Profiles: servers by name, with a token that goes to no other, in a file that nobody else reads."""
 
+import base64
 import json
 import stat
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import click
 import pytest
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+from notecase_server.cli import profiles_file
+from notecase_server.cli.connection import connection
+from notecase_server.cli.options import Given
+from notecase_server.cli.profiles_file import Printed, Profile, Profiles
 
 from tests.cli.command import notecase
 from tests.support.server import Running, running
@@ -126,3 +133,40 @@ async def test_a_token_file_is_found_from_any_directory_and_read_by_its_owner_al
     file.chmod(0o640)
     done = await notecase("agents", "list", env=env)
     assert (1, True) == (done.code, f"run `chmod 600 {file}`" in done.err)
+
+
+def test_a_printed_token_is_used_until_shortly_before_it_expires(tmp_path: Path) -> None:
+    """One of an identity provider says when that is; another is used for a while."""
+
+    def token(expires: float) -> str:
+        claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + expires}).encode()).decode()
+        return f"e30.{claims.rstrip('=')}.c2ln"
+
+    file = tmp_path / "token"
+    for first, used in ((token(5), False), (token(3600), True), ("one", True), ("a.b.c", True)):
+        printed = Printed(f"cat {file}")
+        file.write_text(first)
+        assert first == printed()
+        file.write_text("next")
+        assert (first if used else "next") == printed()
+
+
+def test_certificates_that_are_given_are_not_passed_over_for_plain_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token of a profile without TLS does not go out in the clear where the command line asks for TLS."""
+    ca = str(tmp_path / "ca.pem")
+    Path(ca).write_text("")
+    profile = Profile("lab.example:7420", token="one", plaintext=True)
+    monkeypatch.setattr(profiles_file, "read", lambda: Profiles({"lab": profile}, "lab"))
+    for given, tls in (
+        (Given({"profile": "lab", "ca": ca}, {}), True),
+        (Given({"ca": ca}, {}), True),
+        (Given({}, {"ca": ca}), True),
+        (Given({"plaintext": True}, {"ca": ca}), False),
+        (Given({"profile": "lab"}, {"ca": ca}), False),
+        (Given({}, {}), False),
+    ):
+        with click.Context(click.Command("list")) as context:
+            context.meta["notecase.connection"] = given
+            assert (profile.address, {"token": "one", **({"ca": ca} if tls else {"plaintext": True})}) == connection()

@@ -10,7 +10,9 @@ from typing import Any, assert_type
 import grpc
 import pytest
 from notecase import Client, NotecaseError, Resource, Retry, RunStream, text_of, v1
+from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.engine.content import Contents
+from notecase_server.rpc.run import Streams
 from notecase_server.rpc.watch import Pace
 
 from tests.client.conftest import QUICK
@@ -443,6 +445,74 @@ async def test_a_watch_outlives_the_servers_restart(tmp_path: Path) -> None:
     finally:
         await server.kill()
     assert [event.sequence for event in events] == [1, 2]
+
+
+async def test_another_session_of_the_same_name_is_not_followed(
+    client: Client, session: str, served: Running, model: OpenAIServer
+) -> None:
+    """A session that is deleted and created again is another one: neither its events nor commands to it."""
+    keep = v1.WatchOptions(keep_open=True)
+    async with through(served) as (proxy, behind), behind.attach(session, 0, options=keep) as watching:
+        await client.put_state(session, "who", "alice")
+        await anext(watching)
+        proxy.away = True
+        proxy.cut()
+        following = asyncio.create_task(anext(watching))
+        await client.sessions.DeleteSession(v1.DeleteSessionRequest(name=session))
+        await client.create_session("detective", session_id=session.removeprefix("sessions/"))
+        for _ in range(2):
+            await client.put_state(session, "who", "bob")
+        proxy.away = False
+        with pytest.raises(NotecaseError, match="SESSION_NOT_FOUND"):
+            await following
+        with pytest.raises(NotecaseError, match="SESSION_NOT_FOUND"):
+            await watching.update_state({"who": "alice"})
+    assert await client.get_state(session) == {"who": "bob"}
+
+
+async def test_a_stream_may_be_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server lets a reader go who takes nothing for long; the stream goes on where it was."""
+    gone, frames = asyncio.Event(), Streams._frames
+
+    async def told(*arguments: Any) -> AsyncIterator[v1.RunResponse]:
+        try:
+            async with aclosing(frames(*arguments)) as all_frames:
+                async for frame in all_frames:
+                    yield frame
+        finally:
+            gone.set()
+
+    monkeypatch.setattr(Streams, "_frames", told)
+    async with running(pace=Pace(stall=0.1)) as served, Client(served.address, options=SMALL_WINDOW) as client:
+        session = (await client.create_session()).name
+        for number in range(40):
+            await client.put_state(session, "n", f"{number}" + 200_000 * ".")
+        async with client.attach(session, 0) as watching:
+            events = [await anext(watching)]
+            await gone.wait()
+            events += [event async for event in watching]
+    assert [event.sequence for event in events] == list(range(1, 41))
+
+
+async def test_a_viewer_watches(model: OpenAIServer) -> None:
+    """Attaching, and attaching again, needs no more rights than watching."""
+
+    class Viewers:
+        async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal:
+            return Principal("default", "", Role.VIEWER if metadata.get("authorization") else Role.ADMIN)
+
+    async with (
+        running(authenticators=[Viewers()]) as served,
+        Client(served.address) as admin,
+        Proxy(served.address) as proxy,
+        Client(proxy.address, token="viewer", retry=QUICK) as viewer,
+    ):
+        session = (await admin.create_session()).name
+        async with viewer.attach(session, 0, options=v1.WatchOptions(keep_open=True)) as watching:
+            for number in (1, 2):
+                await admin.put_state(session, "n", number)
+                assert (await anext(watching)).sequence == number
+                proxy.cut()
 
 
 async def test_a_deleted_session_ends_its_streams(client: Client, session: str) -> None:

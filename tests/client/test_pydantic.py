@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import date
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from notecase import Tool, v1
@@ -149,3 +149,20 @@ def test_importing_the_client_imports_no_extra() -> None:
     script = "import sys, notecase; print(sorted({'pydantic', 'pydantic_core'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "[]\n" == done.stdout
+
+
+class Strict(BaseModel, strict=True):
+    on: date
+    kind: Literal["a"] = "a"
+
+
+async def test_a_strict_model_is_read_as_json_has_it() -> None:
+    """JSON has no dates, and pydantic accepts them as text; but no number for one, nor text for a number."""
+
+    def dated(paper: Strict) -> str:
+        return str(paper.on)
+
+    answer = await Tool(dated).answer(v1.ToolCall(arguments='{"paper": {"on": "2026-11-22"}}'), CONTEXT)
+    assert "2026-11-22" == answer.result[0].text
+    answer = await Tool(dated).answer(v1.ToolCall(arguments='{"paper": {"on": 5}}'), CONTEXT)
+    assert "The arguments do not fit: paper.on: " in answer.error

@@ -34,6 +34,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         _error("UNKNOWN"),
         _error("INTERNAL"),
         _error("CANCELLED"),
+        _error("RESOURCE_EXHAUSTED", "WATCHER_TOO_SLOW", 0.0),
         Gap("a hole"),
     ],
     ids=repr,
@@ -64,6 +65,11 @@ async def test_an_answer_is_not(final: NotecaseError, slept: list[float]) -> Non
         await Backoff(Retry()).wait(final)
     assert raised.value is final
     assert slept == []
+
+
+async def test_a_stream_that_has_begun_waits_for_its_rate(slept: list[float]) -> None:
+    await Backoff(Retry()).wait(_error("RESOURCE_EXHAUSTED", "RATE_LIMITED", 3.0), limited=True)
+    assert slept == [3.0]
 
 
 async def test_waits_double_up_to_a_bound_and_end(slept: list[float]) -> None:

@@ -89,6 +89,36 @@ async def test_a_conversation_without_a_loop(offline: Running) -> None:
     assert "notecase" != called_in[0]
 
 
+FORKED = """
+import os, sys
+from notecase.sync import Client
+
+client = Client("127.0.0.1:1")
+if not os.fork():
+    try:
+        client.get_state("app")
+    except RuntimeError as error:
+        sys.exit(str(error))
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) - 1)
+"""
+
+
+def test_a_forked_process_is_refused() -> None:
+    """As where a server forks its workers after the program is loaded; both can end."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, check=True)
+    assert "a forked process cannot use the client of its parent: create another after the fork\n" == done.stderr
+
+
+async def test_a_task_that_exits_does_not_end_the_loop(offline: Running, caplog: pytest.LogCaptureFixture) -> None:
+    def work() -> str:
+        with Client(offline.address) as client:
+            client._loop._loop.call_soon_threadsafe(sys.exit)
+            return client.server.GetServerInfo(v1.GetServerInfoRequest()).version
+
+    assert await asyncio.to_thread(work)
+    assert "asked the program to exit" in caplog.text
+
+
 async def test_errors_are_the_same(offline: Running) -> None:
     def ask() -> None:
         with Client(offline.address) as client:
@@ -167,7 +197,9 @@ def interrupt(call: notecase.CallContext) -> None:
         run.warn_after = None
         list(run)
     print(notecase.state_of(run.result))
+    told.set()
 
+told = threading.Event()
 client = Client(sys.argv[1])
 client.put_agent("stopper", "You stop.", tools=[interrupt])
 try:
@@ -177,7 +209,7 @@ try:
         with client.run("/call interrupt", agent="stopper") as run:
             list(run)
 except KeyboardInterrupt:
-    pass
+    told.wait()
 """
 
 

@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import pytest
 from notecase import Client, NotecaseError, RunStream
+from notecase.client import DURABLE
 
 from tests.client.test_client import EAGER
 from tests.support.openai_server import OpenAIServer, chunk, error, reply, stream
@@ -110,3 +111,11 @@ async def test_a_cancelled_run_ends_its_text_with_an_error(client: Client, sessi
         assert (grpc.StatusCode.CANCELLED, "") == (raised.code, raised.reason)
         assert f"{run.name} was cancelled." == raised.message
     assert shown == await heard(client, session, 0)
+
+
+async def test_a_stream_without_deltas_has_the_text_of_whole_messages(
+    client: Client, session: str, model: OpenAIServer
+) -> None:
+    model.script(reply("At the harbour. 🎻", chunks=5))
+    async with client.run("Where?", session=session, options=DURABLE) as run:
+        assert await words(run) == "At the harbour. 🎻" == run.reply.text

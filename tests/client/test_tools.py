@@ -8,6 +8,8 @@ import pickle
 import threading
 import typing
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import grpc
@@ -27,6 +29,7 @@ from notecase import (
 )
 from notecase.calls import Turns
 from notecase_server.tools import functions as tools_in_the_server
+from pydantic import BaseModel, field_validator
 
 from tests.client.conftest import QUICK
 from tests.client.proxy import Proxy
@@ -250,6 +253,95 @@ async def test_an_answer_is_text_whatever_the_function_does(
     answer = await Tool(work).answer(call, CallContext(**PLACE, call_id="c", attempt=1))
     assert answer.error.startswith(told)
     assert not answer.result
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    "raised",
+    [SystemExit("usage"), BaseExceptionGroup("both", [SystemExit(1)]), KeyboardInterrupt(), GeneratorExit()],
+    ids=repr,
+)
+async def test_a_function_cannot_end_the_program(
+    raised: BaseException, asynchronous: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As argparse would at wrong arguments. Ctrl-C ends it, and what closes a coroutine closes it."""
+
+    def work() -> str:
+        raise raised
+
+    async def work_here() -> str:
+        raise raised
+
+    answering = Tool(work_here if asynchronous else work).answer(
+        v1.ToolCall(call_id="c", arguments="{}"), CallContext(**PLACE, call_id="c", attempt=1)
+    )
+    if asynchronous and isinstance(raised, KeyboardInterrupt | GeneratorExit):
+        with pytest.raises(type(raised)):
+            await answering
+    else:
+        assert type(raised).__name__ in (await answering).error
+        assert "raised" in caplog.text
+
+
+class Refused(BaseModel):
+    word: str
+
+    @field_validator("word")
+    @classmethod
+    def check(cls, word: str) -> str:
+        return {"known": word}[word]
+
+
+@dataclass
+class Checked:
+    word: str
+
+    def __post_init__(self) -> None:
+        if self.word != "known":
+            raise LookupError("unknown word")
+
+
+@pytest.mark.parametrize(
+    ("hint", "argument", "told"),
+    [
+        (int, "1e999", "x must be an integer, not Infinity."),
+        (Checked, '{"word": "other"}', "unknown word."),
+        (list[Checked], '[{"word": "other"}]', "unknown word."),
+        (Refused, '{"word": "other"}', "x: 'other'."),
+    ],
+)
+async def test_arguments_that_cannot_be_read_are_for_the_model(hint: Any, argument: str, told: str) -> None:
+    """Whatever the type's own code raises."""
+
+    def work(x: Any) -> None:
+        raise AssertionError(x)
+
+    work.__annotations__["x"] = hint
+    call = v1.ToolCall(call_id="c", arguments=f'{{"x": {argument}}}')
+    answer = await Tool(work).answer(call, CallContext(**PLACE, call_id="c", attempt=1))
+    assert f"The arguments do not fit: {told}" == answer.error
+
+
+async def test_functions_that_hang_or_need_the_client_have_threads_of_their_own(served: Running) -> None:
+    """asyncio's own pool, of one thread here, is for what the client itself does."""
+    release = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.get_running_loop().set_default_executor(pool)
+        async with Client(served.address) as client:
+            loop = asyncio.get_running_loop()
+
+            def hang() -> None:
+                release.wait()
+
+            def upload() -> str:
+                return asyncio.run_coroutine_threadsafe(client.upload(b"a", "text/plain"), loop).result().name
+
+            context = CallContext(**PLACE, call_id="c", attempt=1)
+            hanging = asyncio.create_task(Tool(hang).answer(v1.ToolCall(call_id="c"), context))
+            uploads = [Tool(upload).answer(v1.ToolCall(call_id="c"), context) for _ in range(2)]
+            assert {"blobs"} == {one.result[0].text.partition("/")[0] for one in await asyncio.gather(*uploads)}
+            release.set()
+            assert not (await hanging).error
 
 
 PLACE = {"session": "sessions/s", "session_uid": "u", "user": "", "run": "sessions/s/runs/r"}
@@ -549,7 +641,7 @@ class Overheard:
     """The run stub, of whose refusals a test hears; or with commands that all fail."""
 
     def __init__(self, client: Client, failure: NotecaseError | None = None) -> None:
-        self.Run = client.runs.Run
+        self.WatchEvents = client.runs.WatchEvents
         self.refusals: asyncio.Queue[str] = asyncio.Queue()
         self._client = client
         self._failure = failure

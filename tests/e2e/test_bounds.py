@@ -139,6 +139,23 @@ async def test_an_operator_bounds_what_is_kept(case: str, store_url: str) -> Non
         assert detail_of(refused.value, error_details_pb2.RetryInfo).retry_delay.seconds > 1
 
 
+async def test_a_run_keeps_what_it_made_though_the_tenant_may_upload_no_more(store_url: str) -> None:
+    """Its reply is paid for."""
+    async with running(store_url, max_tenant_blob_bytes=8) as served:
+        for n in range(2):
+            await content(served, n)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await content(served, 2)
+        assert reason_of(refused.value) == "QUOTA_EXCEEDED"
+        painter = v1.Agent(llm=v1.LlmAgent(model="offline/echo"))
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="painter", agent=painter))
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="drawn"))
+        asked = v1.StartRun(session="sessions/drawn", agent="agents/painter", messages=[said("/image")])
+        run = (await served.runs.Invoke(v1.InvokeRequest(start=asked))).run
+        assert run.state == v1.Run.STATE_SUCCEEDED, run.error
+        assert any(part.HasField("blob") for part in run.reply.parts)
+
+
 @pytest.mark.parametrize("size", [1200, 0], ids=["declared", "not declared"])
 async def test_a_refused_upload_leaves_no_bytes_that_count(size: int, store_url: str) -> None:
     """It used to keep what had come for a day, and nobody of the tenant could upload anything."""

@@ -586,10 +586,10 @@ async def test_a_tools_content_waits_for_a_store_that_is_away(model: OpenAIServe
     put_blob = store.put_blob
     away = [errors.store_unavailable(), errors.store_unavailable()]
 
-    async def sometimes(tenant: str, subject: str, sha256: str, data: bytes) -> None:
+    async def sometimes(tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
         if away:
             raise away.pop()
-        await put_blob(tenant, subject, sha256, data)
+        await put_blob(tenant, subject, sha256, data, of_run=of_run)
 
     store.put_blob = sometimes  # type: ignore[method-assign]
     providers = {"openai": OpenAIProvider("test-key", model.url, "stub-1")}

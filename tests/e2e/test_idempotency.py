@@ -322,3 +322,13 @@ async def test_pages_walk_the_whole_list_and_a_token_is_bound_to_its_list(served
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await served.sessions.ListSessions(request, metadata=((TENANT, "other"),))
     assert reason_of(refused.value) == "PAGE_TOKEN_INVALID"
+
+
+async def test_a_repeated_update_is_answered_as_the_first_one_though_its_agent_is_gone(
+    served: Running, session: str, agent: str
+) -> None:
+    request = v1.UpdateSessionRequest(session=v1.Session(name=session, agent=agent), request_id="req-1")
+    request.update_mask.paths.append("agent")
+    first = await served.sessions.UpdateSession(request)
+    await served.agents.DeleteAgent(v1.DeleteAgentRequest(name=agent))
+    assert await served.sessions.UpdateSession(request) == first

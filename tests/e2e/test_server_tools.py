@@ -80,12 +80,13 @@ async def flood(context: CallContext) -> str:
 
 
 @tool
-async def overdo(context: CallContext, how: Literal["deep", "endless"]) -> str:
+async def overdo(context: CallContext, how: Literal["deep", "endless", "unnamed", "long", "reserved"]) -> str:
     value: Any = float("inf")
     if how == "deep":
         for _ in range(17):
             value = [value if value != float("inf") else 1]
-    context.put("kept", value)
+    keys = {"unnamed": "", "long": "k" * 257, "reserved": "user"}
+    context.put(keys.get(how, "kept"), 1 if how in keys else value)
     return "overdone"
 
 
@@ -202,6 +203,9 @@ async def test_what_a_tool_changes_commits_with_its_result(served: Running, mode
         ("flood", "{}", "bytes of state"),
         ("overdo", '{"how": "deep"}', "that state cannot hold"),
         ("overdo", '{"how": "endless"}', "that state cannot hold"),
+        ("overdo", '{"how": "unnamed"}', "that state cannot hold"),
+        ("overdo", '{"how": "long"}', "that state cannot hold"),
+        ("overdo", '{"how": "reserved"}', "that state cannot hold"),
     ],
 )
 async def test_a_call_that_fails_changes_nothing_and_the_run_goes_on(

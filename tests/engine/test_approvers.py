@@ -66,6 +66,44 @@ async def test_what_was_said_during_a_reply_denies_what_its_sender_may_answer(
         assert ["first", "Heard?"] == model.asked
 
 
+@pytest.mark.parametrize("queued", [False, True])
+async def test_the_reason_for_a_denial_is_how_the_message_begins(
+    store: Store, clock: ManualClock, queued: bool
+) -> None:
+    """Whether it was said while the run waited for people alone, or for a client's tool too."""
+    long = v1.UserInput(messages=[v1.Message(parts=[v1.Part(text="ä" * 100_000)] * 4)])
+    async with asyncio.timeout(60), house(store, clock, Model()) as rooms:
+        (key,) = await rooms.prepare(tools=[client_tool("pay", requires_approval=True), client_tool("look")])
+        await rooms.start(key, "call pay pay pay" + (" look" if queued else ""))
+        run = await rooms.rests(key)
+        await rooms.runs.commands.say(key, "r", long, Caused(), ADMIN)
+        for call in run.pending_calls:
+            await rooms.runs.commands.tool_result(key, "r", v1.ToolResult(call_id=call.call_id), Caused())
+        assert SUCCEEDED == (await rooms.ended(key)).state
+        log = await rooms.log(key)
+        denied = [event.tool_finished for event in log if event.tool_finished.outcome == v1.ToolCall.OUTCOME_DENIED]
+        reasons = [call.error for call in denied]
+        reasons += [event.input_resolved.response.reason for event in log if event.HasField("input_resolved")]
+        assert 6 == len(reasons)
+        assert {"ä" * 510 + "…"} == set(reasons)
+
+
+def test_the_reason_of_each_call_is_bounded_however_it_ends() -> None:
+    long, call = "ä" * 2000, v1.ToolCall(call_id="c", outcome=v1.ToolCall.OUTCOME_PENDING)
+    approval, lost = v1.InputRequest.KIND_APPROVAL, v1.InputRequest.KIND_INTERRUPTED_CALL
+    said_no = v1.InputResponse(decision=DENY, reason=long)
+    message = v1.Message(parts=[v1.Part(tool_call=call)])
+    for run in (v1.Run(), v1.Run(pending_inputs=[v1.InputRequest(kind=approval, call=call)])):
+        for events in (ledger.sealed(run, message, long), ledger.dropped(run, call, long)):
+            assert all(len(event.input_resolved.response.reason.encode()) <= 1024 for event in events)
+            assert 1023 == len(events[-1].tool_finished.error.encode())
+    for kind in (approval, lost):
+        resolved, ended = ledger.answered(v1.InputRequest(kind=kind, call=call), said_no, call)
+        assert long == resolved.input_resolved.response.reason, "the person's own words are on record"
+        assert 1023 == len(ended.tool_finished.error.encode())
+    assert "x" * 1024 == ledger.brief("x" * 1024)
+
+
 async def test_an_interrupt_withdraws_no_approval_that_was_asked_for_meanwhile(
     store: Store, clock: ManualClock
 ) -> None:

@@ -32,6 +32,7 @@ from tests.store.build import (
     put,
     refused,
     replied,
+    rewound,
     said,
     session_key,
     start,
@@ -108,9 +109,22 @@ def numbered(*events: v1.Event) -> list[v1.Event]:
     return list(events)
 
 
-def versioned(value: v1.Value) -> v1.Event:
+def at(seconds: int, *events: v1.Event) -> list[v1.Event]:
+    for event in numbered(*events):
+        event.create_time.seconds = seconds
+        event.message_added.create_time.seconds = seconds
+    return list(events)
+
+
+def limited(run: str, seconds: int) -> v1.Event:
+    event = started(run)
+    event.run_started.limits.timeout.seconds = seconds
+    return event
+
+
+def versioned(value: v1.Value, key: str = "n") -> v1.Event:
     """A change of state as a store would have numbered it."""
-    event = changed(v1.StateOp(key="n", set=value))
+    event = changed(v1.StateOp(key=key, set=value))
     event.state_changed.version = 1
     return event
 
@@ -215,6 +229,18 @@ async def test_an_answer_that_the_first_format_remembered_is_dropped(version: in
         numbered(versioned(nested(17))),
         numbered(said("m1"), summarized(1, 2)),
         numbered(said("m1"), summarized(1, 1, previous=1)),
+        numbered(*(said(f"m{number}") for number in range(9)), rewound(-1)),
+        numbered(rewound(1)),
+        numbered(versioned(v1.Value(int_value=1), key="")),
+        numbered(versioned(v1.Value(int_value=1), key="k" * 257)),
+        numbered(v1.Event(state_changed=v1.StateChanged(version=1, ops=[v1.StateOp(key="k")]))),
+        at(10**13, said("m1")),
+        at(-1, said("m1")),
+        numbered(limited("r1", -1), ended("r1")),
+        numbered(limited("r1", 2**62), ended("r1")),
+        numbered(said("m1"), summarized(1, -(2**63))),
+        numbered(said("m1"), summarized(1, 1, previous=-1)),
+        numbered(said("m1"), summarized(1, 1, previous=2**63 - 1)),
     ],
 )
 @pytest.mark.parametrize("rows", [2, copies.COPY_ROWS])

@@ -13,7 +13,17 @@ from notecase_server.engine import transfer
 from notecase_server.engine.rewind import ended, rewound
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
-from notecase_server.store.contract import CommandId, Commit, Committed, Fork, Query, Replayed, SessionKey, Store
+from notecase_server.store.contract import (
+    PAGE_BYTES,
+    CommandId,
+    Commit,
+    Committed,
+    Fork,
+    Query,
+    Replayed,
+    SessionKey,
+    Store,
+)
 
 from tests.store.build import (
     EVERYTHING,
@@ -373,3 +383,17 @@ async def test_a_fork_of_what_was_rewound_twice_has_the_calls_of_then(store: Sto
     key = session_key("acme", "copy")
     await fork(store, KEY, key, head)
     assert await rows_of(store, key) == before
+
+
+async def test_what_puts_a_large_state_back_comes_in_events_that_clients_can_receive(store: Store) -> None:
+    """None is larger than a page, but for one value that is."""
+    names, large = [f"k{number}" for number in range(8)], v1.Value(string_value="x" * 300_000)
+    await create(store)
+    for name in names:
+        await add(store, changed(v1.StateOp(key=name, set=large)))
+    await add(store, changed(*map(remove, names)))
+    back = await rewound(store, KEY, len(names), "to_sequence")
+    restored = [event.state_changed for event in back.events if event.HasField("state_changed")]
+    assert [op.key for change in restored for op in change.ops] == names
+    assert [len(change.ops) for change in restored] == [3, 3, 2]
+    assert all(change.ByteSize() <= PAGE_BYTES for change in restored)

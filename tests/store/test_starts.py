@@ -91,6 +91,22 @@ async def test_every_other_write_is_seen(store: SqliteStore) -> None:
     assert session.uid == reborn(KEY).uid
 
 
+async def test_a_write_that_changes_no_row_leaves_what_is_kept(store: SqliteStore, clock: ManualClock) -> None:
+    """The server sweeps every second."""
+    await create(store)
+    await read(store)
+    await add(store, said("m1"))
+    assert await store.expired_sessions(clock.now, 10) == []
+    await store.sweep_sessions()
+    await store.forget_requests(clock.now)
+    await store.sweep_blobs(clock.now, clock.now)
+    await store.scrub()
+    await store.probe()
+    assert kept(store)
+    await store.delete_session(KEY)
+    assert not kept(store)
+
+
 async def test_a_commit_whose_caller_went_away_is_seen(store: SqliteStore) -> None:
     await create(store)
     await read(store)

@@ -1,7 +1,7 @@
 """Commands to a run, from the process that started it or from any other."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from notecase import v1
@@ -23,9 +23,11 @@ class Commands:
     RUN_ENDED once the run has ended.
     """
 
-    def __init__(self, stub: "v1.RunServiceAsyncStub", retry: Retry) -> None:
+    def __init__(self, stub: "v1.RunServiceAsyncStub", retry: Retry, session_uid: Callable[[], str] = str) -> None:
+        """`session_uid` returns the uid that the session must have; empty for any."""
         self._stub = stub
         self._patience = retry
+        self._session_uid = session_uid
 
     async def say(
         self,
@@ -123,13 +125,15 @@ class Commands:
         return await self.send(name, v1.RunRequest(command_id=f"result.{told.call_id}", tool_result=told))
 
     async def send(self, name: str | Named, command: v1.RunRequest) -> int:
-        """Sends any command, with a new command_id where it has none."""
+        """Sends a copy of any command, with a new command_id where it has none."""
         if not isinstance(command, v1.RunRequest):
             raise TypeError(f"command must be a v1.RunRequest, not {shown(command)}")
-        command.command_id = command.command_id or uuid.uuid4().hex
         name = name_of(name, "sessions", "name")
         session = "/".join(name.split("/")[:2])
-        request = v1.SendCommandRequest(session=session, run=name if name != session else "", command=command)
+        request = v1.SendCommandRequest(
+            session=session, run=name if name != session else "", command=command, if_session_uid=self._session_uid()
+        )
+        request.command.command_id = command.command_id or uuid.uuid4().hex
         answer = await repeat(self._patience, lambda: self._stub.SendCommand(request))
         return answer.result.sequence
 

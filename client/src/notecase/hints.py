@@ -191,6 +191,8 @@ def _by_pydantic(hint: Any) -> Kind:
         except pydantic_hints.Invalid as error:
             problems = [f"{_place('.'.join(filter(None, (where, place))))}: {why}" for place, why in error.problems]
             raise _mismatch(problems) from error
+        except Exception as error:  # of a validator
+            raise Mismatch(f"{_place(where)}: {str(error) or type(error).__name__}") from error
 
     return Kind(schema, read_all)
 
@@ -211,8 +213,8 @@ def _constructor(hint: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
     def make(members: dict[str, Any]) -> Any:
         try:
             return hint(**members)
-        except (TypeError, ValueError) as error:  # a __post_init__ that checks
-            raise Mismatch(str(error)) from error
+        except Exception as error:  # a __post_init__ that checks
+            raise Mismatch(str(error) or type(error).__name__) from error
 
     return make
 
@@ -340,7 +342,7 @@ def _place(where: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = dump(value)
+    text = json.dumps(value, ensure_ascii=False)  # 1e999 is an infinity, which JSON does not have
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 

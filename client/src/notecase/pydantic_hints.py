@@ -1,5 +1,6 @@
 """Asks pydantic for the JSON Schema of a hint, and reads values by it. Needs notecase[pydantic] to be imported."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def describe(hint: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
 
     def read(value: Any) -> Any:
         try:
-            return adapter.validate_python(value)
+            return adapter.validate_json(json.dumps(value))  # where a date is text, in a strict model too
         except ValidationError as error:
             raise Invalid(error) from error
 

@@ -74,10 +74,11 @@ class Backoff:
         self._failures = 0
         self._refused = False
 
-    async def wait(self, error: NotecaseError | Gap) -> None:
-        """Waits until the next try is due. Raises `error` when a repeat cannot help, or there were enough."""
+    async def wait(self, error: NotecaseError | Gap, *, limited: bool = False) -> None:
+        """Waits until the next try is due. Raises `error` when a repeat cannot help, or there were enough. With
+        `limited`, a caller with too many calls waits, too: for a stream that has begun, its end would be worse."""
         refused = isinstance(error, NotecaseError) and error.code is grpc.StatusCode.UNAUTHENTICATED
-        worth = self._renews and not self._refused if refused else _may_pass(error)
+        worth = self._renews and not self._refused if refused else _may_pass(error, limited)
         if self._failures >= self._retry.tries or not worth:
             raise error
         if isinstance(error, NotecaseError) and not refused and self._failures == 1:
@@ -106,8 +107,10 @@ async def repeat(retry: Retry, call: Callable[[], Awaitable[T]]) -> T:
             await backoff.wait(error)
 
 
-def _may_pass(error: NotecaseError | Gap) -> bool:
+def _may_pass(error: NotecaseError | Gap, limited: bool) -> bool:
     if isinstance(error, Gap) or error.code is grpc.StatusCode.UNAVAILABLE:
+        return True
+    if error.reason == "WATCHER_TOO_SLOW" or (limited and error.reason == "RATE_LIMITED"):
         return True
     # Errors of the service have a reason; without one the transport failed.
     return not error.reason and error.code in _TRANSPORT

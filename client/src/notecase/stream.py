@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Generic, Self
+from typing import Any, Generic, Self, TypeAlias
 
 import grpc
 
@@ -28,6 +28,11 @@ from notecase.values import Plain, to_values
 from notecase.view import ENDED, Gap, SessionView
 from notecase.waits import sentence, unanswered
 
+_Call: TypeAlias = (
+    "grpc.aio.StreamStreamCall[v1.RunRequest, v1.RunResponse]"
+    " | grpc.aio.UnaryStreamCall[v1.WatchEventsRequest, v1.RunResponse]"
+)
+
 log = logging.getLogger("notecase")
 
 
@@ -39,8 +44,10 @@ class RunStream(Generic[Parsed]):
 
     Events of the log are yielded in the order of their sequence, each exactly once, with transient events (sequence 0)
     between them. When the connection breaks, the server restarts, another process takes the run over, or a renewable
-    token expires, the stream attaches again after the last event that it yielded, as `Retry` says. The blocks of an
-    unfinished message are then sent again from their start; `view` handles that.
+    token expires, the stream attaches again after the last event that it yielded, as `Retry` says. So does one that is
+    read too slowly, or that is refused because of too many calls. The blocks of an unfinished message are then sent
+    again from their start; `view` handles that. A session that was deleted and created again with the same name is not
+    followed: SESSION_NOT_FOUND.
 
     Entering raises NotecaseError when the service refuses the start or cannot be reached; iterating raises it when the
     service can no longer be reached or the session is deleted. A run that fails does not raise here: see `result` and
@@ -79,14 +86,14 @@ class RunStream(Generic[Parsed]):
         self._first = first
         self._retry = retry = retry or Retry()
         self._backoff = Backoff(retry, renews_token, lambda: {"run": self.name, "session": self.session})
-        self._commands = Commands(stub, retry)
+        self._commands = Commands(stub, retry, lambda: self._attached.session_uid if self._attached else "")
         self._tools = as_tools(tools)
         self._output = output
         self._local = local or {}
         self._calls = Calls(self._commands, turns or Turns(), self._fail)
         self._failure: BaseException | None = None
         self._frames: AsyncIterator[v1.RunResponse] | None = None
-        self._call: grpc.aio.StreamStreamCall[v1.RunRequest, v1.RunResponse] | None = None
+        self._call: _Call | None = None
         self._attached: v1.Attached | None = None
         self._waiting: deque[v1.Event] = deque()
         self._over = False
@@ -350,7 +357,7 @@ class RunStream(Generic[Parsed]):
         """Receives one frame, or attaches again. Sets `_over` when the server ended the stream with OK."""
         try:
             if self._frames is None:
-                self._call = self._stub.Run(iter([self._opening()]))
+                self._call = self._opened()
                 self._frames = aiter(self._call)
             frame = await anext(self._frames)
         except StopAsyncIteration:  # ended with OK; a stream that is cut ends with an error
@@ -374,17 +381,23 @@ class RunStream(Generic[Parsed]):
             case "heartbeat":
                 self._backoff.progress()
 
-    def _opening(self) -> v1.RunRequest:
-        """Returns the first frame of a call: the start until the server has answered it, then an attach."""
-        if self._attached is None:
-            return self._first
-        again = v1.RunRequest(attach=v1.AttachRun(name=self.name, after_sequence=self.last_sequence))
-        if self._first.HasField("attach"):
-            again.attach.name = self._first.attach.name
-            again.attach.options.CopyFrom(self._first.attach.options)
-        else:
-            again.attach.options.CopyFrom(self._first.start.options)
-        return again
+    def _opened(self) -> _Call:
+        """Makes a call: with the start until the server has answered it, then one that only watches, as a viewer
+        may."""
+        first, attached = self._first, self._attached
+        if first.HasField("start") and attached is None:
+            return self._stub.Run(iter([first]))
+        attach = first.attach
+        request = v1.WatchEventsRequest(
+            name=attach.name or self.name,
+            options=attach.options if first.HasField("attach") else first.start.options,
+            if_session_uid=attached.session_uid if attached else attach.if_session_uid,
+        )
+        if attached is not None and self.last_sequence is not None:
+            request.after_sequence = self.last_sequence
+        elif attached is None and attach.HasField("after_sequence"):
+            request.after_sequence = attach.after_sequence
+        return self._stub.WatchEvents(request)
 
     def _take_attached(self, attached: v1.Attached) -> None:
         attach = self._first.attach
@@ -397,7 +410,7 @@ class RunStream(Generic[Parsed]):
 
     async def _mend(self, error: NotecaseError | Gap) -> None:
         self._close()
-        await self._backoff.wait(error)
+        await self._backoff.wait(error, limited=self._attached is not None)
 
     async def _leave(self) -> None:
         self._close()
@@ -411,15 +424,15 @@ class RunStream(Generic[Parsed]):
         return event.sequence < last or (event.sequence == last and running)
 
     def _texts(self, event: v1.Event) -> Iterable[Piece]:
-        """Yields the agent's text in an event. Text arrives in deltas, except for replies that were complete before the
-        stream attached. The events of a queued run include those of the runs before it."""
+        """Yields the agent's text in an event: in deltas, and again in the message that they make, which is all that a
+        stream without deltas has. The events of a queued run include those of the runs before it."""
         delta, message = event.block_delta, event.message_added
         if not self._follows_session and event.run != self.name:
             return
         if piece := delta.text or delta.json:
             yield Piece(delta.message, delta.block, delta.start, piece)
-        elif message.role == v1.Message.ROLE_ASSISTANT and self._attached is not None:
-            for block, part in enumerate(message.parts if event.sequence <= self._attached.last_sequence else ()):
+        elif message.role == v1.Message.ROLE_ASSISTANT:
+            for block, part in enumerate(message.parts):
                 yield Piece(message.name, block, 0, part.text or part.json)
 
     def _close(self) -> None:

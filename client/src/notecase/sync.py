@@ -11,6 +11,7 @@ It runs the asynchronous client on an event loop in a separate thread, with the 
 
 import asyncio
 import atexit
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 _END: Any = object()
 
+log = logging.getLogger("notecase")
+
 CANCEL_SECONDS = 2.0
 """How long a program that is ended by Ctrl-C waits for the server to cancel its run."""
 
@@ -45,23 +48,40 @@ class _Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="notecase", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="notecase", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._loop.run_forever()
+                return
+            except (SystemExit, KeyboardInterrupt):
+                log.exception("A task in the client's event loop asked the program to exit.")
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end; whatever interrupts the wait, Ctrl-C for example, cancels it.
 
-        Raises RuntimeError when the loop is closed, and on the loop's own thread, where the wait would have no end."""
-        if self._loop.is_closed() or threading.current_thread() is self._thread:
+        Raises RuntimeError when the loop is closed, and on the loop's own thread and in a forked process, where the
+        wait would have no end."""
+        if problem := self._problem():
             coroutine.close()
-            closed = "the client is closed" if self._loop.is_closed() else "an asynchronous tool cannot use this client"
-            raise RuntimeError(closed)
+            raise RuntimeError(problem)
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def _problem(self) -> str:
+        if self._loop.is_closed():
+            return "the client is closed"
+        if not self._thread.is_alive():
+            return "a forked process cannot use the client of its parent: create another after the fork"
+        if threading.current_thread() is self._thread:
+            return "an asynchronous tool cannot use this client"
+        return ""
 
     def iterate(self, iterator: AsyncIterator[T]) -> Iterator[T]:
         """Yields what an asynchronous iterator yields, and closes it when it is left early."""
@@ -84,7 +104,7 @@ class _Loop:
 
     def close(self) -> None:
         """Cancels what is under way and ends the thread. May be called twice."""
-        if self._loop.is_closed():
+        if self._loop.is_closed() or not self._thread.is_alive():
             return
 
         async def finish() -> None:
@@ -253,8 +273,8 @@ class Client:
     """A client of one server: `with Client("127.0.0.1:7420") as client`; see `notecase.Client` for its arguments and
     methods. The stubs `agents`, `sessions` and so on take `v1` requests and block, too.
 
-    Threads may share it. Tools run in threads, too, and may use it; an asynchronous tool runs on the client's own loop,
-    and may not use it. A client that is not closed is closed when the program ends."""
+    Threads may share it, forked processes may not. Tools run in threads, too, and may use it; an asynchronous tool runs
+    on the client's own loop, and may not use it. A client that is not closed is closed when the program ends."""
 
     def __init__(
         self,

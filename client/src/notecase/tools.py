@@ -1,9 +1,12 @@
 """Python functions that a model may call, executed in the process that follows the run."""
 
 import asyncio
+import concurrent.futures
+import contextvars
 import inspect
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -45,15 +48,15 @@ class Tool:
     TypedDict, dataclasses, and unions of these; with notecase[pydantic] installed also pydantic models and every type
     that pydantic has a schema for. Arguments with a default are optional. A parameter annotated
     `notecase.CallContext` receives the call's context, with its idempotency key, and is not in the schema. The
-    function is called with arguments of those types. It may be async; otherwise it runs in a thread, which continues
-    even if its call is cancelled.
+    function is called with arguments of those types. It may be async; otherwise it runs in a daemon thread, which
+    continues even if its call is cancelled, and ends with the program.
 
     The result is the return value: text unchanged, bytes as data, a `v1.Part` or a list of them as parts, and
-    everything else as JSON: JSON values, enums, dataclasses and pydantic models. An exception becomes the call's
-    `error`, such as "ValueError: no such paper", which the model reads and the log keeps; the traceback goes only to
-    the logger "notecase". If the exception is a `ToolFailure`, the model reads only its text, and nothing is logged
-    here. Arguments that do not match the schema, and a result of more than 512 KiB of text or 3 MiB of data, are errors
-    for the model, too.
+    everything else as JSON: JSON values, enums, dataclasses and pydantic models. An exception, SystemExit too, becomes
+    the call's `error`, such as "ValueError: no such paper", which the model reads and the log keeps; the traceback goes
+    only to the logger "notecase". If the exception is a `ToolFailure`, the model reads only its text, and nothing is
+    logged here. Arguments that do not match the schema, and a result of more than 512 KiB of text or 3 MiB of data, are
+    errors for the model, too.
 
     Raises TypeError for a function whose arguments have no JSON Schema.
     """
@@ -107,6 +110,8 @@ class Tool:
             arguments = self._arguments.read(parse(call.arguments), "")
         except Mismatch as mismatch:
             return failed(f"The arguments do not fit: {mismatch}.")
+        except Exception as error:  # noqa: BLE001 - of a type that is made of them
+            return failed(f"The arguments do not fit: {_said(error)}.")
         arguments.update(dict.fromkeys(self._context, context))
         try:
             told = v1.ToolResult(call_id=call.call_id, result=parts_of(await self._call(arguments)))
@@ -117,7 +122,11 @@ class Tool:
             return failed(_said(error))  # the function's own: something it waited for was cancelled
         except ToolFailure as failure:
             return failed(_text(failure)[:ERROR_CHARACTERS] or "The tool failed.")
-        except Exception as error:
+        except GeneratorExit:  # this coroutine is closed
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C
             log.exception(
                 "The tool %s raised.",
                 self.definition.name,
@@ -134,14 +143,29 @@ class Tool:
     async def _call(self, arguments: dict[str, Any]) -> Any:
         if inspect.iscoroutinefunction(self.function):
             return await self.function(**arguments)
-        returned = await asyncio.to_thread(self._call_in_thread, arguments)
+        returned = await _in_thread(lambda: self.function(**arguments))
         return await returned if inspect.isawaitable(returned) else returned
 
-    def _call_in_thread(self, arguments: dict[str, Any]) -> Any:
+
+def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Runs `call` in a new daemon thread. The threads of a pool would be used up by functions that hang, or that wait
+    for this client, which needs them, too; and the program would wait for them at its end."""
+    done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
         try:
-            return self.function(**arguments)
-        except StopIteration as error:  # no future can hold one: whoever awaits it would wait for ever
-            raise RuntimeError("the function raised StopIteration") from error
+            done.set_result(call())
+        except (StopIteration, GeneratorExit, KeyboardInterrupt) as error:
+            # A future cannot hold the first, and where it is awaited the others mean something else.
+            text = f"the function raised {type(error).__name__}"
+            done.set_exception(RuntimeError(text).with_traceback(error.__traceback__))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the call fails
+            done.set_exception(error)
+
+    done.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(run,), name="notecase tool", daemon=True).start()
+    return asyncio.wrap_future(done)
 
 
 def each_of(tools: Iterable[Any] | None) -> Iterable[Any]:

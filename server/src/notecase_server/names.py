@@ -11,8 +11,12 @@ from notecase import v1
 
 from notecase_server.store.contract import Scope
 
-ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+ID = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 """An id that a caller may choose."""
+SESSION = re.compile(f"sessions/({ID.pattern})")
+AGENT = re.compile(f"agents/({ID.pattern})(?:@([1-9][0-9]{{0,17}}))?")
+RUN = re.compile(f"{SESSION.pattern}/runs/({ID.pattern})")
+MESSAGE = re.compile(f"{SESSION.pattern}/messages/({ID.pattern})")
 USER = re.compile(r"[A-Za-z0-9._~@|:+=-]{1,128}")
 """Users come from identity providers, whose ids have capitals, pipes and at-signs."""
 
@@ -52,17 +56,14 @@ def is_id(text: str) -> bool:
 
 
 def parse_agent(name: str) -> AgentName | None:
-    collection, _, rest = name.partition("/")
-    agent, at, revision = rest.partition("@")
-    if collection != "agents" or not is_id(agent) or (at and not re.fullmatch(r"[1-9][0-9]{0,17}", revision)):
-        return None
-    return AgentName(agent, int(revision or 0))
+    found = AGENT.fullmatch(name)
+    return AgentName(found[1], int(found[2] or 0)) if found else None
 
 
 def parse_session(name: str) -> str | None:
     """The {session} of `sessions/{session}`."""
-    collection, _, session = name.partition("/")
-    return session if collection == "sessions" and is_id(session) else None
+    found = SESSION.fullmatch(name)
+    return found[1] if found else None
 
 
 def parse_key(name: str) -> str | None:
@@ -89,21 +90,14 @@ def parse_user(name: str) -> str | None:
     return user if collection == "users" and USER.fullmatch(user) else None
 
 
-def _child(name: str, collection: str) -> tuple[str, str] | None:
-    match name.split("/"):
-        case ["sessions", session, kind, child] if kind == collection and is_id(session) and is_id(child):
-            return session, child
-    return None
-
-
 def parse_run(name: str) -> RunName | None:
-    found = _child(name, "runs")
-    return RunName(*found) if found else None
+    found = RUN.fullmatch(name)
+    return RunName(found[1], found[2]) if found else None
 
 
 def parse_message(name: str) -> MessageName | None:
-    found = _child(name, "messages")
-    return MessageName(*found) if found else None
+    found = MESSAGE.fullmatch(name)
+    return MessageName(found[1], found[2]) if found else None
 
 
 def parse_state(tenant: str, name: str) -> Scope | None:
@@ -172,14 +166,14 @@ def render_session(row: v1.Session) -> v1.Session:
 
 
 def render_message(session_id: str, row: v1.Message) -> v1.Message:
-    row.name = message(session_id, row.name)
+    row.name = f"sessions/{session_id}/messages/{row.name}"
     if row.run:
-        row.run = run(session_id, row.run)
+        row.run = f"sessions/{session_id}/runs/{row.run}"
     return row
 
 
 def render_run(session_id: str, row: v1.Run) -> v1.Run:
-    row.name = run(session_id, row.name)
+    row.name = f"sessions/{session_id}/runs/{row.name}"
     if row.HasField("reply"):
         render_message(session_id, row.reply)
     return row
@@ -188,14 +182,13 @@ def render_run(session_id: str, row: v1.Run) -> v1.Run:
 def render_event(session_id: str, user: str, row: v1.Event) -> v1.Event:
     """`user` is the session's, as `users/{user}`."""
     if row.run:
-        row.run = run(session_id, row.run)
-    if row.HasField("message_added"):
-        render_message(session_id, row.message_added)
-    elif row.HasField("state_changed"):
-        owner = {"": session(session_id), "user": user, "app": "app"}[row.state_changed.state]
-        row.state_changed.state = f"{owner}/state"
-    elif row.HasField("rewound") and row.rewound.run:
-        row.rewound.run = run(session_id, row.rewound.run)
-    elif row.HasField("message_discarded"):
-        row.message_discarded.message = message(session_id, row.message_discarded.message)
+        row.run = f"sessions/{session_id}/runs/{row.run}"
+    match row.WhichOneof("payload"):
+        case "message_added":
+            render_message(session_id, row.message_added)
+        case "state_changed":
+            owner = {"": session(session_id), "user": user, "app": "app"}[row.state_changed.state]
+            row.state_changed.state = f"{owner}/state"
+        case "rewound" if row.rewound.run:
+            row.rewound.run = run(session_id, row.rewound.run)
     return row

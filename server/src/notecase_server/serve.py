@@ -1,7 +1,6 @@
 """Composition and life: opens the store, takes over what was left, serves, and stops without losing anything."""
 
 import asyncio
-import ctypes
 import gc
 import os
 import signal
@@ -17,7 +16,7 @@ import structlog
 import uuid_utils
 from notecase import v1
 
-from notecase_server import __version__
+from notecase_server import __version__, allocator
 from notecase_server.auth.certificates import Certificates
 from notecase_server.auth.chain import Chain
 from notecase_server.auth.files import Files, Watched
@@ -374,6 +373,7 @@ class Server:
         self._supervisor.service("sweeper", self._sweep)
         self._supervisor.service("prober", self._probe)
         self._supervisor.service("judge", self._doorway.keep_judging)
+        self._supervisor.service("mover", self._doorway.keep_moving)
         self._supervisor.service("refusals", self._refusals.keep_writing)
         self._supervisor.service("files", self._files.keep_looking)
         self._supervisor.service("tenancy", self._tenancy.keep_looking)
@@ -433,7 +433,6 @@ class Server:
         """Deletes what has had its time, and what is left of it on disk; gives back memory that is free."""
         loop = asyncio.get_running_loop()
         next_sweep = next_trim = loop.time()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and need none
         while True:
             if gone := await self._sessions.expire(self._clock()):
                 log.info("sessions_expired", sessions=gone)
@@ -446,9 +445,9 @@ class Server:
                 if removed := await self._contents.sweep():
                     log.info("blobs_removed", blobs=removed)
             await self._store.scrub()
-            if trim is not None and loop.time() >= next_trim:
+            if loop.time() >= next_trim:
                 next_trim = loop.time() + TRIM_SECONDS
-                await asyncio.to_thread(trim, 0)
+                await asyncio.to_thread(allocator.trim)
             await asyncio.sleep(EXPIRY_SECONDS)
 
 
@@ -457,6 +456,7 @@ def run(settings: Settings, ready: Callable[[Server], None] = lambda server: Non
     matters is on record by then. Raises what `serve` raises."""
     import uvloop  # noqa: PLC0415  # what else is here needs no loop of its own: a backup is made without one
 
+    allocator.share_arenas()
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:

@@ -152,8 +152,11 @@ class Supervisor:
     async def whole(self, work: Coroutine[Any, Any, T]) -> T:
         """Carries work out to its end although its caller goes away; returns and raises as the work does. Work that is
         cancelled is a NotecaseError to its caller: SERVER_DRAINING by a stop, INTERNAL otherwise."""
+        task, ended = self._work.start(work), asyncio.get_running_loop().create_future()
+        task.add_done_callback(lambda _: ended.done() or ended.set_result(None))
         try:
-            return await asyncio.shield(self._work.start(work))
+            await ended  # which alone is cancelled with the caller
+            return task.result()
         except asyncio.CancelledError:
             if is_own_end():
                 raise

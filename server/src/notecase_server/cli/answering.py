@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import click
-from notecase import Client, NotecaseError
+from notecase import NotecaseError
+from notecase.commands import Commands
 
 from notecase_server.cli import screen, terminal
 from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, too_late
@@ -23,7 +24,7 @@ class _Wrong(Exception):
     """What was typed cannot be sent; the message says why."""
 
 
-async def answer(client: Client, wait: Wait, sending: asyncio.Event) -> bool:
+async def answer(commands: Commands, wait: Wait, sending: asyncio.Event) -> bool:
     """Shows what is waited for and sends the user's answer; False when the user leaves it waiting. What cannot be sent
     is told, and asked for again. `sending` is set once the user has answered; until then this may be cancelled.
 
@@ -34,7 +35,7 @@ async def answer(client: Client, wait: Wait, sending: asyncio.Event) -> bool:
             way = await _choose(wait)
             if way is None:
                 return False
-            command = await way(client, wait)
+            command = await way(commands, wait)
             sending.set()
             await command
             return True
@@ -76,48 +77,48 @@ async def _choose(wait: Wait) -> "_Way | None":
 Command = Awaitable[int]
 """A command that is sent once it is awaited."""
 
-_Way = Callable[[Client, Wait], Awaitable[Command]]
+_Way = Callable[[Commands, Wait], Awaitable[Command]]
 """Asks for what an answer needs besides."""
 
 
-async def _approve(client: Client, wait: Wait) -> Command:
-    return client.approve(wait.run, wait.id)
+async def _approve(commands: Commands, wait: Wait) -> Command:
+    return commands.approve(wait.run, wait.id)
 
 
-async def _approve_all(client: Client, wait: Wait) -> Command:
-    return client.approve(wait.run, wait.id, remember="session")
+async def _approve_all(commands: Commands, wait: Wait) -> Command:
+    return commands.approve(wait.run, wait.id, remember="session")
 
 
-async def _edit(client: Client, wait: Wait) -> Command:
+async def _edit(commands: Commands, wait: Wait) -> Command:
     typed = _editable(wait.call.arguments)
     while True:
         typed = await terminal.line("arguments> ", typed)
         try:
-            return client.approve(wait.run, wait.id, _json(typed))
+            return commands.approve(wait.run, wait.id, _json(typed))
         except _Wrong as wrong:
             screen.failure(str(wrong))
 
 
-async def _deny(client: Client, wait: Wait) -> Command:
-    return client.deny(wait.run, wait.id, await terminal.line("why (Enter for no reason)> "))
+async def _deny(commands: Commands, wait: Wait) -> Command:
+    return commands.deny(wait.run, wait.id, await terminal.line("why (Enter for no reason)> "))
 
 
-async def _dismiss(client: Client, wait: Wait) -> Command:
-    return client.dismiss(wait.run, wait.id)
+async def _dismiss(commands: Commands, wait: Wait) -> Command:
+    return commands.dismiss(wait.run, wait.id)
 
 
-async def _say(client: Client, wait: Wait) -> Command:
+async def _say(commands: Commands, wait: Wait) -> Command:
     """Answers a question, with JSON where it has a schema."""
     schema = wait.asked.schema if wait.asked else ""
     if not schema:
-        return client.answer(wait.run, wait.id, await _typed("answer> ", unasked=not wait.of_tool))
+        return commands.answer(wait.run, wait.id, await _typed("answer> ", unasked=not wait.of_tool))
     fields = _fields(schema)
     if fields is None:
         screen.aside(f"Answer with JSON that matches this schema: {screen.harmless(schema)}")
         answer = _json(await _typed("answer> "))
     else:
         answer = json.dumps({key: value for key, value in [await _field(*one) for one in fields] if key})
-    return client.answer(wait.run, wait.id, answer)
+    return commands.answer(wait.run, wait.id, answer)
 
 
 async def _typed(sign: str, default: str = "", unasked: bool = False) -> str:
@@ -127,18 +128,18 @@ async def _typed(sign: str, default: str = "", unasked: bool = False) -> str:
     return typed
 
 
-async def _give(client: Client, wait: Wait) -> Command:
+async def _give(commands: Commands, wait: Wait) -> Command:
     typed = await _typed("result> ")
     if wait.asked is not None:
-        return client.answer(wait.run, wait.id, typed)
-    return client.give_result(wait.run, wait.id, typed)
+        return commands.answer(wait.run, wait.id, typed)
+    return commands.give_result(wait.run, wait.id, typed)
 
 
-async def _fail(client: Client, wait: Wait) -> Command:
+async def _fail(commands: Commands, wait: Wait) -> Command:
     why = await terminal.line("what went wrong> ")
     if wait.asked is not None:
-        return client.deny(wait.run, wait.id, why)
-    return client.give_result(wait.run, wait.id, error=why or "The tool failed.")
+        return commands.deny(wait.run, wait.id, why)
+    return commands.give_result(wait.run, wait.id, error=why or "The tool failed.")
 
 
 _APPROVAL: Mapping[str, _Way] = {

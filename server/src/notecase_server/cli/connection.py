@@ -57,7 +57,11 @@ def connection() -> tuple[str, dict[str, Any]]:
     except profiles_file.ProfilesError as error:
         raise Refusal(str(error), Exit.USAGE) from None
     own = {} if found is None else {"server": found.address, **found.arguments()}
-    given = {**variables, **own, **options} if named else {**own, **variables, **options}
+    given: dict[str, Any] = {}
+    for layer in (variables, own, options) if named else (own, variables, options):
+        if layer.get("ca"):
+            given.pop("plaintext", None)  # whoever asks for TLS does not send the token in the clear
+        given.update(layer)
     server = given.pop("server", "") or DEFAULT_ADDRESS
     if found is not None and server != found.address:
         given = {**variables, **options}
@@ -71,6 +75,11 @@ def connection() -> tuple[str, dict[str, Any]]:
             told = f"The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {ca}: {error.strerror}."
             raise Refusal(told, Exit.USAGE) from None
     return server, given
+
+
+def renews_token() -> bool:
+    """Whether a call that is repeated may have another token."""
+    return callable(connection()[1].get("token"))
 
 
 def unreachable(server: str, details: str) -> str:

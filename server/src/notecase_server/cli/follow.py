@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-from notecase import Client, NotecaseError, RunStream, v1
+from notecase import Client, NotecaseError, Retry, RunStream, v1
+from notecase.commands import Commands
+from notecase.retry import repeat
 
 from notecase_server.cli import keyboard, screen
 from notecase_server.cli.connection import connection
@@ -21,6 +23,9 @@ server that is replaced, or whose store is, may take minutes."""
 
 AGAIN_SECONDS = 2.0
 """Between two of these tries."""
+
+PATIENT = Retry(tries=90)
+"""How long an answer is sent again: four to six minutes."""
 
 PIPE_PATIENCE = 10.0
 """Seconds that a run may wait for anybody where there is no terminal to ask at."""
@@ -164,7 +169,7 @@ class Follower:
             while wait := next((one for one in self._waits() if one.id not in self._seen), None):
                 if await self._settled_elsewhere(wait):
                     continue
-                caller = await caller_of(self._client)
+                caller = await repeat(PATIENT, lambda: caller_of(self._client))
                 if wait.id not in {one.id for one in self._waits()}:
                     continue  # answered meanwhile
                 if not self._asks:
@@ -202,7 +207,7 @@ class Follower:
 
         self._reply.end()
         sending = asyncio.Event()
-        task = asyncio.create_task(answering.answer(self._client, wait, sending))
+        task = asyncio.create_task(answering.answer(Commands(self._client.runs, PATIENT), wait, sending))
         self._asking = (wait, task, sending)
         try:
             await asyncio.wait([task])

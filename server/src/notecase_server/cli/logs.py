@@ -9,6 +9,7 @@ from notecase.retry import Backoff
 
 from notecase_server.cli import ids, named, output, screen
 from notecase_server.cli.ask import ask
+from notecase_server.cli.connection import renews_token
 from notecase_server.cli.notes import line_of
 from notecase_server.cli.options import OUTPUT, SERVER
 
@@ -38,7 +39,7 @@ async def _print(client: Client, given: str, follow: bool, after: int, form: str
         after_sequence=after,
         options=v1.WatchOptions(durable_only=True, keep_open=follow),
     )
-    backoff = Backoff(PATIENT)
+    backoff = Backoff(PATIENT, renews_token())
     while True:
         try:
             if not request.name:
@@ -46,6 +47,7 @@ async def _print(client: Client, given: str, follow: bool, after: int, form: str
                 await runs.read(client, request.name)
             async for frame in client.runs.WatchEvents(request):
                 backoff.progress()
+                request.if_session_uid = request.if_session_uid or frame.attached.session_uid
                 for event in frame.batch.events:
                     if event.sequence:
                         request.after_sequence = event.sequence
@@ -54,9 +56,9 @@ async def _print(client: Client, given: str, follow: bool, after: int, form: str
                     return
             return
         except NotecaseError as error:
-            if not follow:
+            if not follow and error.reason != "WATCHER_TOO_SLOW":  # a reader of the pipe may take its time
                 raise
-            await backoff.wait(error)
+            await backoff.wait(error, limited=bool(request.if_session_uid))
 
 
 def _json(event: v1.Event) -> str:

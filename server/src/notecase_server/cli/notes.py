@@ -16,6 +16,7 @@ from notecase import Client, NotecaseError, Plain, Retry, from_value, v1
 from notecase.retry import Backoff
 
 from notecase_server.cli import attaching, named, output, screen
+from notecase_server.cli.connection import renews_token
 
 CANNOT = (OverflowError, ValueError, RecursionError, DecodeError)
 """What is raised for a key or a value that state cannot hold: ValueError, of which UnicodeError is a kind, for text
@@ -132,8 +133,8 @@ async def watch(client: Client, session: str) -> None:
     Raises NotecaseError when the session does not exist, or not any more."""
     found = await client.sessions.GetSession(v1.GetSessionRequest(name=await named.session(client, session)))
     others = {f"{owner}/state": _Beside(client, owner) for owner in filter(None, (found.user, "app"))}
-    request = v1.WatchEventsRequest(name=found.name, options=v1.WatchOptions(keep_open=True))
-    backoff = Backoff(PATIENT)
+    request = v1.WatchEventsRequest(name=found.name, if_session_uid=found.uid, options=v1.WatchOptions(keep_open=True))
+    backoff = Backoff(PATIENT, renews_token())
     while True:
         try:
             async for frame in client.runs.WatchEvents(request):
@@ -153,7 +154,7 @@ async def watch(client: Client, session: str) -> None:
                         _print_changes([change])
             return
         except NotecaseError as error:
-            await backoff.wait(error)
+            await backoff.wait(error, limited=True)
 
 
 class _Beside:

@@ -1,5 +1,6 @@
 """The file of profiles: servers by name, each with how it is called."""
 
+import base64
 import json
 import os
 import stat
@@ -18,6 +19,9 @@ COMMAND_SECONDS = 60
 
 FRESH_SECONDS = 300
 """How long a token that a command printed is used before the command runs again."""
+
+SPARE_SECONDS = 10
+"""A token that says when it expires is used until so long before."""
 
 
 class ProfilesError(Exception):
@@ -135,7 +139,7 @@ def _from_file(name: str) -> str:
 
 
 class Printed:
-    """The token that a command prints, which is run again after FRESH_SECONDS."""
+    """The token that a command prints, which is run again after FRESH_SECONDS, or before the token expires."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -150,5 +154,15 @@ class Printed:
                 )
             except (OSError, subprocess.SubprocessError) as error:
                 raise click.ClickException(f"The command for the token failed: {error}") from None
-            self._token, self._until = done.stdout.strip(), time.monotonic() + FRESH_SECONDS
+            self._token = done.stdout.strip()
+            self._until = time.monotonic() + _usable(self._token)
         return self._token
+
+
+def _usable(token: str) -> float:
+    """Returns for how many seconds a token is used. That of an identity provider says when it expires."""
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
+        return min(FRESH_SECONDS, float(claims["exp"]) - time.time() - SPARE_SECONDS)
+    except (IndexError, ValueError, KeyError, TypeError):
+        return FRESH_SECONDS

@@ -9,7 +9,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.content import digest_of
-from notecase_server.engine.context import read_first
+from notecase_server.engine.context import read_first, to_read
 from notecase_server.engine.halt import Halt, Replacement
 from notecase_server.engine.opening import (
     INTERRUPT,
@@ -182,6 +182,7 @@ class Admission:
         placed = False
         try:
             agent = agent_of(meant, start)
+            context = agent.llm.context
             rewinds = start.HasField("rewind_to_sequence")
             if not (start.messages or rewinds):
                 await self._require_question(key)
@@ -196,7 +197,7 @@ class Admission:
                 events=opening(start, session.user, agent, run_id, caused.cause_id, self._new_id),
                 start=RunRecord(digest, agent),
                 principal=caused.principal,
-                newest=read_first(agent.llm.context),
+                newest=read_first(context) if rewinds else to_read(self._sessions.transcripts, key, session, context),
             )
             live = self._sessions.live(key)
             begin = partial(self._roster.begin, live, run=run_id, agent=agent)

@@ -74,8 +74,9 @@ def sources(services: Services, llm: v1.LlmAgent) -> Sequence[Source]:
     own = services.providers.get(llm.provider)
     if own is None:
         raise errors.model_error(f"This server has no provider {llm.provider!r}.")
-    others = [(services.providers.get(fallback.provider), fallback) for fallback in llm.fallbacks]
-    return [Source(own), *(Source(named, fallback) for named, fallback in others if named is not None)]
+    providers = services.providers
+    others = [Source(named, other) for other in llm.fallbacks if (named := providers.get(other.provider)) is not None]
+    return [Source(own), *others]
 
 
 async def ask_at_rest(

@@ -1,7 +1,8 @@
 """Carries out what callers send to a run under way: results, answers, input, cancels. And waits for its end."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 from notecase import v1
@@ -122,7 +123,7 @@ class Commands:
             else:
                 denied: list[v1.Event] = []
                 if refused is None and run_log.run.state == WAITING and not run_log.run.pending_calls:
-                    denied = ledger.withdrawn(run_log.run, run_log.message, words(said), deny=True)
+                    denied = ledger.withdrawn(run_log.run, run_log.message, words([said]), deny=True)
                     if not ledger.left_open(run_log.message, denied):
                         return await run_log.command([*denied, *added], *caused), False
                 event = v1.Event(cause_id=caused.cause_id or self._services.new_id())
@@ -283,6 +284,8 @@ def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.Input
     return caused._replace(audit=caused.audit._replace(entry=entry))
 
 
-def words(said: v1.UserInput) -> str:
-    """Returns the text of what a user says."""
-    return " ".join(part.text for message in said.messages for part in message.parts if part.text)
+def words(said: Iterable[v1.UserInput]) -> str:
+    """Returns how the text of what users say begins, as the reason for what they deny with it."""
+    most = ledger.MAX_REASON_BYTES
+    texts = (part.text[:most] for each in said for message in each.messages for part in message.parts if part.text)
+    return " ".join(islice(texts, most))

@@ -221,10 +221,13 @@ class Contents:
             self._held[tenant, sha256] -= 1
             self._held += Counter()  # forgets what is at zero
 
-    async def put(self, tenant: str, data: bytes, media_type: str, filename: str = "") -> v1.Blob:
-        """Stores content that is at hand."""
+    async def put(
+        self, tenant: str, data: bytes, media_type: str, filename: str = "", *, of_run: bool = False
+    ) -> v1.Blob:
+        """Stores content that is at hand. Raises NotecaseError QUOTA_EXCEEDED, unless it is a run's: what that has made
+        is paid for."""
         sha256 = (await digest_of(data)).hex()
-        await self._store.put_blob(tenant, "", sha256, data)
+        await self._store.put_blob(tenant, "", sha256, data, of_run=of_run)
         return v1.Blob(name=names.blob(sha256), media_type=media_type, filename=filename, size_bytes=len(data))
 
     async def sweep(self) -> int:
@@ -258,27 +261,35 @@ class Contents:
         return made
 
     async def parts(
-        self, key: SessionKey, parts: Sequence[v1.Part], state: Mapping[str, v1.Value] | None = None
+        self,
+        key: SessionKey,
+        parts: Sequence[v1.Part],
+        state: Mapping[str, v1.Value] | None = None,
+        *,
+        of_run: bool = False,
     ) -> list[v1.Part]:
         """As `kept`, of one message or result."""
         made, size = list[v1.Part](), 0
         for part in parts:
-            made.append(await self._part(key, part, state))
+            made.append(await self._part(key, part, state, of_run))
             size += made[-1].ByteSize()
             if size > MAX_MESSAGE_BYTES:  # looked at here, lest a few keys of state fill the memory
                 raise errors.too_large("The message", size, MAX_MESSAGE_BYTES)
         return made
 
-    async def _part(self, key: SessionKey, part: v1.Part, state: Mapping[str, v1.Value] | None) -> v1.Part:
+    async def _part(
+        self, key: SessionKey, part: v1.Part, state: Mapping[str, v1.Value] | None, of_run: bool
+    ) -> v1.Part:
         match part.WhichOneof("kind"):
             case "data":
                 data = part.data
-                return v1.Part(blob=await self.put(key.tenant, data.data, data.media_type, data.filename))
+                made = await self.put(key.tenant, data.data, data.media_type, data.filename, of_run=of_run)
+                return v1.Part(blob=made)
             case "text" | "json" as kind if is_large(part):
                 text = (part.text or part.json).encode()
-                return v1.Part(blob=await self.put(key.tenant, text, MEDIA_TYPES[kind]))
+                return v1.Part(blob=await self.put(key.tenant, text, MEDIA_TYPES[kind], of_run=of_run))
             case "state_key":
-                return await self._part(key, await self._noted(key, part.state_key, state), None)
+                return await self._part(key, await self._noted(key, part.state_key, state), None, of_run)
         return part
 
     async def _noted(self, key: SessionKey, name: str, state: Mapping[str, v1.Value] | None) -> v1.Part:
@@ -307,7 +318,10 @@ async def digest_of(data: bytes) -> bytes:
 
 def is_large(part: v1.Part) -> bool:
     """Whether a part of text or JSON becomes a blob."""
-    return len(text := part.text or part.json) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
+    text = part.text or part.json
+    if 4 * len(text) <= MAX_PART_BYTES:  # a character has at most four
+        return False
+    return len(text) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
 
 
 def _shown(value: v1.Value) -> object:

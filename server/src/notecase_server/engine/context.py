@@ -13,7 +13,7 @@ from notecase_server.engine import template
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
-from notecase_server.engine.transcripts import Transcript, is_only_text
+from notecase_server.engine.transcripts import Transcript, Transcripts, is_only_text
 from notecase_server.models.contract import ModelRequest
 from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
 
@@ -43,29 +43,33 @@ def read_first(context: v1.Context) -> int:
     return 0 if context.stateless else min(context.max_messages or FEW, FEW)
 
 
+def to_read(transcripts: Transcripts, key: SessionKey, session: v1.Session, context: v1.Context) -> int:
+    """Returns how many messages the commit of a start is to read for the run's first request: none where all of the
+    session's are shown and kept here. Where they are dropped before the request is built, it reads them itself."""
+    all_kept = transcripts.holds(key, session.last_sequence) and shows_all(context, session.summary_sequence, 0)
+    return 0 if all_kept else read_first(context)
+
+
 async def build(
     store: Shown,
-    key: SessionKey,
-    user: str,
+    live: LiveSession,
     run: str,
     agent: v1.Agent,
     summary: int = 0,
     most_tokens: int = 0,
     newest: Page[v1.Message] | None = None,
-    whole: Transcript | None = None,
 ) -> ModelRequest:
     """Builds the request for the next model call of `run`. `summary` is the sequence of the session's summary;
     `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither. `newest` is the page of
-    `read_first` messages where it has been read already, and `whole` are all messages, where `shows_all` says that they
-    are wanted.
+    `read_first` messages where it has been read already.
 
     Raises NotecaseError TEMPLATE_ERROR when the instruction exceeds its limits over this state."""
-    llm = agent.llm
-    instruction = await _instruction(store, key, user, llm.instruction)
-    told = None if llm.context.stateless else await in_effect(store, key, summary)
-    if whole is not None and told is None:
+    key, llm = live.key, agent.llm
+    instruction = await _instruction(store, key, live.user, llm.instruction)
+    if shows_all(llm.context, summary, most_tokens) and (whole := await _transcript(store, live, newest)) is not None:
         messages = _aligned(whole.messages)
         return ModelRequest(llm.model, instruction, messages, llm.generation, only_text=whole.only_text)
+    told = None if llm.context.stateless else await in_effect(store, key, summary)
     messages = await shown(store, key, llm.context, run, told, most_tokens, newest)
     return ModelRequest(llm.model, instruction, messages, llm.generation, only_text=is_only_text(messages))
 
@@ -76,7 +80,7 @@ def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
     return not (context.stateless or summary or limited)
 
 
-async def transcript(store: History, live: LiveSession, newest: Page[v1.Message] | None) -> Transcript | None:
+async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message] | None) -> Transcript | None:
     """Returns all messages of a session that has more than its `newest` page, kept from turn to turn; None where that
     page is all, or has not been read."""
     if (found := live.transcript()) is not None:
@@ -96,16 +100,10 @@ async def transcript(store: History, live: LiveSession, newest: Page[v1.Message]
 
 async def _instruction(store: StateStore, key: SessionKey, user: str, source: str) -> str:
     parsed = await template.parsed(source)
-    scopes = {
-        "session": key.state,
-        "user": Scope(key.tenant, "user", user.removeprefix("users/")) if user else None,
-        "app": Scope(key.tenant, "app", ""),
-    }
     values: dict[str, dict[str, v1.Value]] = {}
     for kind, wanted in parsed.keys.items():
-        scope = scopes[kind]
         values[kind] = {}
-        if scope is None or wanted == frozenset():
+        if wanted == frozenset() or (scope := _scope(kind, key, user)) is None:
             continue
         if wanted is None:
             state, _ = await store.list_state(scope, Query(MAX_KEYS))
@@ -113,6 +111,14 @@ async def _instruction(store: StateStore, key: SessionKey, user: str, source: st
             state = await store.get_state(scope, sorted(wanted))
         values[kind] = {name: entry.value for name, entry in state.entries.items()}
     return await parsed.rendered(values)
+
+
+def _scope(kind: str, key: SessionKey, user: str) -> Scope | None:
+    if kind == "session":
+        return key.state
+    if kind == "user":
+        return Scope(key.tenant, "user", user.removeprefix("users/")) if user else None
+    return Scope(key.tenant, "app", "")
 
 
 async def shown(

@@ -163,12 +163,11 @@ class Draft:
 
     def message(self, author: str, status: v1.Message.Status.ValueType) -> v1.Message:
         """Returns the message as far as the draft goes. With calls or a refusal in it, JSON is text."""
-        plain = self.json is None
         message = v1.Message(name=self.name, role=v1.Message.ROLE_ASSISTANT, author=author, status=status, run=self.run)
         for block in self.blocks:
             text = block.data.decode()
             part = message.parts.add()
-            if block.kind == "text" or (block.kind == "json" and plain):
+            if block.kind == "text" or (block.kind == "json" and self.json is None):
                 part.text = text
             elif block.kind == "json":
                 part.json = text

@@ -35,6 +35,11 @@ RANKS = {
 """Approvers by what they may answer: each also all that those before it may."""
 
 
+MAX_REASON_BYTES = 1024
+"""Of the reason that a call is given for its end: each of a reply's calls may be given the same one, and a message with
+all of them still fits into an answer."""
+
+
 class Bound(NamedTuple):
     """A name that the model may call, and what it stands for."""
 
@@ -187,11 +192,19 @@ def finished(call: v1.ToolCall, outcome: Outcome) -> v1.Event:
 
 
 def denied(call: v1.ToolCall, reason: str) -> v1.Event:
-    return _ended(call, v1.ToolCall.OUTCOME_DENIED, reason or "It was denied.")
+    return _ended(call, v1.ToolCall.OUTCOME_DENIED, brief(reason) or "It was denied.")
 
 
 def cancelled(call: v1.ToolCall, reason: str) -> v1.Event:
-    return _ended(call, v1.ToolCall.OUTCOME_CANCELLED, reason or "It was cancelled.")
+    return _ended(call, v1.ToolCall.OUTCOME_CANCELLED, brief(reason) or "It was cancelled.")
+
+
+def brief(reason: str) -> str:
+    """Returns a reason as a call is given it: of a long one how it begins."""
+    begun = reason[: MAX_REASON_BYTES + 1].encode()
+    if len(begun) <= MAX_REASON_BYTES:
+        return reason
+    return begun[: MAX_REASON_BYTES - len("…".encode())].decode(errors="ignore") + "…"
 
 
 def _ended(
@@ -239,7 +252,7 @@ def answered(
     if asked_by_tool(request):
         return events
     if response.decision == DENY:
-        reason = response.reason
+        reason = brief(response.reason)
         if request.kind == v1.InputRequest.KIND_INTERRUPTED_CALL:
             events.append(finished(call, Outcome(error=reason or "It was interrupted and is treated as failed.")))
         else:
@@ -255,7 +268,7 @@ def withdrawn(run: v1.Run, message: v1.Message | None, reason: str, deny: bool =
     """Returns the events that withdraw every open approval and question, and deny or cancel its call. The call of a
     tool that asks is left alone."""
     calls = {call.call_id: call for call in open_calls(message)} if message else {}
-    events = []
+    events, reason = [], brief(reason)
     for request in run.pending_inputs:
         response = v1.InputResponse(input_id=request.input_id, decision=DENY if deny else WITHDRAWN, reason=reason)
         events.append(v1.Event(input_resolved=v1.InputResolved(response=response)))
@@ -273,7 +286,8 @@ def dropped(run: v1.Run, call: v1.ToolCall, reason: str) -> list[v1.Event]:
 
 def unasked(requests: Iterable[v1.InputRequest], reason: str) -> list[v1.Event]:
     """Returns the events that withdraw what is asked, and leave its calls alone."""
-    responses = (v1.InputResponse(input_id=each.input_id, decision=WITHDRAWN, reason=reason) for each in requests)
+    told = brief(reason)
+    responses = (v1.InputResponse(input_id=each.input_id, decision=WITHDRAWN, reason=told) for each in requests)
     return [v1.Event(input_resolved=v1.InputResolved(response=response)) for response in responses]
 
 

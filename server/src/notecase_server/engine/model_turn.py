@@ -4,10 +4,10 @@ A ModelTurn is made anew for each turn. What holds for all turns of a run in thi
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from notecase import v1
 
@@ -68,7 +68,6 @@ class ModelTurn:
         self._bound = bound
         self._llm = run_log.agent.llm
         self._asking = Asking(run_log, halts, budget)
-        self._results = Results(run_log.services.store, run_log.services.contents, run_log.live.key)
         self._shortened = False
         """The request was made shorter, after one that was too long."""
 
@@ -86,7 +85,9 @@ class ModelTurn:
                 continue
             request = await self._request()
             try:
-                finish = await self._checked(request, await self._generate(request))
+                finish = await self._asking.ask(partial(self._read, request))
+                if request.output_schema:
+                    finish = await self._checked(request, finish)
             except NotecaseError as error:
                 begun = self._log.draft is not None and self._log.draft.blocks
                 if not summary.too_long(error) or begun:
@@ -97,7 +98,8 @@ class ModelTurn:
             message = draft.message(self._log.run.agent, v1.Message.STATUS_COMPLETED)
             message.finish_reason = finish.reason
             message.usage.CopyFrom(finish.usage)
-            return Reply(message, finish, self._bound, await self._read_results(message, request))
+            read = await self._read_results(message) if results.TOOL in request.tools else {}
+            return Reply(message, finish, self._bound, read)
 
     @property
     def _draft(self) -> Draft:
@@ -113,55 +115,43 @@ class ModelTurn:
             raise errors.limit_exceeded("max_total_tokens", limit, told)
 
     async def _request(self) -> ModelRequest:
-        live, run = self._log.live, self._log.run
-        newest, self._newest = self._newest, None
-        page = newest.page if newest is not None and newest.head == live.head else None
-        what = (self._services.store, live.key, live.user, run.name, self._log.agent)
-        bounds = (self._log.summary, self._budget.most_tokens)
-        whole = None
-        if context.shows_all(self._llm.context, *bounds):
-            whole = await self._log.patiently(lambda: context.transcript(self._services.store, live, page))
-        request = await self._log.patiently(lambda: context.build(*what, *bounds, page, whole))
+        request = await self._log.patiently(self._build)
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
-
-        async def load(blob: v1.Blob) -> bytes:
-            return await self._log.patiently(partial(self._services.contents.load, live.key.tenant, blob))
-
+        messages = request.messages
         if READ_RESULT not in self._bound and not request.only_text:
             messages = await self._log.patiently(
                 lambda: self._results.shown(request.messages, self._budget.most_tokens)
             )
             if messages is not request.messages:
                 tools.append(results.TOOL)
-                request = request._replace(messages=messages)
-        return request._replace(tools=tools, output_schema=self._llm.output_schema, load=load)
+        return request._replace(messages=messages, tools=tools, output_schema=self._llm.output_schema, load=self._load)
 
-    async def _read_results(self, message: v1.Message, request: ModelRequest) -> Mapping[str, Outcome]:
-        if results.TOOL not in request.tools:
-            return {}
+    def _build(self) -> Coroutine[Any, Any, ModelRequest]:
+        newest, live = self._newest, self._log.live
+        page = newest.page if newest is not None and newest.head == live.head else None
+        bounds = (self._log.summary, self._budget.most_tokens)
+        return context.build(self._services.store, live, self._log.run.name, self._log.agent, *bounds, page)
+
+    async def _load(self, blob: v1.Blob) -> bytes:
+        return await self._log.patiently(partial(self._services.contents.load, self._log.live.key.tenant, blob))
+
+    @property
+    def _results(self) -> Results:
+        return Results(self._services.store, self._services.contents, self._log.live.key)
+
+    async def _read_results(self, message: v1.Message) -> Mapping[str, Outcome]:
         calls = [part.tool_call for part in message.parts if part.tool_call.tool == READ_RESULT]
         return await self._log.patiently(lambda: self._results.read(calls, message.ByteSize()))
 
     # ---- asking
 
-    async def _generate(self, request: ModelRequest) -> Finish:
+    async def _read(self, request: ModelRequest, source: Source) -> Finish:
         """Leaves one reply in the draft."""
-
-        async def once(source: Source) -> Finish:
-            self._budget.spend()
-            return await self._read(source, source.fit(request), self._begin(request))
-
-        return await self._asking.ask(once)
-
-    def _begin(self, request: ModelRequest) -> Draft:
-        new_id = self._services.new_id
+        self._budget.spend()
+        live, new_id = self._log.live, self._services.new_id
         draft = Draft(new_id(), self._log.run.name, new_id, as_json=bool(request.output_schema))
-        self._log.live.begin(self._log.step, draft)
-        return draft
-
-    async def _read(self, source: Source, request: ModelRequest, draft: Draft) -> Finish:
-        live = self._log.live
-        async with aclosing(source.named.provider.stream(request)) as stream:
+        live.begin(self._log.step, draft)
+        async with aclosing(source.named.provider.stream(source.fit(request))) as stream:
             async for delta in stream:
                 if isinstance(delta, Used):
                     source.own(delta.usage)
@@ -189,7 +179,7 @@ class ModelTurn:
         contents, tenant = self._services.contents, self._log.live.key.tenant
         if len(made.data) > contents.limits.blob:
             raise errors.too_large("The content from the model", len(made.data), contents.limits.blob)
-        blob = await self._log.patiently(lambda: contents.put(tenant, *made))
+        blob = await self._log.patiently(lambda: contents.put(tenant, *made, of_run=True))
         draft.place(v1.Part(blob=blob))
 
     # ---- what is asked for by a schema
@@ -198,7 +188,7 @@ class ModelTurn:
         """Leaves a reply that is valid by the agent's output_schema in the draft, at the second try if need be; calls
         of tools and refusals are not such replies. Raises OUTPUT_INVALID."""
         repeat = 0
-        while request.output_schema and (reply := self._draft.json) is not None:
+        while (reply := self._draft.json) is not None:
             problem = await self._services.schemas.problem(request.output_schema, reply)
             if not problem:
                 break
@@ -213,9 +203,8 @@ class ModelTurn:
             self._log.live.discard(self._log.step)
             complaint = v1.Part(text=_complaint(problem, request.output_schema))
             asked = v1.Message(role=v1.Message.ROLE_USER, parts=[complaint])
-            finish = await self._generate(
-                request._replace(messages=[*request.messages, message, asked], only_text=False)
-            )
+            again = request._replace(messages=[*request.messages, message, asked], only_text=False)
+            finish = await self._asking.ask(partial(self._read, again))
         return finish
 
     # ---- making room
@@ -275,7 +264,8 @@ async def bind(run_log: RunLog) -> Mapping[str, Bound]:
     """Returns what the model may call, by name. What an MCP server cannot give is put on record and left out, unless
     the agent requires it. TOOL_ERROR when what is required cannot be had, or two tools have one name."""
     found: list[Sequence[Function]] = []
-    for tool in bindings.declared(run_log.agent, run_log.run):
+    tools = bindings.declared(run_log.agent, run_log.run)
+    for tool in tools:
         if tool.HasField("client"):
             found.append([ledger.called_by_caller(tool)])
             continue
@@ -288,7 +278,7 @@ async def bind(run_log: RunLog) -> Mapping[str, Bound]:
             missing = v1.ToolsUnavailable(server=tool.mcp.server, error=error.to_proto())
             event = v1.Event(tools_unavailable=missing)
             await run_log.durably(lambda event=event: [event])  # type: ignore[misc]
-    return ledger.bind(run_log.agent, run_log.run, found)
+    return ledger.bind(run_log.agent, run_log.run, found) if tools else {}
 
 
 def _complaint(problem: str, schema: str) -> str:

@@ -32,14 +32,15 @@ def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
         raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
     if meant.agent is None:
         raise errors.not_found("agent", start.agent or meant.session.agent)
-    taken = {name for tool in meant.agent.llm.tools for name in naming.declared(tool)}
-    clashes = [
-        Violation(f"start.client_tools[{index}].name", f"the agent already declares a tool {tool.name!r}")
-        for index, tool in enumerate(start.client_tools)
-        if tool.name in taken
-    ]
-    if clashes:
-        raise errors.invalid(clashes)
+    if start.client_tools:
+        taken = {name for tool in meant.agent.llm.tools for name in naming.declared(tool)}
+        clashes = [
+            Violation(f"start.client_tools[{index}].name", f"the agent already declares a tool {tool.name!r}")
+            for index, tool in enumerate(start.client_tools)
+            if tool.name in taken
+        ]
+        if clashes:
+            raise errors.invalid(clashes)
     return _changed(meant.agent, start.settings) if start.HasField("settings") else meant.agent
 
 
@@ -70,7 +71,7 @@ def ahead(session: v1.Session, start: v1.StartRun) -> str:
     unless the start is one that does not wait. "" for none."""
     if session.active_run or start.on_busy in {INTERRUPT, ROLLBACK}:
         return session.active_run
-    return next((queued.run for queued in session.queued_commands), "")
+    return session.queued_commands[0].run if session.queued_commands else ""
 
 
 def opening(
@@ -88,7 +89,7 @@ def opening(
         started.limits.CopyFrom(start.limits)
     if start.HasField("disconnect"):
         started.disconnect.CopyFrom(start.disconnect)
-    if paths := [one.name for one, _ in start.settings.ListFields()]:
+    if start.HasField("settings") and (paths := [one.name for one, _ in start.settings.ListFields()]):
         started.settings.paths.extend(paths)
     if start.state:
         ops = [v1.StateOp(key=name, set=value) for name, value in sorted(start.state.items())]

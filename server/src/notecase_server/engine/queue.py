@@ -6,7 +6,7 @@ import structlog
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.engine.context import read_first
+from notecase_server.engine.context import to_read
 from notecase_server.engine.opening import opening
 from notecase_server.engine.roster import QUEUED, Roster
 from notecase_server.engine.services import Services
@@ -46,7 +46,7 @@ class Queue:
                     start = event.command_queued.start
                     events = opening(start, session.user, agent, queued.run, queued.command_id, self._services.new_id)
                     begin = partial(self._roster.begin, live, run=queued.run, agent=agent)
-                    newest = read_first(agent.llm.context)
+                    newest = to_read(self._sessions.transcripts, key, session, agent.llm.context)
                     commit = Commit(key=key, claim=True, events=events, principal=event.principal, newest=newest)
                     try:
                         committed = await live.commit(commit, late=partial(begin, placed=False))

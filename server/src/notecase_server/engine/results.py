@@ -69,11 +69,12 @@ async def kept(
     """Returns what a tool gave for a call of `message` as the log holds it. Text beyond the call's share of a page is
     kept aside as blobs, whatever the other calls give. Raises NotecaseError as Contents.parts."""
     held, size, share = list[v1.Part](), 0, _share(message)
-    for part in await contents.parts(key, parts):
+    for part in await contents.parts(key, parts, of_run=True):
         text = (part.text or part.json).encode()
         if size + part.ByteSize() > share and len(text) >= LEAST_BYTES:
             kind = "json" if part.json else "text"
-            part = v1.Part(blob=await contents.put(key.tenant, text, MEDIA_TYPES[kind]))  # noqa: PLW2901
+            blob = await contents.put(key.tenant, text, MEDIA_TYPES[kind], of_run=True)
+            part = v1.Part(blob=blob)  # noqa: PLW2901
         size += part.ByteSize()
         held.append(part)
     return held

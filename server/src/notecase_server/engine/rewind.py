@@ -11,11 +11,12 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.engine import ledger
 from notecase_server.errors import Violation
-from notecase_server.store.contract import History, Past, SessionKey
+from notecase_server.store.contract import PAGE_BYTES, History, Past, SessionKey
 from notecase_server.store.fold import open_calls
 
 PAGE_OPS = 500
-"""Operations in one event: what puts a state back may be more than one event should hold."""
+"""Operations in one event, which ends at PAGE_BYTES of them, too: what puts a state back may be more than one event
+should hold."""
 
 
 class Rewind(NamedTuple):
@@ -88,8 +89,13 @@ def _back(past: Past, to_sequence: int, run: str = "") -> Rewind:
             op.remove.SetInParent()
         ops.append(op)
     mark = v1.Event(rewound=v1.Rewound(to_sequence=to_sequence, run=run))
-    pages = [ops[start : start + PAGE_OPS] for start in range(0, len(ops), PAGE_OPS)]
-    restored = [v1.Event(state_changed=v1.StateChanged(ops=page)) for page in pages]
+    restored, size = list[v1.Event](), 0
+    for op in ops:
+        size += op.ByteSize()
+        if not restored or len(restored[-1].state_changed.ops) == PAGE_OPS or size > PAGE_BYTES:
+            restored.append(v1.Event())
+            size = op.ByteSize()
+        restored[-1].state_changed.ops.append(op)
     return Rewind(past.head, [mark, *sealed, *restored])
 
 

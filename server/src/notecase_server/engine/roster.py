@@ -5,6 +5,7 @@ import contextvars
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -118,10 +119,10 @@ class Roster:
             worker.drain()
             self._drained.append(worker)
         live, step = worker.log.live, worker.log.step
-        task = self._tasks.start(_at_work(worker), f"run {step.run}", fresh=True)
+        task = self._tasks.start(worker.work(), f"run {step.run}", fresh=True)
         self._entries[live.key, step] = Entry(worker, task)
         live.work.add(task)
-        task.add_done_callback(lambda done: self._left(worker, done), context=contextvars.Context())
+        task.add_done_callback(partial(self._left, worker), context=contextvars.Context())
         self.employed(worker)
 
     def halt(self, worker: Worker, halt: Halt) -> None:
@@ -245,10 +246,3 @@ class Roster:
         if row is None:
             return errors.not_found("run", name)
         return errors.run_ended(name, row[0].state) if row[0].state in ENDED else errors.draining()
-
-
-async def _at_work(worker: Worker) -> None:
-    """Carries out a worker's work. Each line that is logged meanwhile has the run's ids, those of providers and tools
-    too."""
-    structlog.contextvars.bind_contextvars(session=worker.log.live.key.session, run=worker.log.run.name)
-    await worker.work()

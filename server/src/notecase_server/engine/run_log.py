@@ -5,8 +5,8 @@ commit whose answer was lost is asked about before anything is decided again.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 import structlog
 from notecase import v1
@@ -59,6 +59,7 @@ class RunLog:
         self.agent = active.agent
         self.run = v1.Run()
         self.run.CopyFrom(active.run)
+        self.step = StepKey(active.run.name)
         self.epoch = active.epoch
         self.deaths = active.deaths
         self.message = message
@@ -74,10 +75,6 @@ class RunLog:
     @property
     def ended(self) -> bool:
         return self.run.state in ENDED
-
-    @property
-    def step(self) -> StepKey:
-        return StepKey(self.run.name)
 
     @property
     def draft(self) -> Draft | None:
@@ -116,8 +113,11 @@ class RunLog:
     def consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
         """Returns the event that makes the run wait or go on once these events are committed; nothing where it does as
         before."""
-        if any(event.HasField("run_state_changed") for event in events) or self.ended:
+        if self.ended:
             return []
+        for event in events:
+            if event.HasField("run_state_changed"):
+                return []
         left = ledger.left_open(self.message, events)
         asked = {request.call.call_id for request in self.run.pending_inputs}
         asked |= {event.input_requested.call.call_id for event in events if event.HasField("input_requested")}
@@ -193,20 +193,17 @@ class RunLog:
         """Commits on behalf of a command, with what follows. The caller holds the session's lock."""
         for event in events:
             event.cause_id = event.cause_id or cause_id
-        owned = self.own([*events, *self.consequence(events)])
-        return await self._commit(owned, once, command, principal, audit=audit, deaths=deaths)
+        return await self._commit(self._followed(events), once, command, principal, audit=audit, deaths=deaths)
 
-    async def durably(self, decide: Callable[[], list[v1.Event]]) -> Committed | None:
+    def _followed(self, events: Sequence[v1.Event]) -> Sequence[v1.Event]:
+        return self.own([*events, *self.consequence(events)])
+
+    def durably(self, decide: Callable[[], list[v1.Event]]) -> Coroutine[Any, Any, Committed | None]:
         """Commits what `decide` says under the session's lock, with what follows; None when that is nothing. Waits for
         a store that is away, and lets others decide meanwhile."""
+        return self.surely(lambda: self._followed(decide()))
 
-        def events() -> Sequence[v1.Event]:
-            decided = decide()
-            return self.own([*decided, *self.consequence(decided)])
-
-        return await self.surely(events)
-
-    async def surely(
+    def surely(
         self,
         decide: Callable[[], Sequence[v1.Event]],
         *,
@@ -217,7 +214,7 @@ class RunLog:
         start: RunRecord | None = None,
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
-    ) -> Committed | None:
+    ) -> Coroutine[Any, Any, Committed | None]:
         """Commits as `durably`, but takes the events exactly as `decide` gives them, and conditions. `then` follows the
         commit at once, with the lock held: before anything else is decided about the session."""
         made: Committed | None = None
@@ -244,7 +241,7 @@ class RunLog:
                         raise
                     return await self._commit(decide(), *conditions, follow)
 
-        return await self.patiently(commit)
+        return self.patiently(commit)
 
     def _forget_made(self, error: NotecaseError) -> bool:
         """Puts words in the place of the images and clips of the reply being written, if the session has no room for
@@ -279,7 +276,8 @@ class RunLog:
         audit: AuditRow | None = None,
     ) -> Committed:
         def follow(committed: Committed) -> None:
-            self.deaths = self.deaths if deaths is None else deaths
+            if deaths is not None:
+                self.deaths = deaths
             self._learn(committed)
             if then is not None:
                 then(committed)
@@ -307,12 +305,19 @@ class RunLog:
 
     def _learn(self, committed: Committed) -> None:
         """Takes in what a commit has made."""
-        if any(event.HasField("usage") and event.run == self.run.name for event in committed.events):
-            self.spent = None
-        self.run.CopyFrom(committed.runs.get(self.run.name, self.run))
+        name = self.run.name
+        if (run := committed.runs.get(name)) is not None:
+            self.run.CopyFrom(run)
         self._know(committed.session, committed.events)
+        for event in committed.events:
+            if event.run != name:
+                continue
+            if event.HasField("usage"):
+                self.spent = None
+            elif event.HasField("input_resolved"):
+                self.resolved[event.input_resolved.response.input_id] = event.input_resolved.response
         for message in committed.messages.values():
-            if message.run != self.run.name:
+            if message.run != name:
                 continue
             if open_calls(message):
                 self.message = message
@@ -330,12 +335,12 @@ class RunLog:
             )
 
     def _know(self, session: v1.Session, events: Sequence[v1.Event]) -> None:
-        waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
-        self.said = [event for event in (*self.said, *events) if event.sequence in waiting] if waiting else []
         self.session = session
-        for event in events:
-            if event.HasField("input_resolved") and event.run == self.run.name:
-                self.resolved[event.input_resolved.response.input_id] = event.input_resolved.response
+        if session.queued_commands:
+            waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
+            self.said = [event for event in (*self.said, *events) if event.sequence in waiting]
+        else:
+            self.said = []
 
 
 def taken(queued: Sequence[v1.Event]) -> list[v1.Event]:

@@ -48,7 +48,8 @@ class Seat:
         try:
             waited |= await self._get(places.wait(self._log.live.key.tenant), places.give_back)
         except BaseException:
-            self._let_suspect()
+            if self._suspect:
+                self._let_suspect()
             raise
         self.taken = True
         return waited
@@ -65,20 +66,20 @@ class Seat:
 
     def clear(self) -> None:
         """Lets another suspect be at work once the run has got somewhere."""
-        if not self._log.deaths:
+        if self._suspect and not self._log.deaths:
             self._let_suspect()
 
     def leave(self) -> None:
         """Gives back what it has."""
-        self._let_suspect()
+        if self._suspect:
+            self._let_suspect()
         if self.taken:
             self.taken = False
             self._services.places.give_back()
 
     def _let_suspect(self) -> None:
-        if self._suspect:
-            self._suspect = False
-            self._services.suspects.release()
+        self._suspect = False
+        self._services.suspects.release()
 
 
 async def _end_of(task: asyncio.Task[T]) -> T:

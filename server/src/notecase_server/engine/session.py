@@ -5,7 +5,7 @@ later. Used from one event loop only.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import islice
 from typing import Protocol
@@ -33,30 +33,28 @@ NOTICES = 64
 """Passing notices kept for watchers that are behind; each can be recovered from what is stored."""
 
 
-class Bell:
-    """Wakes all that wait. A waiter looks at what it waits for, then waits, with no await in between."""
+class Bell(dict[asyncio.Future[None], None]):
+    """Wakes all that wait: those that it holds. A waiter looks at what it waits for, then waits, with no await in
+    between."""
 
-    __slots__ = ("_waiters",)
-
-    def __init__(self) -> None:
-        self._waiters: dict[asyncio.Future[None], None] = {}  # an empty one is a third of an empty set
+    __slots__ = ()
 
     def ring(self) -> None:
-        for waiter in self._waiters:
+        for waiter in self:
             if not waiter.done():
                 waiter.set_result(None)
-        self._waiters.clear()
+        self.clear()
 
     async def wait(self, seconds: float | None = None) -> None:
         """Returns at the next ring, or after that many seconds."""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
-        self._waiters[waiter] = None
+        self[waiter] = None
         alarm = None if seconds is None else loop.call_later(seconds, _wake, waiter)
         try:
             await waiter
         finally:
-            self._waiters.pop(waiter, None)
+            self.pop(waiter, None)
             if alarm is not None:
                 alarm.cancel()
 
@@ -64,27 +62,6 @@ class Bell:
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
-
-
-class _Held:
-    """Holds a lock, and has settled something before the block begins."""
-
-    __slots__ = ("_lock", "_settle")
-
-    def __init__(self, lock: asyncio.Lock, settle: Callable[[], Awaitable[None]]) -> None:
-        self._lock = lock
-        self._settle = settle
-
-    async def __aenter__(self) -> None:
-        await self._lock.acquire()
-        try:
-            await self._settle()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 class Registry(Protocol):
@@ -140,7 +117,19 @@ class LiveSession:
     def held(self) -> AbstractAsyncContextManager[None]:
         """Holds the lock under which something is decided and committed for a run of this session, once it is known
         what became of the commits before. Raises STORE_UNAVAILABLE while the store cannot say."""
-        return _Held(self._lock, self._settle)
+        return self
+
+    async def __aenter__(self) -> None:
+        await self._lock.acquire()
+        if self._unsure or self._afterwards:
+            try:
+                await self._settle()
+            except BaseException:
+                self._lock.release()
+                raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
 
     async def commit(self, commit: Commit, late: Late | None = None) -> Committed:
         """Commits, then wakes the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
@@ -149,7 +138,7 @@ class LiveSession:
         commit_id = commit.id or self._sessions.new_id()
         commit = commit._replace(id=commit_id, content_limit=self._sessions.content_limit)
         if self.drafts:
-            added = _messages_added(commit.events)
+            added = {event.message_added.name for event in commit.events if event.HasField("message_added")}
             for draft in self.drafts.values():
                 draft.settled = draft.settled or draft.name in added
         try:
@@ -202,15 +191,16 @@ class LiveSession:
 
     def committed(self, committed: Committed) -> None:
         self.user = committed.session.user
-        for event in committed.events:
-            self._keep(event)
+        self.head = max(self.head, committed.session.last_sequence)
+        self._keep(committed.events)
         if self.drafts:
             self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in committed.messages}
-        self.head = max(self.head, committed.session.last_sequence)
         self._sessions.transcripts.follow(self.key, committed)
         self.ring()
-        if any(event.HasField("run_state_changed") for event in committed.events):
-            self.company.ring()
+        for event in committed.events:
+            if event.HasField("run_state_changed"):
+                self.company.ring()
+                break
         for scope, state in committed.state.items():
             if scope.kind != "session":
                 ops = [
@@ -221,12 +211,13 @@ class LiveSession:
                 ]
                 self._sessions.state_changed(scope, ops, state.version, besides=self)
 
-    def _keep(self, event: v1.Event) -> None:
-        if self._tail and event.sequence != self._tail[-1].sequence + 1:
+    def _keep(self, events: Sequence[v1.Event]) -> None:
+        """Adds the events of a commit to the tail, which begins anew behind a gap."""
+        if self._tail and events and events[0].sequence != self._tail[-1].sequence + 1:
             self._tail.clear()
             self._tail_bytes = 0
-        self._tail.append(event)
-        self._tail_bytes += event.ByteSize()
+        self._tail += events
+        self._tail_bytes += sum(map(v1.Event.ByteSize, events))
         over = 0
         while self._tail_bytes > TAIL_BYTES:
             self._tail_bytes -= self._tail[over].ByteSize()
@@ -288,9 +279,7 @@ class LiveSession:
             self.ring()
 
     def ring(self) -> None:
-        self.soon.ring()
-        self.later.ring()
-
-
-def _messages_added(events: Iterable[v1.Event]) -> set[str]:
-    return {event.message_added.name for event in events if event.HasField("message_added")}
+        if self.soon:
+            self.soon.ring()
+        if self.later:
+            self.later.ring()

@@ -8,6 +8,7 @@ store: whoever works on a run has just committed, and knows by that where the lo
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from notecase import v1
@@ -25,6 +26,8 @@ longer for."""
 MESSAGE_BYTES = 300
 """Of a message beside its content, in memory."""
 
+_sequence = attrgetter("sequence")
+
 _SPOKEN = (v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT)
 
 
@@ -39,7 +42,11 @@ class Transcript(NamedTuple):
 
 def is_only_text(messages: Iterable[v1.Message]) -> bool:
     """See Transcript.only_text."""
-    return all(message.role in _SPOKEN and len(parts := message.parts) == 1 and parts[0].text for message in messages)
+    return all(map(_is_text, messages))
+
+
+def _is_text(message: v1.Message) -> bool:
+    return message.role in _SPOKEN and len(parts := message.parts) == 1 and parts[0].text != ""
 
 
 class _Kept:
@@ -59,14 +66,15 @@ class _Kept:
         """Adds a message, or puts it in the place of what it was before."""
         copy = v1.Message()
         copy.CopyFrom(message)
-        self.only_text = self.only_text and is_only_text([copy])
+        self.only_text = self.only_text and _is_text(copy)
         self.size += _size(copy)
-        at = bisect_left(self.messages, copy.sequence, key=lambda kept: kept.sequence)
-        if at < len(self.messages) and self.messages[at].sequence == copy.sequence:
+        if copy.sequence > self.messages[-1].sequence:
+            self.messages.append(copy)
+            return
+        at = bisect_left(self.messages, copy.sequence, key=_sequence)
+        if self.messages[at].sequence == copy.sequence:
             self.size -= _size(self.messages[at])
             self.messages[at] = copy
-        elif at == len(self.messages):
-            self.messages.append(copy)
 
 
 class Transcripts:
@@ -77,6 +85,11 @@ class Transcripts:
         """Bytes, nearly: the texts with MESSAGE_BYTES for each."""
         self._most = most_bytes
         self._kept: OrderedDict[SessionKey, _Kept] = OrderedDict()
+
+    def holds(self, key: SessionKey, head: int) -> bool:
+        """Whether `find` finds something."""
+        kept = self._kept.get(key)
+        return kept is not None and kept.head == head
 
     def find(self, key: SessionKey, head: int) -> Transcript | None:
         """What is kept of a session whose log ends at `head`; None for nothing."""
@@ -104,11 +117,12 @@ class Transcripts:
         if kept is None or not committed.events:
             return
         gap = committed.events[0].sequence != kept.head + 1
-        if gap or any(event.HasField("rewound") for event in committed.events):
-            self.drop(key)
-            return
+        for event in committed.events:
+            if gap or event.HasField("rewound"):
+                self.drop(key)
+                return
         self.size -= kept.size
-        for message in sorted(committed.messages.values(), key=lambda message: message.sequence):
+        for message in sorted(committed.messages.values(), key=_sequence):
             kept.put(message)
         self.size += kept.size
         kept.head = committed.events[-1].sequence

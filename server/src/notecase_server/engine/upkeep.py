@@ -220,7 +220,7 @@ class Upkeep:
             run_log = worker.log
             if denies(run_log):
                 queued = run_log.queued(v1.UserInput.WHEN_FOLLOW_UP)
-                reason = " ".join(words(event.command_queued.input) for event in queued)
+                reason = words(event.command_queued.input for event in queued)
                 denied = ledger.withdrawn(run_log.run, run_log.message, reason, deny=True)
                 left = ledger.left_open(run_log.message, denied)  # tools that asked: they go on first
                 await run_log.command(denied if left else [*denied, *taken(queued)])

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from notecase import v1
+from structlog.contextvars import bind_contextvars
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger, model_turn
@@ -25,6 +26,7 @@ from notecase_server.engine.seat import Seat
 from notecase_server.engine.timers import Alarm
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Committed, Duplicate, Replayed
+from notecase_server.store.fold import ENDED
 from notecase_server.supervisor import is_own_end
 from notecase_server.tools.contract import Outcome
 
@@ -54,7 +56,8 @@ class Worker:
         self._halts = Halts()
         self.seat = Seat(run_log, self._halts)
         """Its place, if it has one."""
-        self._calls = Calls(run_log, self._halts.stirred)
+        self._calls: Calls | None = None
+        """What is at work for a reply that calls tools, from the first such reply on."""
         self._budget = Budget(run_log.run, run_log.agent)
         self._bound: Mapping[str, Bound] | None = None
         self._draining = False
@@ -72,7 +75,8 @@ class Worker:
 
     def stop_call(self, call_id: str) -> None:
         """Stops a call that runs here, once its end is on record."""
-        self._calls.stop(call_id)
+        if self._calls is not None:
+            self._calls.stop(call_id)
 
     def stir(self) -> None:
         """Makes the worker look at what a command has committed."""
@@ -80,14 +84,15 @@ class Worker:
 
     async def work(self) -> None:
         """Works until the run has ended, waits for what is in the rows alone, was left to a successor, or belongs to
-        another owner."""
+        another owner. Each line that is logged meanwhile has the run's ids, those of providers and tools too."""
+        bind_contextvars(session=self.log.live.key.session, run=self.log.run.name)
         alarm = Alarm(self.log.run, self.halt)
         try:
             while self._goes_on:
                 alarm.set(self.seat.taken)
                 await self._step()
                 self.seat.clear()
-                if not self._goes_on:
+                if self._calls is not None and not self._goes_on:
                     await self._calls.close()  # while it may still be given a halt
         except NotecaseError as error:
             if error.reason not in LOST:
@@ -99,13 +104,19 @@ class Worker:
         finally:
             alarm.set(False)
             self.log.live.discard(self.log.step)
-            self._calls.stop_all()
+            self._stop_calls()
             self.let_go()
+
+    def _stop_calls(self) -> None:
+        if self._calls is not None:
+            self._calls.stop_all()
 
     @property
     def _goes_on(self) -> bool:
-        works = self.log.run.state == RUNNING and not self._may_leave
-        return not self.log.ended and (bool(self._halts) or works or self._rests)
+        state = self.log.run.state
+        return state not in ENDED and (
+            bool(self._halts) or (state == RUNNING and not (self._draining and self._may_leave)) or self._rests
+        )
 
     @property
     def _rests(self) -> bool:
@@ -115,8 +126,8 @@ class Worker:
     @property
     def _may_leave(self) -> bool:
         """Calls under way are not left behind: somebody would have to say what became of them."""
-        begun = (self.seat.taken and self.takes_over is None) or bool(self._calls)
-        return self._draining and (self.log.message is None or not begun)
+        begun = (self.seat.taken and self.takes_over is None) or self._calls
+        return self.log.message is None or not begun
 
     def let_go(self) -> None:
         """Gives back its place and answers the halts that it will not carry out: also when it never came to work."""
@@ -249,6 +260,8 @@ class Worker:
         """Runs the calls that are the server's, and commits each outcome and each question of theirs as it comes.
         While the run waits for answers, it has no place."""
         self._halts.stirred.clear()
+        if self._calls is None:
+            self._calls = Calls(self.log, self._halts.stirred)
         await self._calls.keep()
         if self._rests and self.seat.taken:
             self.seat.leave()
@@ -269,7 +282,8 @@ class Worker:
         """Stops everything under way in one commit, and ends the run or goes on with what the user says. A halt that is
         refused has changed nothing: calls stay under way, and the model is asked once more."""
         try:
-            await self._calls.keep_finished()  # what came before a halt is kept
+            if self._calls is not None:
+                await self._calls.keep_finished()  # what came before a halt is kept
             committed = await self._sealed(halt)
         except (NotecaseError, Replayed, Duplicate) as refused:
             self._halts.remove(halt)
@@ -282,7 +296,7 @@ class Worker:
                 self._budget.give_back()
             return
         self._halts.remove(halt)
-        self._calls.stop_all()
+        self._stop_calls()
         if not halt.done.done():
             halt.done.set_result(committed)
 

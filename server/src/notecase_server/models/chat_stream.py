@@ -14,7 +14,7 @@ from notecase_server.models.answers import media, provider_errors
 from notecase_server.models.answers.calls import Calls
 from notecase_server.models.answers.chunk import CallPiece, Choice, Chunk, Said, thought_of
 from notecase_server.models.answers.citations import Citations
-from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, Event, EventSplitter, documents_of, too_large
+from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter, documents_of, too_large
 from notecase_server.models.answers.finish_reasons import Finish as End
 from notecase_server.models.answers.finish_reasons import is_cut, meaning
 from notecase_server.models.answers.media import Audio, Encoded
@@ -54,6 +54,20 @@ Piece = Delta | Encoded
 """What an answer's bytes come to: content that the model made is left for who has the time to decode it."""
 
 
+class _Extras:
+    """What few replies hold besides their text."""
+
+    def __init__(self, audio_format: str) -> None:
+        self.calls = Calls()
+        self.data = ProviderData()
+        self.audio = Audio(audio_format)
+        self.images: set[int] = set()
+        """Digests of those that came, which a whole message at the end repeats."""
+        self.unread = False
+        """An image came in no known shape."""
+        self.citations = Citations()
+
+
 class ChatReply:
     """One reply in the making: bytes in, pieces out, and at the end whether it is whole."""
 
@@ -61,7 +75,6 @@ class ChatReply:
         self,
         model: str,
         redactor: Redactor,
-        *,
         behind_calls: bool = False,
         think_tags: bool = False,
         audio_format: str = "",
@@ -80,17 +93,11 @@ class ChatReply:
         self._in_text = True
         """The next chunk is probably text alone."""
         self._misses = 0
-        self._calls = Calls()
-        self._data = ProviderData()
         self._counts = Counts()
         self._reason = ""
         self._spoken = False
-        self._audio = Audio(audio_format)
-        self._images: set[int] = set()
-        """Digests of those that came, which a whole message at the end repeats."""
-        self._unread = False
-        """An image came in no known shape."""
-        self._citations = Citations()
+        self._audio_format = audio_format
+        self._found: _Extras | None = None
         self._so_far: list[str] = []
         self._silent = 0
         self._ragged = False
@@ -111,14 +118,10 @@ class ChatReply:
         except NotecaseError as failure:
             self._fail(failure)
         self.heard = self.heard or bool(pieces)
+        if self._counts.changed and not self.done:
+            self._counts.changed = False
+            pieces.append(Used(self._counts.usage(self._model)))
         return pieces
-
-    def used(self) -> Used | None:
-        """Returns what the reply has taken so far, when the server has told something new since the last time."""
-        if not self._counts.changed:
-            return None
-        self._counts.changed = False
-        return Used(self._counts.usage(self._model))
 
     def end(self, cut: NotecaseError | None = None) -> list[Piece]:
         """Returns the last pieces, Finish being the very last. `cut` is raised where the connection broke before the
@@ -130,9 +133,9 @@ class ChatReply:
         pieces: list[Piece] = []
         try:
             if self._failure is None:
-                self._rest(pieces)
-                finish = self._judged(pieces, cut)
-                pieces += [*self._cited(), *self._returned(), finish]
+                if not self.done or self._document is not None:
+                    self._rest(pieces)
+                self._judge(pieces, cut)
         except NotecaseError as failure:
             self._fail(failure)
         if self._failure is not None:
@@ -160,13 +163,13 @@ class ChatReply:
         before, size = len(pieces), len(chunk)
         if self._in_text and _MANY_BYTES <= size <= MAX_TEXT_BYTES:
             chunk = self._take_tokens(chunk, pieces)
-        for event in self._events.feed(chunk):
-            if self._in_text and self._take_token(event, pieces):
+        for data, name in self._events.feed(chunk):
+            if self._in_text and not name and self._take_token(data, pieces):
                 continue
-            if event.data.startswith(b"[DONE]"):
+            if data.startswith(b"[DONE]"):
                 self.done = True
                 return
-            self._take(event, pieces)
+            self._take(data, name, pieces)
         if len(pieces) > before or self.heard:
             self._silent = 0
         else:
@@ -204,16 +207,14 @@ class ChatReply:
                 return
             except documents.NotJsonError:
                 rest = documents_of(whole)
-        elif self.done:
-            rest = []
         else:
             rest = self._events.end()
-        for event in rest:
-            if event.data.startswith(b"[DONE]"):
+        for data, name in rest:
+            if data.startswith(b"[DONE]"):
                 self.done = True
                 break
             try:
-                self._take(event, pieces)
+                self._take(data, name, pieces)
             except documents.NotJsonError:
                 break
 
@@ -232,11 +233,11 @@ class ChatReply:
             self._take_text(text, pieces)
         return rest
 
-    def _take_token(self, event: Event, pieces: list[Piece]) -> bool:
+    def _take_token(self, data: bytes, pieces: list[Piece]) -> bool:
         """Takes a chunk that is text alone, as `_take` would. Returns False for any other."""
-        if event.name or len(event.data) > MAX_TEXT_BYTES:
+        if len(data) > MAX_TEXT_BYTES:
             return False
-        token = documents.token(event.data)
+        token = documents.token(data)
         if token is None:
             self._in_text = False
             self._misses += 1
@@ -247,26 +248,27 @@ class ChatReply:
             self._take_text(self._mended(Text, text) if self._halves else text, pieces)
         return True
 
-    def _take(self, event: Event, pieces: list[Piece]) -> None:
-        chunk, ragged = documents.decode(event.data)
+    def _take(self, data: bytes, name: str, pieces: list[Piece]) -> None:
+        chunk, ragged = documents.decode(data)
         self._ragged = self._ragged or ragged
-        named = bool(event.name) and any(word in event.name.lower() for word in ("error", "exception", "fail"))
+        named = bool(name) and any(word in name.lower() for word in ("error", "exception", "fail"))
         if (
             chunk is not None
             and not chunk.choices
             and chunk.usage
             and not named
-            and (counted := documents.counted(event.data)) is not None
+            and (counted := documents.counted(data)) is not None
         ):
             self._counts.take(counted.usage)
-            self._name(counted.model)
+            if counted.model != self._named:
+                self._name(counted.model)
             return
         if chunk is None or not chunk.choices or chunk.error or named:
-            self._take_plain(self._plain(event.data, named), named, pieces)
+            self._take_plain(self._plain(data, named), named, pieces)
             return
         for choice in chunk.choices:
             if choice.error:
-                self._take_plain(documents.plain(event.data), False, pieces)
+                self._take_plain(documents.plain(data), False, pieces)
                 return
         if chunk.usage:
             self._counts.take(chunk.usage)
@@ -274,7 +276,7 @@ class ChatReply:
             self._counts.take_all({"x_groq": chunk.x_groq})
         before = len(pieces)
         self._take_chunk(chunk, pieces)
-        if len(event.data) > MAX_TEXT_BYTES:
+        if len(data) > MAX_TEXT_BYTES:
             self._bound_text(pieces, before)
 
     def _plain(self, data: bytes, named: bool) -> Any:
@@ -306,9 +308,10 @@ class ChatReply:
                 raise too_large(MAX_TEXT_BYTES)
 
     def _take_chunk(self, chunk: Chunk, pieces: list[Piece]) -> None:
-        self._name(chunk.model)
+        if chunk.model != self._named:
+            self._name(chunk.model)
         if chunk.citations or chunk.search_results:
-            self._citations.listed(chunk.citations, chunk.search_results)
+            self._extras().citations.listed(chunk.citations, chunk.search_results)
         for choice in chunk.choices or ():
             # With `n` above 1 the further choices are other replies, and there is one.
             if choice.index:
@@ -323,7 +326,7 @@ class ChatReply:
                 self._reason = choice.finish_reason
 
     def _name(self, model: Any) -> None:
-        if model and model != self._named and isinstance(model, str):
+        if model and isinstance(model, str):
             self._named = model
             self._model = self._redactor.name(model) or self._model
 
@@ -335,10 +338,11 @@ class ChatReply:
         if choice.delta is not None and (choice.delta.content or choice.delta.tool_calls):
             return
         message.content = _words(message)
+        extras = self._extras()
         if isinstance(message.audio, dict):
-            repeated = self._audio and not incremental
+            repeated = extras.audio and not incremental
             message.audio = None if repeated else message.audio | {"transcript": None}
-        if self._so_far or self._calls:
+        if self._so_far or extras.calls:
             said, content = "".join(self._so_far), message.content or ""
             if content.startswith(said):
                 message.content = content[len(said) :]
@@ -347,17 +351,18 @@ class ChatReply:
             if not incremental or content.startswith(said):
                 message.reasoning_content = message.reasoning = message.refusal = None
                 message.reasoning_details = None
-            if self._calls:
+            if extras.calls:
                 message.tool_calls = message.function_call = None
         self._take_said(message, pieces)
 
     def _take_said(self, said: Said, pieces: list[Piece]) -> None:
         if said == Said(content=said.content):
-            self._in_text = self._misses < _MOST_MISSES
-            if text := self._mended(Text, said.content):
+            if said.content and (text := self._mended(Text, said.content)):
+                self._in_text = self._misses < _MOST_MISSES
                 self._take_text(text, pieces)
             return  # a token of text and nothing else, as nearly every piece is
-        self._data.message(said)
+        extras = self._extras()
+        extras.data.message(said)
         # Some servers send two fields with the same text.
         thought = said.reasoning_content or said.reasoning
         if not thought:
@@ -376,10 +381,10 @@ class ChatReply:
             self._spoken = True
         if said.images or said.image:
             self._take_images(said, pieces)
-        if isinstance(said.audio, dict) and self._audio.take(said.audio):
+        if isinstance(said.audio, dict) and extras.audio.take(said.audio):
             self.heard = True
         if said.annotations:
-            self._citations.annotated(said.annotations)
+            extras.citations.annotated(said.annotations)
         for piece in said.tool_calls or ():
             self._take_call(piece, pieces)
         if isinstance(said.function_call, dict):
@@ -389,12 +394,16 @@ class ChatReply:
         self._so_far.append(text)
         if self._think is None or self._think.begun:
             pieces.append(Text(text))
-            return
-        for piece in self._think.feed(text):
-            pieces.append(piece)
-            self._spoken = self._spoken or (isinstance(piece, Text) and bool(piece.text.strip()))
+        else:
+            pieces += self._think.feed(text)
+
+    def _extras(self) -> _Extras:
+        if self._found is None:
+            self._found = _Extras(self._audio_format)
+        return self._found
 
     def _take_images(self, said: Said, pieces: list[Piece]) -> None:
+        extras = self._extras()
         for entry in media.entries(said.images, said.image):
             found = media.find(entry)
             if isinstance(found, Link) and not self._redactor.link(found.uri):
@@ -402,9 +411,9 @@ class ChatReply:
             if isinstance(found, Encoded):
                 found = self._typed(found)
             if found is None:
-                self._unread = True
-            elif (digest := hash(found)) not in self._images:
-                self._images.add(digest)
+                extras.unread = True
+            elif (digest := hash(found)) not in extras.images:
+                extras.images.add(digest)
                 pieces.append(found)
                 self._spoken = True
 
@@ -412,43 +421,47 @@ class ChatReply:
         """Content with a media type that can be told."""
         return found._replace(media_type=self._redactor.name(found.media_type))
 
-    def _cited(self) -> list[Cited]:
-        found = self._citations.all(self._redactor, self._think.skipped if self._think else 0)
+    def _cited(self, citations: Citations) -> list[Cited]:
+        found = citations.all(self._redactor, self._think.skipped if self._think else 0)
         return [Cited(found)] if found else []
 
-    def _returned(self) -> list[Returned]:
+    def _returned(self, data: ProviderData) -> list[Returned]:
         """What goes back, without what holds the key, since callers can read it."""
         return [
             returned
-            for returned in self._data.all()
+            for returned in data.all()
             if not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
         ]
 
     def _take_call(self, piece: CallPiece, pieces: list[Piece]) -> None:
         if piece.function is None and (piece.name or piece.arguments):
             piece = documents.flat(piece)
-        call = self._calls.take(piece)
-        self._data.call(call.key, piece)
+        extras = self._extras()
+        call = extras.calls.take(piece)
+        extras.data.call(call.key, piece)
         pieces.append(Call(call.key, mended(call.tool), self._mended(call.key, call.arguments)))
 
-    def _judged(self, pieces: list[Piece], cut: NotecaseError | None) -> Finish:
-        """Adds what was held back, and makes the end of the reply. Raises what is no reply."""
+    def _judge(self, pieces: list[Piece], cut: NotecaseError | None) -> None:
+        """Adds what was held back, and the end of the reply. Raises what is no reply."""
         if self._think is not None:
-            for text in self._think.end():
-                pieces.append(text)
-                self._spoken = self._spoken or (isinstance(text, Text) and bool(text.text.strip()))
+            pieces += self._think.end()
             self._spoken = self._spoken or self._think.begun
         else:
-            self._spoken = self._spoken or any(text.strip() for text in self._so_far)
-        pieces.extend(Call(call.key, "", self._mended(call.key, call.arguments)) for call in self._calls.end())
-        pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
-        if (clip := self._audio.made()) is not None:
+            self._spoken = self._spoken or any(map(str.strip, self._so_far))
+        extras = self._found
+        if extras is not None:
+            pieces += [Call(call.key, "", self._mended(call.key, call.arguments)) for call in extras.calls.end()]
+        for key in self._halves:
+            pieces.append(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd"))
+        if extras is not None and (clip := extras.audio.made()) is not None:
             pieces.append(self._typed(clip))
             self._spoken = True
-        called = bool(self._calls)
+        called = extras is not None and bool(extras.calls)
         end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)
-        word = self._redactor.reason(mended(self._reason)) or _WORDS.get(end, "stop")
-        if not (self._reason or self.done or self._audio.whole):
+        word = _WORDS.get(end, "stop")
+        if self._reason != word:
+            word = self._redactor.reason(mended(self._reason)) or word
+        if not (self._reason or self.done or (extras is not None and extras.audio.whole)):
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was complete.")
         if end is End.FAILED:
             raise errors.model_unavailable(
@@ -463,7 +476,9 @@ class ChatReply:
             raise failed
         if not called and not self._spoken:
             self._judge_empty(end, word)
-        return Finish(word, self._counts.usage(self._model), is_cut(self._reason))
+        if extras is not None:
+            pieces += [*self._cited(extras.citations), *self._returned(extras.data)]
+        pieces.append(Finish(word, self._counts.usage(self._model), is_cut(end)))
 
     def _judge_empty(self, end: End, word: str) -> None:
         """Raises what an empty reply means, unless the model had been given what it asked for and says that it is
@@ -482,7 +497,7 @@ class ChatReply:
                 )
             case End.FILTERED:
                 raise errors.model_error(f"The model provider withheld the reply {told}.", finish_reason=word)
-        if self._unread:
+        if self._found is not None and self._found.unread:
             raise errors.content_unsupported("The model answered only with an image that cannot be read.")
         if not (self._behind_calls and end is End.WHOLE and self._reason):
             raise errors.model_unavailable(

@@ -14,7 +14,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import httpx2
 import openai
@@ -30,19 +30,23 @@ from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply, Piece
 from notecase_server.models.contract import Delta, Media, ModelRequest, Returned, Text
 from notecase_server.models.endpoint import endpoint_of
-from notecase_server.models.pieces import encoded
-from notecase_server.models.profiles import ROWS, Profiles, Row
+from notecase_server.models.pieces import Pieces, encoded
+from notecase_server.models.profiles import ROWS, Profile, Profiles, Row
 from notecase_server.models.request import body, is_large, loaded, returns_data
 from notecase_server.models.wire import BROKEN, Answer, Wire
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
-
-Json = dict[str, Any]
-
 _MAX_REFUSAL_BYTES = 64 << 10
 """What is read of a refusal, unpacked: a sentence and its frame."""
+
+
+class _Sent(NamedTuple):
+    """A request as it goes out, and what of it counts for its reply."""
+
+    model: str
+    audio_format: str
+    body: Pieces
 
 
 class OpenAIProvider:
@@ -119,28 +123,27 @@ class OpenAIProvider:
         Once the reply is whole it ends, or is closed, within wire.DRAIN_SECONDS: its connection may be used again."""
         model = request.model or self._default_model
         profile = self._profiles.of(model)
-        given, request = request, await loaded(request, profile)
-        shape = partial(body, request, model, profile, self._tag)
-        large = request is not given or is_large(request)
-        sent = await _made(shape, large)
-        plainer: Callable[[], Json] | None = None
-        if returns_data(request, model, self._tag):
-            plainer = partial(body, request, model, profile, "", with_data=False)
-        model = str(sent["model"])
-        reply = ChatReply(
-            model,
-            self._redactor,
-            behind_calls=_is_behind_calls(request.messages),
-            think_tags=self._profiles.of(model).think_tags,
-            audio_format=_audio_format(sent),
-        )
+        large, behind_calls = is_large(request), False
+        plainer: Callable[[], _Sent] | None = None
+        if not request.only_text:
+            given, request = request, await loaded(request, profile)
+            large = large or request is not given
+            behind_calls = _is_behind_calls(request.messages)
+            if returns_data(request, model, self._tag):
+                plainer = partial(_written, request, model, profile, "", with_data=False)
+        write = partial(_written, request, model, profile, self._tag)
+        sent = await asyncio.to_thread(write) if large else write()
+        think_tags = self._profiles.of(sent.model).think_tags
+        reply = ChatReply(sent.model, self._redactor, behind_calls, think_tags, sent.audio_format)
         made = itertools.count(1)
         cut: NotecaseError | None = None
-        answer = await self._answer(sent, large, plainer)
-        clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
+        answer: Answer | None = None
+        clock: _Clock | None = None
         try:
             try:
                 async with Limit() as limit:
+                    answer = await self._answer(sent, plainer, large, limit)
+                    clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:
                         limit.due = clock.due
                         chunk = await answer.read()
@@ -148,22 +151,23 @@ class OpenAIProvider:
                         if not chunk:
                             break
                         pieces = reply.feed(chunk)
-                        clock.heard(reply.heard)
-                        for piece in _joined(pieces):
+                        if reply.heard:
+                            clock.heard()
+                        for piece in pieces if len(pieces) < 2 else _joined(pieces):
                             yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
-                        if not reply.done and (used := reply.used()) is not None:
-                            yield used
             except BROKEN as error:
                 cut = self._broken(error, "The connection to the model provider broke during the reply.")
             except TimeoutError:
+                if clock is None:
+                    raise _silent(self._first_timeout, again=False) from None
                 cut = clock.complaint
             for piece in reply.end(cut):
-                if isinstance(piece, Encoded):
-                    yield await _decoded(piece, next(made))
-                else:
-                    yield _tagged(piece, self._tag, model)
+                if isinstance(piece, Returned):
+                    piece.data.provider, piece.data.model = self._tag, sent.model
+                yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
         finally:
-            await answer.leave(whole=reply.done)
+            if answer is not None:
+                await answer.leave(whole=reply.done)
 
     async def close(self) -> None:
         """See Provider.close. A reply under way fails as MODEL_UNAVAILABLE, and so does one asked for later."""
@@ -178,24 +182,23 @@ class OpenAIProvider:
                 made[name.lower()] = name, value  # an operator may have written a name in another case
         return dict(made.values())
 
-    async def _answer(self, sent: Json, large: bool, plainer: Callable[[], Json] | None) -> Answer:
+    async def _answer(self, sent: _Sent, plainer: Callable[[], _Sent] | None, large: bool, limit: Limit) -> Answer:
         """Returns the provider's answer, its body unread. Where the provider refuses the request, `plainer` makes the
-        one that is tried once instead. A `large` request is written in a thread. Raises what a refusal or a failure to
-        reach it comes to."""
-        model = str(sent["model"])
+        one that is tried once instead, in a thread if it is `large`. Raises what a refusal or a failure to reach it
+        comes to; `limit` ends it where the provider is silent."""
+        model = sent.model
         try:
-            answer = await self._sent(sent, large)
+            answer = await self._wire.post(sent.body, limit)
             if plainer is not None and answer.status in {400, 422}:
                 told = await self._words(answer)
                 if too_long.is_too_long(told.codes, told.words):
                     raise provider_errors.failure(answer.status, told, model, self._redactor)
                 log.info("provider_data_refused", status=answer.status)
-                answer = await self._sent(await _made(plainer, large), large)
+                sent = await asyncio.to_thread(plainer) if large else plainer()
+                answer = await self._wire.post(sent.body, limit)
         except BROKEN as error:
             raise self._broken(error, "The model provider cannot be reached.") from error
-        except TimeoutError:
-            raise _silent(self._first_timeout, again=False) from None
-        if answer.is_success:
+        if 200 <= answer.status < 300:
             return answer
         told = await self._words(answer)
         wait = provider_errors.retry_after(answer.headers, self._clock)
@@ -203,9 +206,6 @@ class OpenAIProvider:
         if answer.headers.get("x-should-retry") == "false":
             refused.repeats = 0
         raise refused
-
-    async def _sent(self, body: Json, large: bool) -> Answer:
-        return await self._wire.post(await _made(partial(encoded, body), large))
 
     async def _words(self, answer: Answer) -> provider_errors.Told:
         """What a refusal says, of as much of its body as a refusal takes. The answer is closed with it."""
@@ -240,12 +240,11 @@ class _Clock:
         self.due = min(now + first, self._end)
         """The loop's time at which it has been too long."""
 
-    def heard(self, piece: bool) -> None:
-        """Bytes have come, with a piece of the reply in them or not."""
-        if piece:
-            self._begun = True
-            self._limit = self._idle
-            self.due = min(self._now() + self._idle, self._end)
+    def heard(self) -> None:
+        """A piece of the reply has come."""
+        self._begun = True
+        self._limit = self._idle
+        self.due = min(self._now() + self._idle, self._end)
 
     @property
     def complaint(self) -> NotecaseError:
@@ -261,9 +260,10 @@ def _silent(seconds: float, *, again: bool) -> NotecaseError:
     return failure
 
 
-async def _made(make: Callable[[], T], large: bool) -> T:
-    """What is large is made in a thread."""
-    return await asyncio.to_thread(make) if large else make()
+def _written(request: ModelRequest, model: str, profile: Profile, tag: str, *, with_data: bool = True) -> _Sent:
+    made = body(request, model, profile, tag, with_data=with_data)
+    audio_format = _audio_format(made["audio"]) if "audio" in made else ""
+    return _Sent(str(made["model"]), audio_format, encoded(made))
 
 
 def _is_behind_calls(messages: Sequence[v1.Message]) -> bool:
@@ -295,14 +295,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
     return made
 
 
-def _audio_format(sent: Json) -> str:
+def _audio_format(audio: Any) -> str:
     """The format that `generation.extra` asks for."""
-    audio = sent.get("audio")
     asked = audio.get("format") if isinstance(audio, dict) else None
     return asked if isinstance(asked, str) else ""
-
-
-def _tagged(piece: Delta, provider: str, model: str) -> Delta:
-    if isinstance(piece, Returned):
-        piece.data.provider, piece.data.model = provider, model
-    return piece

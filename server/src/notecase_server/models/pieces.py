@@ -39,11 +39,8 @@ class Pieces:
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self._pieces = pieces
         self.size = sum(map(len, pieces))
-
-    @property
-    def whole(self) -> bytes:
+        self.whole = pieces[0] if len(pieces) == 1 and self.size <= PIECE_BYTES else b""
         """All of it where it is one short piece; otherwise nothing."""
-        return self._pieces[0] if len(self._pieces) == 1 and self.size <= PIECE_BYTES else b""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._pieces:

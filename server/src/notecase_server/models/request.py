@@ -9,7 +9,6 @@ import mimetypes
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -41,8 +40,6 @@ GO_ON = "Continue."
 BRIDGE = "I have the result."
 """What an assistant says between a tool's message and a user's, for servers that take no user there."""
 
-
-_SPEAKERS = {v1.Message.ROLE_USER: "user", v1.Message.ROLE_ASSISTANT: "assistant"}
 
 _TOOL_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 
@@ -88,7 +85,7 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     Raises CONTENT_UNSUPPORTED for content that Chat Completions has no place for, MODEL_ERROR when there is no model to
     ask or `extra` is no JSON object."""
     generation = request.generation
-    asked, format_ = _output(request, profile)
+    asked, format_ = _output(request, profile) if request.output_schema else ("", None)
     origin = (provider, model) if with_data else ("", "")
     made: Json = {
         "model": model,
@@ -139,8 +136,10 @@ def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
 
 def is_large(request: ModelRequest) -> bool:
     """Whether it takes long to write, its content apart."""
-    declared = sum(len(tool.description) + len(tool.parameters) for tool in request.tools)
-    return declared + len(request.output_schema) > LARGE_BYTES or len(request.messages) > MANY_MESSAGES
+    declared = len(request.output_schema)
+    for tool in request.tools:
+        declared += len(tool.description) + len(tool.parameters)
+    return declared > LARGE_BYTES or len(request.messages) > MANY_MESSAGES
 
 
 async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
@@ -262,7 +261,7 @@ def _calls_of_turn(messages: Sequence[v1.Message]) -> Iterator[v1.ToolCall]:
 
 def _output(request: ModelRequest, profile: Profile) -> tuple[str, Json | None]:
     """What the system message says of the reply's schema, and the `response_format`."""
-    if not request.output_schema or request.plain:
+    if request.plain:
         return "", None
     words = f"Reply only with JSON that matches this JSON Schema:\n{request.output_schema}"
     if request.tools and profile.output_with_tools == "words":
@@ -333,7 +332,6 @@ class _Conversation:
         self._origin = origin
         self._joined = profile.neighbours == "joined"
         self._unsigned = profile.unsigned_reply
-        self._plain = {"role", "content", *self._unsigned}
         self._made: list[Json] = []
         self._system: list[str] = []
         self._taken: set[str] = set()
@@ -342,14 +340,11 @@ class _Conversation:
     def told(self, first: Iterable[str], messages: Sequence[v1.Message], *, only_text: bool = False) -> list[Json]:
         """The conversation as Chat Completions has it. A message that holds nothing is left out, since providers refuse
         it. `only_text` as in ModelRequest."""
-        for text in filter(None, first):
-            self._say_system(text)
-        said = [
-            {"role": _SPEAKERS[message.role], "content": message.parts[0].text} for message in messages if only_text
-        ]
-        in_line = pairwise([*self._made[-1:], *said]) if self._joined else ()
-        if only_text and not self._unsigned and all(one["role"] != other["role"] for one, other in in_line):
-            self._made += said
+        for text in first:
+            if text:
+                self._say_system(text)
+        if only_text:
+            self._say_texts(messages)
         else:
             self._say(messages)
         made = self._made
@@ -360,6 +355,19 @@ class _Conversation:
         if self._system:
             made.insert(0, {"role": self._profile.system_role, "content": "\n\n".join(self._system)})
         return made
+
+    def _say_texts(self, messages: Sequence[v1.Message]) -> None:
+        """As `_say`, of messages that are one text each."""
+        made, before = self._made, None
+        for message in messages:
+            role, text = message.role, message.parts[0].text
+            if role == before and self._joined:
+                made[-1]["content"] += f"\n\n{text}"
+            elif role == v1.Message.ROLE_ASSISTANT:
+                made.append({**self._unsigned, "role": "assistant", "content": text})
+            else:
+                made.append({"role": "user", "content": text})
+            before = role
 
     def _say(self, messages: Sequence[v1.Message]) -> None:
         turn = self._turn(messages)
@@ -413,7 +421,7 @@ class _Conversation:
         if self._unsigned:
             message = self._unsigned | message
         last = self._made[-1] if self._made else {}
-        if self._joined and last.get("role") == "assistant" and last.keys() <= self._plain:
+        if self._joined and last.get("role") == "assistant" and last.keys() <= {"role", "content", *self._unsigned}:
             # Without calls: behind those stands a tool's message.
             texts = filter(None, (last["content"], message.get("content")))
             self._made[-1] = message | {"content": "\n\n".join(texts)}

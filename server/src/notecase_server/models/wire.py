@@ -7,6 +7,7 @@ what they mean to the openai SDK.
 
 import asyncio
 import contextlib
+import math
 import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import httpx2
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
+from notecase_server.limit import Limit
 from notecase_server.models.pieces import Pieces
 
 BROKEN = (aiohttp.ClientError,)
@@ -63,21 +65,20 @@ class Wire:
         self._closed = False
         self._open: set[Answer] = set()
 
-    async def post(self, body: Pieces) -> "Answer":
+    async def post(self, body: Pieces, limit: Limit) -> "Answer":
         """Sends a request, once more to each address that it is redirected to, and returns the answer, which the caller
-        leaves. Raises one of BROKEN; TimeoutError when the head of the answer takes too long; MODEL_ERROR for an
+        leaves. `limit` ends it when the head of an answer takes too long. Raises one of BROKEN; MODEL_ERROR for an
         address of another origin, where neither the conversation nor the key goes, and for a circle; MODEL_UNAVAILABLE
         once this is closed."""
+        now = asyncio.get_running_loop().time
         length = None if body.whole else {"Content-Length": f"{body.size}"}
         sent_to = [self._url]
         while True:
-            session = self._opened()
-            async with asyncio.timeout(self._head_timeout):
-                response = await session.post(
-                    sent_to[-1], data=body.whole or body, headers=length, allow_redirects=False
-                )
-            target = response.headers.get("Location")
-            if response.status not in _REDIRECTS or not target:
+            session = self._session or self._opened()
+            limit.due = now() + self._head_timeout
+            response = await session.post(sent_to[-1], data=body.whole or body, headers=length, allow_redirects=False)
+            limit.due = math.inf
+            if response.status not in _REDIRECTS or not (target := response.headers.get("Location")):
                 return Answer(response, self._open)
             response.close()
             sent_to.append(_followed(sent_to, target, response.status))
@@ -88,38 +89,37 @@ class Wire:
         # Closing the session alone would leave the readers of its connections waiting for ever.
         for answer in tuple(self._open):
             answer.close()
-        if self._session is not None:
-            await self._session.close()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._closed:
             raise errors.model_unavailable("The connections to the model provider are closed.")
-        if self._session is None:
-            connector = aiohttp.TCPConnector(
-                limit=self._limits.max_connections or 0,
-                keepalive_timeout=self._limits.keepalive_expiry,
-                ssl=self._certificates,
-            )
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                headers=self._headers(),
-                timeout=self._timeout,
-                proxy=self._proxy,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                read_bufsize=_FAIR_BYTES,
-            )
+        connector = aiohttp.TCPConnector(
+            limit=self._limits.max_connections or 0,
+            keepalive_timeout=self._limits.keepalive_expiry,
+            ssl=self._certificates,
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            headers=self._headers(),
+            timeout=self._timeout,
+            proxy=self._proxy,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=_FAIR_BYTES,
+        )
         return self._session
 
 
 class Answer:
     """One answer to a request, its body unread. Packed bodies are unpacked as they are read."""
 
-    __slots__ = ("_content", "_open", "_response", "_since", "headers", "status")
+    __slots__ = ("_content", "_open", "_response", "_since", "status")
 
     def __init__(self, response: aiohttp.ClientResponse, open_answers: "set[Answer]") -> None:
         """Is one of `open_answers` until it is closed."""
         self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
         self._response = response
         self._content = response.content
         self._since = 0
@@ -128,8 +128,8 @@ class Answer:
         open_answers.add(self)
 
     @property
-    def is_success(self) -> bool:
-        return 200 <= self.status < 300
+    def headers(self) -> Mapping[str, str]:
+        return self._response.headers
 
     async def read(self) -> bytes:
         """Returns what has come of the body, at most _FAIR_BYTES, or waits for more; empty at its end. Other tasks have
@@ -157,7 +157,8 @@ class Answer:
     def close(self) -> None:
         """Drops the connection, unless the body was read to its end. A reader fails with one of BROKEN. Idempotent."""
         self._open.discard(self)
-        self._response.close()
+        if self._response.connection is not None:
+            self._response.close()
 
 
 def _followed(sent_to: list[str], target: str, status: int) -> str:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from google.protobuf.message import DecodeError
+from grpc.aio import EOF
 
 from notecase_server import errors
 from notecase_server.errors import Violation
@@ -72,17 +73,21 @@ class Decoder:
 class Decoded:
     """Gives the messages of a stream as they come. A generator would also be registered with the loop, and closed."""
 
-    __slots__ = ("_decode", "_frames")
+    __slots__ = ("_decode", "_read")
 
-    def __init__(self, decode: Decoder, frames: AsyncIterator[bytes]) -> None:
+    def __init__(self, decode: Decoder, context: Any) -> None:
+        """`context` is grpc's of the call, without a deserializer."""
         self._decode = decode
-        self._frames = frames
+        self._read = context.read
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:
-        return await self._decode(await anext(aiter(self._frames)))
+        frame = await self._read()
+        if frame is EOF:
+            raise StopAsyncIteration
+        return await self._decode(frame)
 
 
 async def drain(frames: AsyncIterator[bytes]) -> None:

@@ -6,12 +6,12 @@ call counts until grpc is done with it: its status was taken, or its connection 
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from inspect import isasyncgen
 from typing import Any
 
 from notecase_server import errors
-from notecase_server.limit import Limit
 from notecase_server.rpc.peers import Peers
 
 READ_AHEAD = 64 << 10
@@ -43,6 +43,7 @@ class Gate:
         `peers` calls come from anywhere."""
         self._peers = peers or Peers()
         self._max_calls = max_calls
+        self._most = max(max_calls // CALLS_SHARE, 1)
         self._max_unread = max_unread
         self._connections: dict[str, _Connection] = {}
         self.calls = 0
@@ -58,14 +59,13 @@ class Gate:
         connection = self._connections.get(peer)
         if connection is None and not self._peers.serves(peer):
             raise errors.unserved_peer()
-        most = max(self._max_calls // CALLS_SHARE, 1)
         if probe:
             if connection is not None and connection.probes >= PROBES:
                 raise errors.too_many("probe", PROBES, " on one connection")
         elif self.calls >= self._max_calls:
             raise errors.too_many("call", self._max_calls)
-        elif connection is not None and connection.calls >= most:
-            raise errors.too_many("call", most, " on one connection")
+        elif connection is not None and connection.calls >= self._most:
+            raise errors.too_many("call", self._most, " on one connection")
         if connection is not None and connection.unread > self._share():
             raise errors.unread_answers()
         if connection is None:
@@ -79,10 +79,6 @@ class Gate:
         """What one connection may leave unread. A connection that reads is far below it, even when the server's bound
         is reached."""
         return max(self._max_unread // UNREAD_SHARE, READ_AHEAD) if self.unread < self._max_unread else READ_AHEAD
-
-    def _take(self, connection: _Connection, size: int) -> None:
-        connection.unread += size
-        self.unread += size
 
     def _count(self, connection: _Connection, more: int, probe: bool) -> None:
         if probe:
@@ -100,9 +96,11 @@ class Gate:
 class Call:
     """One open call, and what of it waits for its reader."""
 
-    __slots__ = ("_connection", "_gate", "_peer", "_probe", "_unread")
+    __slots__ = ("_connection", "_gate", "_peer", "_probe", "_unread", "due")
 
     def __init__(self, gate: Gate, peer: str, connection: _Connection, probe: bool) -> None:
+        self.due = math.inf
+        """The loop's time at which a frame has waited for its reader for too long; infinite while none waits."""
         self._gate = gate
         self._peer = peer
         self._probe = probe
@@ -117,12 +115,14 @@ class Call:
     def waits(self, size: int) -> None:
         """A frame is handed to grpc."""
         self._unread += size
-        self._gate._take(self._connection, size)
+        self._connection.unread += size
+        self._gate.unread += size
 
     def read(self, size: int) -> None:
         """Its connection has taken a frame."""
         self._unread -= size
-        self._gate._take(self._connection, -size)
+        self._connection.unread -= size
+        self._gate.unread -= size
 
     def left(self, _context: Any) -> None:
         """Grpc is done with the call, and with what waited."""
@@ -130,29 +130,39 @@ class Call:
         self._gate._leave(self._peer, self._connection, self._probe)
 
 
-async def deliver(
-    responses: AsyncGenerator[Any, None], serializer: Callable[[Any], bytes], context: Any, stall: float, call: Call
-) -> None:
-    """Sends responses as they come. Raises NotecaseError WATCHER_TOO_SLOW when one waits `stall` seconds for room, or
-    would wait where too much waits on its connection already.
+class Outlet:
+    """What the handler of a stream writes its responses to, as to grpc's context."""
 
-    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too
-    slow."""
-    time = asyncio.get_running_loop().time
-    limit = Limit()
-    try:
-        async with aclosing(responses), limit:
+    __slots__ = ("_call", "_serializer", "_stall", "_time", "_write")
+
+    def __init__(self, call: Call, serializer: Callable[[Any], bytes], context: Any, stall: float) -> None:
+        self._call = call
+        self._serializer = serializer
+        self._write = context.write
+        self._stall = stall
+        self._time = asyncio.get_running_loop().time
+
+    async def write(self, response: Any) -> None:
+        """Sends a response, and returns once there is room for it; `Call.due` says how long that may take. Raises
+        NotecaseError WATCHER_TOO_SLOW when it would wait where too much waits on its connection already.
+
+        Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too
+        slow."""
+        frame, call = self._serializer(response), self._call
+        size = len(frame)
+        if not call.has_room(size):
+            raise errors.unread_stream()
+        call.waits(size)
+        call.due = self._time() + self._stall
+        await self._write(frame)
+        call.due = math.inf
+        call.read(size)
+
+    def sent(self, answers: Any) -> Awaitable[None]:
+        """Sends what a handler yields. One that yields nothing writes by itself."""
+        return self._deliver(answers) if isasyncgen(answers) else answers  # type: ignore[no-any-return]
+
+    async def _deliver(self, responses: AsyncGenerator[Any, None]) -> None:
+        async with aclosing(responses):
             async for response in responses:
-                frame = serializer(response)
-                size = len(frame)
-                if not call.has_room(size):
-                    raise errors.unread_stream()
-                call.waits(size)
-                limit.due = time() + stall
-                await context.write(frame)
-                limit.due = math.inf
-                call.read(size)
-    except TimeoutError:
-        if not limit.passed:
-            raise
-        raise errors.watcher_too_slow(stall) from None
+                await self.write(response)

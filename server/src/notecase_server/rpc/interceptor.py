@@ -7,8 +7,6 @@ everything that is raised there leaves as one of the catalog's errors.
 """
 
 import asyncio
-import functools
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -25,10 +23,9 @@ from notecase_server.auth.principal import Principal
 from notecase_server.auth.principals import Principals
 from notecase_server.auth.tenants import Tenants
 from notecase_server.errors import NotecaseError
-from notecase_server.limit import Limit
 from notecase_server.rpc.caller import NOBODY, Caller, caller
 from notecase_server.rpc.frames import Decoded, Decoder, drain
-from notecase_server.rpc.gate import Call, Gate, deliver
+from notecase_server.rpc.gate import Call, Gate, Outlet
 from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
 from notecase_server.supervisor import is_passing
@@ -44,8 +41,8 @@ READS = ("Get", "List")
 JUDGE_SECONDS = 2.0
 """How long a stream may go on after its credential has expired, was revoked or has changed."""
 
-MOST_METHODS = 200
-"""Methods that are remembered: more than there are. A waiting server answers every path that callers make up."""
+LOOK_SECONDS = 1.0
+"""How often streams are looked at whose readers may be too slow, at least."""
 
 JUDGED_AT_ONCE = 100
 """Calls that are judged in one step of the loop, at most."""
@@ -60,22 +57,30 @@ STATUS = {code.value[0]: code for code in grpc.StatusCode}
 class UnderWay:
     """A call from its admission to its end."""
 
-    limit: Limit
-    """Passes when the server ends the call."""
+    task: asyncio.Task[Any]
     call: Call
     context: Any
+    metadata: Any
     lasts: bool
     """It is judged again while it lasts."""
     principal: Principal | None = None
     """None until the call was judged, and of a probe."""
+    ends: bool = False
     why: NotecaseError | None = None
-    """Says why the server ends the call."""
+    """Says why the server ends the call, if it does."""
 
     def end(self, why: NotecaseError) -> None:
-        """Cuts the call; one that is being cut already ends for the first reason."""
-        if self.why is None:
-            self.why = why
-            self.limit.due = asyncio.get_running_loop().time()
+        """Cuts the call, unless it ends already."""
+        if not self.ends:
+            self.ends, self.why = True, why
+            self.task.cancel()
+
+    def ended(self, error: BaseException) -> BaseException:
+        """Returns what the caller is to be told of a call that has ended with an error; nothing cuts it any more."""
+        self.ends = True
+        if self.why is None or (self.task.uncancel() and isinstance(error, asyncio.CancelledError)):
+            return error
+        return self.why
 
 
 class Doorway(grpc.aio.ServerInterceptor):
@@ -92,8 +97,9 @@ class Doorway(grpc.aio.ServerInterceptor):
         principals: Principals | None = None,
         note: Callable[[NotecaseError], None] = lambda error: None,
     ) -> None:
-        """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW. `judge`
-        looks at each request of a caller that is bound to a user; `note` is called with each refusal, and logs it."""
+        """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW, at most
+        LOOK_SECONDS later. `judge` looks at each request of a caller that is bound to a user; `note` is called with
+        each refusal, and logs it."""
         self.note = note
         self._principals = principals
         self.stall = stall
@@ -113,10 +119,7 @@ class Doorway(grpc.aio.ServerInterceptor):
             if handler is None:
                 return None
             shape = SHAPES[handler.request_streaming, handler.response_streaming]
-            endpoint = shape(self, method, handler).handler()
-            if len(self._endpoints) >= MOST_METHODS:
-                return endpoint
-            self._endpoints[method] = endpoint
+            self._endpoints[method] = shape(self, method, handler).handler()
         return self._endpoints[method]
 
     async def close(self, patience: float) -> None:
@@ -135,17 +138,19 @@ class Doorway(grpc.aio.ServerInterceptor):
     def enter(self, method: str, lasts: bool, context: Any) -> UnderWay:
         """Takes a call in and gives the log its context; `leave` ends it. Raises NotecaseError SERVER_DRAINING and
         RATE_LIMITED."""
-        given = next((text for name, text in context.invocation_metadata() or () if name == "x-request-id"), "")
-        request_id = (
-            given if isinstance(given, str) and given.isprintable() and 0 < len(given) <= 128 else self._new_id()
-        )
+        metadata = context.invocation_metadata() or ()
+        request_id: Any = dict(metadata).get("x-request-id", "")
+        if not (isinstance(request_id, str) and 0 < len(request_id) <= 128 and request_id.isprintable()):
+            request_id = self._new_id()
         caller.set(Caller(NOBODY, request_id, method))
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
         if self._closing:
             raise errors.draining()
+        task = asyncio.current_task()
+        assert task is not None
         call = self._gate.enter(context, probe=method.startswith(HEALTH))
-        one = self._under_way[_this_task()] = UnderWay(Limit(), call, context, lasts)
+        one = self._under_way[task] = UnderWay(task, call, context, metadata, lasts)
         return one
 
     async def admit(self, one: UnderWay) -> None:
@@ -168,7 +173,7 @@ class Doorway(grpc.aio.ServerInterceptor):
             caller.set(Caller(principal, who.request_id, who.method, name))
 
     async def _principal(self, one: UnderWay) -> Principal:
-        found = await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context)
+        found = await self._chain.principal(one.metadata, one.context.auth_context)
         if self._tenants is not None:
             await self._tenants.require_open(found)
         return found
@@ -196,15 +201,19 @@ class Doorway(grpc.aio.ServerInterceptor):
             if number % JUDGED_AT_ONCE == 0:
                 await asyncio.sleep(0)
 
-    def leave(self) -> None:
-        """Ends what `enter` began in this task."""
-        self._under_way.pop(_this_task(), None)
+    async def keep_moving(self) -> None:
+        """Ends the streams whose readers are too slow, for ever."""
+        time = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(min(LOOK_SECONDS, self.stall))
+            now = time()
+            for one in self._under_way.values():
+                if one.call.due <= now:
+                    one.end(errors.watcher_too_slow(self.stall))
 
-
-def _this_task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None
-    return task
+    def leave(self, one: UnderWay) -> None:
+        """Ends what `enter` began."""
+        del self._under_way[one.task]
 
 
 class Endpoint(ABC):
@@ -212,6 +221,8 @@ class Endpoint(ABC):
 
     make: ClassVar[Callable[..., Any]]
     """grpc's handler for this shape of call."""
+    drains: ClassVar[bool] = False
+    """What the caller of a call that was refused still sends is read and let go of."""
 
     def __init__(self, door: Doorway, method: str, handler: Any) -> None:
         """`handler` is the one that grpc made for the servicer's method."""
@@ -224,28 +235,28 @@ class Endpoint(ABC):
 
     def handler(self) -> Any:
         """Makes the handler that takes the place of the wrapped one. It decodes by itself."""
-        return type(self).make(self._handle, None, functools.partial(_encode, self._wrapped.response_serializer))
+        return type(self).make(self._handle, None, None)
 
     async def _handle(self, request: Any, context: Any) -> Any:
         one = None
         try:
             one = self._door.enter(self._method, self._lasts, context)
-            async with one.limit:
-                return await self._answer(request, context, one)
+            await self._door.admit(one)
+            return await self._carry_out(request, context, one.call)
         except grpc.aio.AbortError:
             raise
-        except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-            why = one.why if one and one.limit.passed and one.why else error
+        except (Exception, asyncio.CancelledError) as error:  # nothing internal may reach the client
+            why = error if one is None else one.ended(error)
+            if not isinstance(why, Exception):
+                raise
             if isinstance(why, NotecaseError):
                 self._door.note(why)
+                if self.drains and why is error and one is not None:
+                    await drain(request)
             await self._refuse(context, why)
         finally:
-            self._door.leave()
-
-    async def _answer(self, request: Any, context: Any, one: UnderWay) -> Any:
-        """Carries the call out, if its caller may make it."""
-        await self._door.admit(one)
-        return await self._carry_out(request, context, one.call)
+            if one is not None:
+                self._door.leave(one)
 
     @abstractmethod
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[Any]:
@@ -274,14 +285,10 @@ class Single(Endpoint):
 
 
 class Streaming(Endpoint):
-    """Answers with a stream of messages."""
+    """Answers with a stream of messages, which the handler yields, or writes to what it gets as its context."""
 
-    def _respond(self, answers: Any, context: Any, call: Call) -> Awaitable[None]:
-        """Sends what the handler yields. A handler that yields nothing, such as that of health, writes by itself."""
-        if not inspect.isasyncgen(answers):
-            return answers  # type: ignore[no-any-return]
-        responses: Any = answers
-        return deliver(responses, self._wrapped.response_serializer, context, self._door.stall, call)
+    def _outlet(self, context: Any, call: Call) -> Outlet:
+        return Outlet(call, self._wrapped.response_serializer, context, self._door.stall)
 
     async def _refuse(self, context: Any, error: Exception) -> None:
         """Waits at most the doorway's `stall`: the status is sent behind the frames, which nobody may be reading."""
@@ -299,30 +306,26 @@ class UnaryUnary(Single):
 
 class StreamUnary(Single):
     make = grpc.stream_unary_rpc_method_handler
-
-    async def _answer(self, request: Any, context: Any, one: UnderWay) -> Any:
-        try:
-            return await super()._answer(request, context, one)
-        except NotecaseError:
-            await drain(request)
-            raise
+    drains = True
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, request), context), call)
+        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, context), context), call)
 
 
 class UnaryStream(Streaming):
     make = grpc.unary_stream_rpc_method_handler
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> None:
-        await self._respond(self._wrapped.unary_stream(await self._decode(request), context), context, call)
+        outlet, message = self._outlet(context, call), await self._decode(request)
+        await outlet.sent(self._wrapped.unary_stream(message, outlet))
 
 
 class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
 
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
-        return self._respond(self._wrapped.stream_stream(Decoded(self._decode, request), context), context, call)
+        outlet = self._outlet(context, call)
+        return outlet.sent(self._wrapped.stream_stream(Decoded(self._decode, context), outlet))
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
@@ -332,11 +335,6 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
     (True, True): StreamStream,
 }
 """By whether the requests stream, and whether the answers do."""
-
-
-def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:
-    """Serializes an answer, unless it is a replayed one, which is bytes already."""
-    return response if isinstance(response, bytes) else serializer(response)
 
 
 async def abort(context: Any, error: Exception) -> None:

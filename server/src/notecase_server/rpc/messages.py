@@ -48,7 +48,7 @@ class Messages(v1.MessageServiceServicer):
         check(len(request.messages) > 0, "messages", "is empty")
         roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
         check.messages("messages", request.messages, roles)
-        await check.settled()
+        await check.settled(request)
         answer = Answer("messages")
         repeat = await once(request, answer)
         key = await self.desk.session(parent, repeat)

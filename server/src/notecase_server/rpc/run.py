@@ -4,7 +4,7 @@ SendCommand and WatchEvents are the same two halves on their own.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 from notecase import v1
@@ -15,7 +15,7 @@ from notecase_server.engine.admission import Started
 from notecase_server.engine.content import digest_of
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
-from notecase_server.engine.session import Bell, LiveSession
+from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.rpc.caller import caller
@@ -34,26 +34,30 @@ class Results:
     """The results of one stream's commands, in their order, from who carries them out to who sends them. It is made for
     every stream and stays empty for most, so it holds as little as it can."""
 
-    __slots__ = ("_taken", "_waiting")
+    __slots__ = ("_room", "waiting")
 
     def __init__(self) -> None:
-        self._waiting: list[v1.CommandResult] = []
-        self._taken = Bell()
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+        self.waiting: list[v1.CommandResult] = []
+        self._room: asyncio.Future[None] | None = None
+        """Done once one was taken, where the next has no room."""
 
     async def put(self, result: v1.CommandResult) -> None:
-        """Adds a result, once fewer than MAX_RESULTS wait."""
-        while len(self._waiting) >= MAX_RESULTS:
-            await self._taken.wait()
-        self._waiting.append(result)
+        """Adds a result, once fewer than MAX_RESULTS wait. One task at a time."""
+        while len(self.waiting) >= MAX_RESULTS:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+        self.waiting.append(result)
 
     def take(self) -> v1.CommandResult:
         """Returns the first one. Raises IndexError when there is none."""
-        result = self._waiting.pop(0)
-        self._taken.ring()
+        result = self.waiting.pop(0)
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
         return result
+
+
+Write = Callable[[v1.RunResponse], Awaitable[None]]
+"""Sends a frame, and returns once there is room for it."""
 
 
 class Drain:
@@ -86,9 +90,9 @@ class Streams:
         self._supervisor = supervisor
         self._pace = pace
 
-    def run(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> AsyncGenerator[v1.RunResponse, None]:
+    def run(self, tenant: str, requests: AsyncIterator[v1.RunRequest], write: Write) -> Awaitable[None]:
         """The Run RPC. Raises NotecaseError for a bad first frame, and as `watch` does."""
-        return self._frames(self._begun(tenant, requests), requests)
+        return self._follow(self._begun(tenant, requests), write, requests)
 
     async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> "Place":
         """Carries out the first frame of a Run stream."""
@@ -103,17 +107,17 @@ class Streams:
         check = Check()
         check.token_id("command_id", first.command_id)
         check.start("start", first.start)
-        await check.settled()
-        start, caused = claimed(first.start), await _caused(first)
-        started = await self._runs.admission.start(tenant, start, caused, caller.get().user)
+        await check.settled(first)
+        user = caller.get().user
+        started = await self._runs.admission.start(tenant, claimed(first.start, user), await _caused(first), user)
         return await self._started(started, first.start.options)
 
     def watch(
-        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, if_session_uid: str
-    ) -> AsyncGenerator[v1.RunResponse, None]:
+        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, if_session_uid: str, write: Write
+    ) -> Awaitable[None]:
         """The WatchEvents RPC. Raises NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, SEQUENCE_AHEAD, and
         SERVER_DRAINING when the server stops."""
-        return self._frames(self.attach(tenant, name, after, options, if_session_uid))
+        return self._follow(self.attach(tenant, name, after, options, if_session_uid), write)
 
     async def attach(
         self,
@@ -171,42 +175,42 @@ class Streams:
         cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
         return Place(live, attached, cursor, followed)
 
-    async def _frames(
-        self, attaching: Awaitable["Place"], requests: AsyncIterator[v1.RunRequest] | None = None
-    ) -> AsyncGenerator[v1.RunResponse, None]:
-        """Yields the frames of a stream; the commands in `requests` are carried out meanwhile."""
+    async def _follow(
+        self, attaching: Awaitable["Place"], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
+    ) -> None:
+        """Writes the frames of a stream; the commands in `requests` are carried out meanwhile."""
         place, results, reader = await attaching, Results(), None
         if requests is not None:
             reader = self._supervisor.start(self.read(place, requests, results), "commands")
-        cursor, bound = place.cursor, caller.get().user != ""
+        cursor, bound = place.cursor, caller.get().principal.user != ""
         told = False
 
         def woken() -> bool:
             leaving = self.drain.closing or (self.drain.grace is not None and not told)
-            return bool(results) or leaving or _broken(reader) is not None
+            return bool(results.waiting) or leaving or _broken(reader) is not None
 
         place.live.join()
         try:
-            yield v1.RunResponse(attached=place.attached)
+            await write(v1.RunResponse(attached=place.attached))
             while True:
-                while results:
-                    yield v1.RunResponse(result=results.take())
+                while results.waiting:
+                    await write(v1.RunResponse(result=results.take()))
                 if (broken := _broken(reader)) is not None:
                     raise broken
                 if self.drain.grace is not None and not told:
                     told = True
-                    yield v1.RunResponse(go_away=_go_away(cursor.sequence, self.drain.grace))
+                    await write(v1.RunResponse(go_away=_go_away(cursor.sequence, self.drain.grace)))
                 frame = await cursor.next(woken)
                 if frame is not None:
-                    yield _shown(frame) if bound else frame
+                    await write(_shown(frame) if bound else frame)
                 elif not (woken() or cursor.finished):
-                    yield v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence))
+                    await write(v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence)))
                 if cursor.finished:
                     break
                 if self.drain.closing:
                     raise errors.draining()
-            while results:
-                yield v1.RunResponse(result=results.take())
+            while results.waiting:
+                await write(v1.RunResponse(result=results.take()))
         finally:
             place.live.leave()
             if reader is not None:
@@ -225,7 +229,7 @@ class Streams:
         try:
             check = Check()
             self.check(check, place.live.key.session, frame)
-            await check.settled()
+            await check.settled(frame)
             return await self.command(place.live.key, frame, place.run)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:
@@ -252,14 +256,15 @@ class Streams:
         """Carries out one command in a session, which `check` found right; `run_id` is the run that is meant, "" the
         active one. A refusal is raised as NotecaseError."""
         kind = frame.WhichOneof("command")
-        caused, approver = await _caused(frame), rights.approver(caller.get().principal)
+        who = caller.get()
+        caused, approver = await _caused(frame), rights.approver(who.principal)
         try:
             match kind:
                 case "start":
                     start = v1.StartRun()
-                    start.CopyFrom(claimed(frame.start))
+                    start.CopyFrom(claimed(frame.start, who.user))
                     start.if_session_uid = start.if_session_uid or key.uid
-                    started = await self._runs.admission.start(key.tenant, start, caused, caller.get().user)
+                    started = await self._runs.admission.start(key.tenant, start, caused, who.user)
                     queued = started.run.state == v1.Run.STATE_QUEUED
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     if started.existing:
@@ -310,9 +315,9 @@ class Streams:
         )
 
 
-def claimed(start: v1.StartRun) -> v1.StartRun:
-    """A start whose new session, if it makes one, is of the user that the caller is bound to."""
-    if (user := caller.get().user) and not start.session:
+def claimed(start: v1.StartRun, user: str) -> v1.StartRun:
+    """A start whose new session, if it makes one, is of the user that the caller is bound to, "" for none."""
+    if user and not start.session:
         start.new_session.user = user
     return start
 

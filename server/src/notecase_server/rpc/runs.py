@@ -31,23 +31,25 @@ class RunsService(v1.RunServiceServicer):
         self.store = store
         self.runs = desk.runs
 
-    def Run(self, request: AsyncIterator[v1.RunRequest], context: Any) -> AsyncIterator[v1.RunResponse]:
-        return self.desk.streams.run(caller.get().tenant, request)
+    def Run(self, request: AsyncIterator[v1.RunRequest], context: Any) -> Any:
+        return self.desk.streams.run(caller.get().principal.tenant, request, context.write)
 
-    def WatchEvents(self, request: v1.WatchEventsRequest, context: Any) -> AsyncIterator[v1.RunResponse]:
+    def WatchEvents(self, request: v1.WatchEventsRequest, context: Any) -> Any:
         after = request.after_sequence if request.HasField("after_sequence") else None
         return self.desk.streams.watch(
-            caller.get().tenant, request.name, after, request.options, request.if_session_uid
+            caller.get().tenant, request.name, after, request.options, request.if_session_uid, context.write
         )
 
     async def Invoke(self, request: v1.InvokeRequest, context: Any) -> v1.InvokeResponse:
         check = checked(request)
         check.start("start", request.start)
         timeout = check.seconds("timeout", request)
-        await check.settled()
+        await check.settled(request)
         try:
             who, caused = caller.get(), await caused_by(request, Answer("started"))
-            key, run, _ = await self.runs.admission.start(who.tenant, claimed(request.start), caused, who.user)
+            key, run, _ = await self.runs.admission.start(
+                who.tenant, claimed(request.start, who.user), caused, who.user
+            )
             run_id = run.name
         except Replayed as replayed:
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
@@ -61,9 +63,9 @@ class RunsService(v1.RunServiceServicer):
     async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
         check = checked(request)
         check.start("start", request.start)
-        await check.settled()
+        await check.settled(request)
         who, caused = caller.get(), await caused_by(request, Answer("started"))
-        started = await self.runs.admission.start(who.tenant, claimed(request.start), caused, who.user)
+        started = await self.runs.admission.start(who.tenant, claimed(request.start, who.user), caused, who.user)
         return names.render_run(started.key.session, started.run)
 
     async def GetRun(self, request: v1.GetRunRequest, context: Any) -> v1.Run:
@@ -125,6 +127,6 @@ class RunsService(v1.RunServiceServicer):
             check(run.session == session, "run", "is a run of another session")
         check.uid("if_session_uid", request.if_session_uid)
         self.desk.streams.check(check, session, request.command)
-        await check.settled()
+        await check.settled(request)
         key = await self.desk.session(session, if_uid=request.if_session_uid)
         return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))

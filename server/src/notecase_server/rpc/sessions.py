@@ -77,7 +77,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.chosen_id("session_id", request.session_id)
         check.new_session("session", request.session)
         check.first_state("state", request.state)
-        await check.settled()
+        await check.settled(request)
         request.session.user = request.session.user or caller.get().user
         repeat = await once(request, SESSION)
         await self.desk.requests.recall(repeat)
@@ -120,14 +120,14 @@ class SessionsService(v1.SessionServiceServicer):
         if labels:
             check.needs(rights.LABELS, "session.labels")
         check.done()
-        if "agent" in mask.paths:
-            await self._require_agent(request.session.agent)
         expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
         given = copied(request.session)
         _set_expiration(given, request.session, expiry)
         edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
         repeat = await once(request, SESSION)
         key = await self.desk.session(session, repeat)
+        if "agent" in mask.paths:
+            await self._require_agent(request.session.agent)
         change = partial(self.store.edit_session, key, edit, request.session.etag)
         audit = caller.get().audit(request.session.name) if "remembered" in edit.paths else None
         return _rendered(await self.desk.surely(repeat, SESSION, change, audit))

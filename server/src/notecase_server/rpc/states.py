@@ -50,7 +50,7 @@ class States(v1.StateServiceServicer):
         check.key("key", request.key, scope.kind == "session")
         if check(request.value.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
             check.value("value", request.value)
-        await check.settled()
+        await check.settled(request)
         op = v1.StateOp(key=request.key, set=request.value)
         if request.HasField("if_version"):
             op.if_version = request.if_version
@@ -63,7 +63,7 @@ class States(v1.StateServiceServicer):
         scope = check.state("name", caller.get().tenant, request.name)
         _require_right(check, scope)
         check.ops("ops", request.ops, scope.kind == "session")
-        await check.settled()
+        await check.settled(request)
         if_version = request.if_version if request.HasField("if_version") else None
         answer = Answer("state", request.name)
         made: v1.State = await self._update(scope, request.ops, if_version, request, answer)

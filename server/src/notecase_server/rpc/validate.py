@@ -22,13 +22,13 @@ from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.auth.principal import Role
 from notecase_server.engine import template
-from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
+from notecase_server.engine.content import MAX_MESSAGE_BYTES, MAX_PART_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.rpc.caller import caller
-from notecase_server.store.contract import PAGE_BYTES, Scope
-from notecase_server.store.fold import MAX_VALUE_DEPTH
+from notecase_server.store.contract import LAST_SECOND, PAGE_BYTES, Scope
+from notecase_server.store.fold import MAX_KEY_BYTES, MAX_VALUE_DEPTH, RESERVED_KEYS
 from notecase_server.tools import naming
 from notecase_server.tools.contract import Toolbox
 
@@ -42,6 +42,8 @@ LIST_PRICE = 2
 """What a list or map counts for among them."""
 BLOB_PRICE = 10
 """What a reference to content counts for among them: the store is asked for each."""
+SETTLED_BYTES = 4 << 10
+"""A request from this size on is carried out in another step of the loop than that in which it was looked at."""
 ALONE_BYTES = 64 << 10
 """JSON from this size on is looked at by itself, in a thread."""
 MAX_PARTS = 1000
@@ -55,7 +57,6 @@ MAX_FETCHED = 100
 
 MAX_NAME = 512
 """Characters of a resource's name, more than the longest has."""
-MAX_KEY_BYTES = 256
 MAX_FALLBACKS = 8
 MAX_LABELS = 64
 MAX_LABEL_BYTES = 256
@@ -81,12 +82,12 @@ MAX_BATCH_DELAY = 10.0
 MAX_CHUNK_BYTES = 1 << 20
 JSON_RULE = "must be JSON text (RFC 8259)"
 PARTS = "text, json, file, data, blob or state_key"
-LAST_SECOND = 253_402_300_799
-"""Of the year 9999, where protobuf's times end."""
 MAX_SECONDS = 100 * 366 * 24 * 60 * 60
 """Of any span of time: a hundred years."""
 
 UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+INPUT_ROLES = (v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM)
+"""Of the messages that callers give to a run."""
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
 PLAIN = frozenset({"null_value", "bool_value", "int_value", "string_value", "bytes_value"})
 """Kinds of value of which any is fine."""
@@ -97,12 +98,13 @@ MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_
 def _user() -> str:
     """The user that the caller is bound to, by its whole name."""
     who = caller.get(None)
-    return who.user if who is not None else ""
+    return who.user if who is not None and who.principal.user else ""
 
 
 class Check:
     """Collects what is wrong with one request. Every method takes the field's path first and says nothing when all is
-    well; `done` raises them all, and so does every method that finds the last one of the budget."""
+    well; `done` raises them all, and so does every method that finds the last one of the budget. What every start has
+    is tested before a method is called: most requests are well formed, and a call costs as much as its test."""
 
     def __init__(self, most: int = MAX_VIOLATIONS) -> None:
         """`most` is the budget of violations."""
@@ -144,9 +146,9 @@ class Check:
         if self.violations:
             raise errors.invalid(self.violations)
 
-    async def settled(self) -> None:
-        """As `done`, after a look at long JSON and at templates, and at the end of a step of the loop: what a request
-        takes to look at and what it takes to carry out do not add up."""
+    async def settled(self, request: Message) -> None:
+        """As `done`, after a look at long JSON and at templates, and, unless the request is small, at the end of a step
+        of the loop: what a request takes to look at and what it takes to carry out do not add up."""
         while self._alone:
             field, text = self._alone.pop(0)
             self(await asyncio.to_thread(_is_json, text), field, JSON_RULE)
@@ -154,7 +156,8 @@ class Check:
             with self.taking():
                 await template.parsed(source, field)
         self.done()
-        await asyncio.sleep(0)
+        if request.ByteSize() >= SETTLED_BYTES:
+            await asyncio.sleep(0)
 
     def needs(self, role: Role, field: str) -> None:
         """Takes note of a field that only a caller of that role may set that is bound to no user."""
@@ -228,8 +231,8 @@ class Check:
 
     def token_id(self, field: str, value: str) -> None:
         """A request_id or command_id."""
-        fine = len(value.encode()) <= MAX_ID_BYTES and value.isprintable()
-        self(fine, field, f"must be at most {MAX_ID_BYTES} bytes of printable text")
+        if len(value.encode()) > MAX_ID_BYTES or not value.isprintable():
+            self(False, field, f"must be at most {MAX_ID_BYTES} bytes of printable text")
 
     def text(self, field: str, value: str, limit: int = MAX_TEXT_BYTES) -> bool:
         return self(len(value) <= limit and len(value.encode()) <= limit, field, f"is longer than {limit} bytes")
@@ -290,7 +293,7 @@ class Check:
     def key(self, field: str, key: str, session: bool) -> None:
         size = len(key.encode())
         self(0 < size <= MAX_KEY_BYTES, field, f"must be 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
-        taken = session and key in {"user", "app"}
+        taken = session and key in RESERVED_KEYS
         self(not taken, field, f"{key!r} is reserved for other states in templates; choose another key")
 
     def value(self, field: str, value: v1.Value, depth: int = 1) -> None:
@@ -345,8 +348,6 @@ class Check:
 
     def first_state(self, field: str, state: Mapping[str, v1.Value]) -> None:
         """Keys to set in a session."""
-        if not state:
-            return
         if not self(len(state) <= MAX_OPS, field, f"has more than {MAX_OPS} keys"):
             return
         size = sum(value.ByteSize() for value in state.values())
@@ -380,16 +381,20 @@ class Check:
     def messages(
         self, field: str, messages: Sequence[v1.Message], roles: Collection[v1.Message.Role.ValueType]
     ) -> None:
-        if not self(len(messages) <= MAX_MESSAGES, field, f"has more than {MAX_MESSAGES} messages"):
+        if len(messages) > MAX_MESSAGES:
+            self(False, field, f"has more than {MAX_MESSAGES} messages")
             return
-        parts = sum(min(len(message.parts), MAX_PARTS + 1) for message in messages)
-        if not self(parts <= MAX_ALL_PARTS, field, f"has more than {MAX_ALL_PARTS} parts in all"):
-            return
-        labels = sum(len(message.labels) for message in messages)
-        if not self(labels <= MAX_ALL_LABELS, field, f"has more than {MAX_ALL_LABELS} labels in all"):
-            return
-        for index, message in enumerate(messages):
-            self._message(f"{field}[{index}]", message, roles)
+        parts = labels = 0
+        for message in messages:
+            parts += min(len(message.parts), MAX_PARTS + 1)
+            labels += len(message.labels)
+        if parts > MAX_ALL_PARTS:
+            self(False, field, f"has more than {MAX_ALL_PARTS} parts in all")
+        elif labels > MAX_ALL_LABELS:
+            self(False, field, f"has more than {MAX_ALL_LABELS} labels in all")
+        else:
+            for index, message in enumerate(messages):
+                self._message(f"{field}[{index}]", message, roles)
 
     def _message(self, field: str, message: v1.Message, roles: Collection[v1.Message.Role.ValueType]) -> None:
         if message.role and message.role not in roles:
@@ -401,24 +406,36 @@ class Check:
         if message.author:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
-        self.labels(f"{field}.labels", message.labels)
-        self(len(message.parts) > 0, f"{field}.parts", "is empty; a message needs at least one part")
-        if not self(len(message.parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
+        if message.labels:
+            self.labels(f"{field}.labels", message.labels)
+        if not message.parts:
+            self(False, f"{field}.parts", "is empty; a message needs at least one part")
+        if len(message.parts) > MAX_PARTS:
+            self(False, f"{field}.parts", f"has more than {MAX_PARTS} parts")
             return
-        apart = [part for part in message.parts if _becomes_blob(part)]
-        if not self._fetched(f"{field}.parts", len(apart), message.parts):
+        fetched, whole = 0, message.ByteSize()
+        size = whole
+        for part in message.parts:
+            kind = part.WhichOneof("kind")
+            if kind == "data" or (whole > MAX_PART_BYTES and is_large(part)):
+                fetched += 1
+                size -= part.ByteSize()
+            elif kind == "state_key":
+                fetched += 1
+        if not self._fetched(f"{field}.parts", fetched):
             return
-        size = message.ByteSize() - sum(part.ByteSize() for part in apart)
-        if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB, without the parts that become blobs"):
+        if size > MAX_MESSAGE_BYTES:
+            self(False, field, "is larger than 960 KiB, without the parts that become blobs")
             return
         for index, part in enumerate(message.parts):
-            self._part(f"{field}.parts[{index}]", part)
+            if not part.text or part.citations:
+                self._part(f"{field}.parts[{index}]", part)
 
-    def _fetched(self, field: str, apart: int, parts: Iterable[v1.Part]) -> bool:
-        """Whether there is room for parts of which `apart` become blobs."""
-        self.fetched += apart + sum(part.HasField("state_key") for part in parts)
+    def _fetched(self, field: str, number: int) -> bool:
+        """Whether there is room for so many parts more that become blobs or name a key of state."""
+        self.fetched += number
         told = f"exceeds the {MAX_FETCHED} parts with content or state keys of one request"
-        return self(self.fetched <= MAX_FETCHED, field, told)
+        return self.fetched <= MAX_FETCHED or self(False, field, told)
 
     def _part(self, field: str, part: v1.Part) -> None:
         self(not part.citations, f"{field}.citations", "are allowed only in messages of models")
@@ -611,7 +628,7 @@ class Check:
             case "input":
                 self.choice("input", frame.input, "when")
                 self(len(frame.input.messages) > 0, "input.messages", "is empty")
-                self.messages("input.messages", frame.input.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
+                self.messages("input.messages", frame.input.messages, INPUT_ROLES)
             case "tool_result":
                 self._tool_result("tool_result", frame.tool_result)
             case "input_response":
@@ -638,8 +655,8 @@ class Check:
         self(not (result.error and result.result), f"{field}.error", "cannot be set together with a result")
         if not self(len(result.result) <= MAX_PARTS, f"{field}.result", f"has more than {MAX_PARTS} parts"):
             return
-        apart = [part for part in result.result if part.HasField("data")]
-        if not self._fetched(f"{field}.result", len(apart), result.result):
+        fetched = sum(part.WhichOneof("kind") in {"data", "state_key"} for part in result.result)
+        if not self._fetched(f"{field}.result", fetched):
             return
         size = sum(part.ByteSize() for part in result.result if not part.HasField("data"))
         if not self(size <= MAX_RESULT_BYTES, f"{field}.result", f"has {size} bytes; at most {MAX_RESULT_BYTES}"):
@@ -700,28 +717,32 @@ class Check:
         self(not both, f"{field}.expire_time", "cannot be set together with idle_ttl")
 
     def start(self, field: str, start: v1.StartRun) -> None:
-        self.uid(f"{field}.if_session_uid", start.if_session_uid)
-        named = start.session != "" or not start.if_session_uid
-        self(named, f"{field}.if_session_uid", "needs a session that exists")
+        if start.if_session_uid:
+            self.uid(f"{field}.if_session_uid", start.if_session_uid)
+            self(start.session != "", f"{field}.if_session_uid", "needs a session that exists")
         if start.session:
-            self.session(f"{field}.session", start.session)
-            self(not start.HasField("new_session"), f"{field}.new_session", "cannot be set together with session")
+            if not names.SESSION.fullmatch(start.session):
+                self.session(f"{field}.session", start.session)
+            if start.HasField("new_session"):
+                self(False, f"{field}.new_session", "cannot be set together with session")
         elif start.HasField("new_session"):
             if start.new_session.name:
                 self.session(f"{field}.new_session.name", start.new_session.name)
             self.new_session(f"{field}.new_session", start.new_session)
-        if start.agent:
+        if start.agent and not names.AGENT.fullmatch(start.agent):
             self.agent(f"{field}.agent", start.agent)
-        self.chosen_id(f"{field}.run_id", start.run_id)
-        self.own(not (start.client_tools and _user()), f"{field}.client_tools")
-        self.first_state(f"{field}.state", start.state)
+        if start.run_id:
+            self.chosen_id(f"{field}.run_id", start.run_id)
+        if start.state:
+            self.first_state(f"{field}.state", start.state)
         if start.HasField("settings"):
             self._settings(f"{field}.settings", start.settings)
         if start.state or start.client_tools:
             held = sum(map(_entry_bytes, start.state.items())) + sum(tool.ByteSize() for tool in start.client_tools)
             self(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")
-        self.labels(f"{field}.labels", start.labels)
-        self.messages(f"{field}.messages", start.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
+        if start.labels:
+            self.labels(f"{field}.labels", start.labels)
+        self.messages(f"{field}.messages", start.messages, INPUT_ROLES)
         if start.HasField("if_last_sequence"):
             self(start.if_last_sequence >= 0, f"{field}.if_last_sequence", "is negative")
         if start.HasField("rewind_to_sequence"):
@@ -730,7 +751,8 @@ class Check:
             self(start.session != "", at, "needs a session that exists")
             waits = start.on_busy in {v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_ROLLBACK}
             self(not waits, at, "needs ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
-        self.choice(field, start, "on_busy")
+        if start.on_busy:
+            self.choice(field, start, "on_busy")
         if start.HasField("options"):
             self.options(f"{field}.options", start.options)
         if start.client_tools:
@@ -741,6 +763,7 @@ class Check:
             self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
 
     def _client_tools(self, at: str, tools: Sequence[v1.Tool]) -> None:
+        self.own(not _user(), at)
         few = self(len(tools) <= MAX_TOOLS, at, f"has more than {MAX_TOOLS} tools")
         size = sum(tool.ByteSize() for tool in tools) if few else 0
         if self(size <= MAX_CLIENT_TOOLS_BYTES, at, f"are together larger than {MAX_CLIENT_TOOLS_BYTES} bytes") and few:
@@ -815,10 +838,6 @@ def _sound(value: v1.Value, depth: int, most: int) -> int:
             inner += listed if kind == "list_value" else mapped.values()
         level, depth = inner, depth + 1
     return most - left
-
-
-def _becomes_blob(part: v1.Part) -> bool:
-    return part.HasField("data") or is_large(part)
 
 
 def _entry_bytes(entry: tuple[str, v1.Value]) -> int:

@@ -39,20 +39,26 @@ SLICE_BYTES = 256 << 10
 class _Batch:
     """Events up to about a page; a larger one comes alone."""
 
-    def __init__(self) -> None:
+    __slots__ = ("_live", "_size", "events", "frame")
+
+    def __init__(self, live: LiveSession) -> None:
         self.frame = v1.RunResponse()
-        self.proto = self.frame.batch
+        self.events = self.frame.batch.events
+        self._live = live
         self._size = 0
 
-    def add(self, live: LiveSession, event: v1.Event) -> bool:
+    def add(self, event: v1.Event) -> bool:
         """Takes a copy of an event in its whole names; False, and the event is left out, when there is no room for
         it."""
-        events = self.proto.events
-        added = events.add()
+        added = self.events.add()
         added.CopyFrom(event)
-        size = names.render_event(live.key.session, live.user, added).ByteSize()
-        if self._size + size > PAGE_BYTES and len(events) > 1:
-            del events[-1]
+        return self.fits(names.render_event(self._live.key.session, self._live.user, added))
+
+    def fits(self, added: v1.Event) -> bool:
+        """Whether there is room for the newest event, which was added in its whole names; otherwise it is taken out."""
+        size = added.ByteSize()
+        if self._size + size > PAGE_BYTES and len(self.events) > 1:
+            del self.events[-1]
             return False
         self._size += size
         return True
@@ -61,10 +67,11 @@ class _Batch:
 class _Sent:
     """What a stream was sent of one message before the message itself."""
 
-    __slots__ = ("blocks", "run")
+    __slots__ = ("blocks", "message", "run")
 
-    def __init__(self, run: str) -> None:
-        self.run = run
+    def __init__(self, session: str, message: str, run: str) -> None:
+        self.message = names.message(session, message)
+        self.run = names.run(session, run)
         self.blocks: dict[int, tuple[str, int]] = {}
         """The kind of each block's deltas and the end of the last one, in bytes."""
 
@@ -126,31 +133,30 @@ class Cursor:
         when `woken` says that the caller has something else to do. Afterwards `finished` tells whether it was the last.
 
         Raises NotecaseError SESSION_NOT_FOUND when the session is deleted, and what the store raises."""
-        loop = asyncio.get_running_loop()
-        beat = loop.time() + self._pace.heartbeat
-        poll = loop.time() + self._pace.poll
+        live, time = self._live, asyncio.get_running_loop().time
+        now = time()
+        beat, poll = now + self._pace.heartbeat, now + self._pace.poll
         while True:
-            if self._live.deleted:
-                raise errors.not_found("session", names.session(self._live.key.session))
-            now = loop.time()
+            if live.deleted:
+                raise errors.not_found("session", names.session(live.key.session))
             soon, later = self._due()
             if soon or (later and now >= self._flushed + self._delay):
-                batch = await self._batch()
-                self._flushed = loop.time()
-                if batch.proto.events or batch.proto.caught_up:
-                    return batch.frame
+                frame = await self._batch()
+                now = self._flushed = time()
+                if frame.batch.events or frame.batch.caught_up:
+                    return frame
                 continue
             if woken() or self.finished or now >= beat:
                 return None
             pause = self._flushed + self._delay - now
-            if later or (pause > 0 and self._live.drafts and not self._durable_only):  # nothing is due before
-                await self._live.soon.wait(pause)
-                continue
-            if now >= poll:
+            if later or (pause > 0 and live.drafts and not self._durable_only):  # nothing is due before
+                await live.soon.wait(pause)
+            elif now >= poll:
                 await self._look()
                 poll = now + self._pace.poll
-                continue
-            await self._live.later.wait(min(poll, beat) - now)
+            else:
+                await live.later.wait(min(poll, beat) - now)
+            now = time()
 
     def _due(self) -> tuple[bool, bool]:
         """Whether there is something to send at once, and whether there is something that can wait for company."""
@@ -159,17 +165,19 @@ class Cursor:
             return True, False
         if self._durable_only or not (live.drafts or self._sent):
             return False, False
-        if self._discarded():
-            return True, False
-        more = False
+        more, begun = False, 0
         for draft in live.drafts.values():
             sent = self._sent.get(draft.name)
-            for index, block in enumerate(draft.blocks if not draft.settled else ()):
+            begun += sent is not None
+            if draft.settled:
+                continue
+            for index, block in enumerate(draft.blocks):
                 known = sent.blocks.get(index) if sent is not None else None
                 if known is None and block.data:
                     return True, False
                 more = more or (known is not None and len(block.data) > known[1])
-        return False, more
+        discarded = begun < len(self._sent)
+        return discarded, more and not discarded
 
     async def _look(self) -> None:
         """What a lost bell would have told."""
@@ -179,39 +187,36 @@ class Cursor:
         else:
             self._live.head = max(self._live.head, row.last_sequence)
 
-    async def _batch(self) -> _Batch:
-        batch = _Batch()
-        self._cut_off = not await self._add_log(batch)
-        if self.finished:
-            self._catch_up(batch.proto)
-        elif not self._cut_off and self.sequence >= self._live.head:
+    async def _batch(self) -> v1.RunResponse:
+        live, batch = self._live, _Batch(self._live)
+        self._cut_off = not (self.finished or live.head <= self.sequence or await self._add_log(batch))
+        read = self.sequence >= live.head and not self._cut_off
+        if read and not self.finished:
             self._cut_off = not self._add_passing(batch)
-            if not self._cut_off:
-                self._catch_up(batch.proto)
-        return batch
-
-    def _catch_up(self, batch: v1.EventBatch) -> None:
-        if not self._caught_up and (self.finished or self.sequence >= self._head):
-            self._caught_up = batch.caught_up = True
+        told = self.finished or (read and not self._cut_off and self.sequence >= self._head)
+        if told and not self._caught_up:
+            self._caught_up = batch.frame.batch.caught_up = True
             self.finished = self.finished or not (self._run or self._keep_open)
+        return batch.frame
 
     async def _add_log(self, batch: _Batch) -> bool:
         """Adds the next events of the log, up to where the watch ends, each reply behind the deltas that make it whole;
         False when the batch was full before."""
         live = self._live
-        if self.finished or live.head <= self.sequence:
-            return True
         found = live.tail(self.sequence)
         if found is None:
             found = await self._store.read_events(live.key, self.sequence)
         for stored in found:
             ends = stored.run == self._run and stored.run_state_changed.state in ENDED
-            if ends and not self._add_discarded(batch):  # nothing comes behind it
+            if ends and self._sent and not self._add_discarded(batch):  # nothing comes behind it
                 return False
-            if not (self._complete(batch, stored) and batch.add(live, stored)):
+            message = stored.message_added
+            if message.role == v1.Message.ROLE_ASSISTANT and not self._complete(batch, stored):
+                return False
+            if not batch.add(stored):
                 return False
             self.sequence = stored.sequence
-            self._sent.pop(stored.message_added.name, None)
+            self._sent.pop(message.name, None)
             if ends and not self._keep_open:
                 self.finished = True
                 break
@@ -220,61 +225,58 @@ class Cursor:
     def _complete(self, batch: _Batch, stored: v1.Event) -> bool:
         """Adds what the deltas lack of a reply that comes next in the log; False when the batch is full."""
         message = stored.message_added
-        if self._durable_only or stored.sequence <= self._head or message.role != v1.Message.ROLE_ASSISTANT:
+        if self._durable_only or stored.sequence <= self._head:
             return True
         return all(self._grow(batch, message.name, stored.run, index, block) for index, block in _blocks(message))
 
     def _add_passing(self, batch: _Batch) -> bool:
         """Adds notices, discarded messages and what is new in the drafts; False when the batch is full."""
-        notices = self._live.notices(self._noticed)
-        for number, notice in enumerate(notices, self._live.noticed - len(notices) + 1):
-            if not batch.add(self._live, notice):
-                return False
-            self._noticed = number
-        if not self._add_discarded(batch):
+        live = self._live
+        if live.noticed > self._noticed:
+            notices = live.notices(self._noticed)
+            for number, notice in enumerate(notices, live.noticed - len(notices) + 1):
+                if not batch.add(notice):
+                    return False
+                self._noticed = number
+        if self._sent and not self._add_discarded(batch):
             return False
         if self._durable_only:
             return True
-        return all(
-            self._grow(batch, draft.name, draft.run, index, block)
-            for draft in self._live.drafts.values()
-            if not draft.settled
-            for index, block in enumerate(draft.blocks)
-            if block.data
-        )
+        for draft in live.drafts.values():
+            if draft.settled:
+                continue
+            for index, block in enumerate(draft.blocks):
+                if block.data and not self._grow(batch, draft.name, draft.run, index, block):
+                    return False
+        return True
 
     def _add_discarded(self, batch: _Batch) -> bool:
-        """Adds what the stream has to forget; False when the batch is full. The log was read behind every message that
-        can be in it."""
-        for name in self._discarded():
-            discarded = v1.MessageDiscarded(message=name)
-            if not batch.add(self._live, v1.Event(run=self._sent[name].run, message_discarded=discarded)):
+        """Adds what the stream has to forget: the messages whose beginning was sent and which, with the log read behind
+        every message that can be in it, will not come. False when the batch is full."""
+        drafts = {draft.name for draft in self._live.drafts.values()}
+        for name, sent in list(self._sent.items()):
+            if name in drafts:
+                continue
+            discarded = v1.MessageDiscarded(message=sent.message)
+            if not batch.fits(batch.events.add(run=sent.run, message_discarded=discarded)):
                 return False
             del self._sent[name]
         return True
 
-    def _discarded(self) -> list[str]:
-        """The messages whose beginning was sent and which, with the log read to its head, will not come."""
-        drafts = {draft.name for draft in self._live.drafts.values()}
-        return [name for name in self._sent if name not in drafts]
-
     def _grow(self, batch: _Batch, name: str, run: str, index: int, block: Block) -> bool:
         """Adds the deltas of a block from the last `end` sent on; False when the batch is full before its end. All
         deltas of a block have the kind of the first one."""
-        sent = self._sent.get(name) or _Sent(run)
+        sent = self._sent.get(name) or _Sent(self._live.key.session, name, run)
         kind, start = sent.blocks.get(index, (block.kind, 0))
-        while start < len(block.data) or index not in sent.blocks:
-            end = _slice_end(block.data, start)
-            delta = v1.BlockDelta(
-                message=names.message(self._live.key.session, name),
-                block=index,
-                start=start,
-                end=end,
-                call_id=block.call_id,
-                tool=block.tool,
-            )
+        whole = len(block.data)
+        while start < whole or index not in sent.blocks:
+            end = whole if whole - start <= SLICE_BYTES else _slice_end(block.data, start)
+            added = batch.events.add(run=sent.run)
+            delta = added.block_delta
+            delta.message, delta.block, delta.start, delta.end = sent.message, index, start, end
+            delta.call_id, delta.tool = block.call_id, block.tool
             setattr(delta, kind, block.data[start:end].decode())
-            if not batch.add(self._live, v1.Event(run=run, block_delta=delta)):
+            if not batch.fits(added):
                 return False
             self._sent[name] = sent
             sent.blocks[index] = (kind, end)
@@ -283,9 +285,9 @@ class Cursor:
 
 
 def _slice_end(data: bytearray, start: int) -> int:
-    """Where a slice ends that begins at `start`: between code points."""
-    end = min(start + SLICE_BYTES, len(data))
-    while end < len(data) and data[end] & 0xC0 == 0x80:
+    """Where a slice ends that begins at `start`, between code points, when not all is in it."""
+    end = start + SLICE_BYTES
+    while data[end] & 0xC0 == 0x80:
         end -= 1
     return end
 

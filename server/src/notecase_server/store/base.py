@@ -155,7 +155,7 @@ class TableStore(ABC):
     async def edit_session(
         self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        step = partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once)
+        step = partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once, quotas=self.quotas)
         return await self._write(step, key.uid)
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
@@ -259,9 +259,9 @@ class TableStore(ABC):
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
 
-    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
+    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
         step = partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data)
-        await self._write(partial(step, quotas=self.quotas), _content(tenant))
+        await self._write(partial(step, quotas=Quotas() if of_run else self.quotas), _content(tenant))
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))

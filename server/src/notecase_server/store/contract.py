@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 T = TypeVar("T")
@@ -44,6 +46,16 @@ class SessionKey(NamedTuple):
     def state(self) -> "Scope":
         """The session's own state."""
         return Scope(self.tenant, "session", self.uid)
+
+
+def microseconds(time: Timestamp | Duration) -> int:
+    """The microseconds of a time since 1970, or of a duration. Both are in range already: those of rows and requests
+    were checked when they came."""
+    return time.seconds * 1_000_000 + time.nanos // 1000
+
+
+LAST_SECOND = 253_402_300_799
+"""Of the year 9999, where protobuf's times end."""
 
 
 CHUNK_BYTES = 256 << 10
@@ -648,9 +660,9 @@ class BlobStore(Protocol):
     session by its log, until it is deleted; a user's or the app's state by its entries as they are. Each subject that
     uploaded a blob is recorded with it."""
 
-    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
+    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
         """Stores content whole; what is there already counts as uploaded just now. The caller vouches for the
-        digest."""
+        digest. QUOTA_EXCEEDED, unless it is a run's."""
         ...
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, Past, Scope, SessionKey
+from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, Past, Scope, SessionKey, microseconds
 
 ENDED = frozenset({v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED, v1.Run.STATE_CANCELLED})
 OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNNING})
@@ -37,6 +38,8 @@ MAX_VALUE_DEPTH = 16
 
 PREFIX = "blobs/"
 """Before the digest, in the name of a blob."""
+
+_PREFIX = PREFIX.encode()
 
 
 @dataclass(slots=True)
@@ -92,7 +95,8 @@ def needs(events: Iterable[v1.Event], states: Iterable[str] = ()) -> Needs:
     for event in events:
         if event.run:
             wanted.runs.add(event.run)
-        _kind(event).needs(wanted, event)
+        if (name := _kind(event).needs) is not None:
+            name(wanted, event)
     for state in states:
         wanted.keys.setdefault(state, set())
     return wanted
@@ -128,10 +132,10 @@ def set_expiration(session: v1.Session, given: v1.Session, now: int) -> None:
 
 
 def _rest(session: v1.Session, now: int) -> None:
-    """An idle session expires so long after what was done last; one with a run under way is not idle."""
+    """An idle session expires so long after what was done last; one with a run, under way or queued, is not idle."""
     if session.HasField("idle_ttl"):
         session.ClearField("expire_time")
-        if not session.active_run:
+        if not (session.active_run or session.queued_commands):
             session.expire_time.FromMicroseconds(now + session.idle_ttl.ToMicroseconds())
 
 
@@ -165,14 +169,17 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
         if rows.versions.get(scope, 0) != version:
             raise errors.version_mismatch("The state", rows.versions.get(scope, 0))
     done = Committed(session, rows.epoch, [], rows.runs, rows.messages, {})
+    early = commit.start is not None and not commit.start.digest
+    time = Timestamp()
+    time.FromMicroseconds(now)
     for given in commit.events:
         event = v1.Event()
         event.CopyFrom(given)
         session.last_sequence += 1
         event.sequence = session.last_sequence
-        event.create_time.FromMicroseconds(now)
-        event.principal = event.principal or commit.principal
-        early = commit.start is not None and not commit.start.digest
+        event.create_time.CopyFrom(time)
+        if not event.principal:
+            event.principal = commit.principal
         _apply_event(rows, commit.key, event, early, _kind(event).does)
         if event.HasField("rewound"):
             _leave_behind(rows, event)
@@ -180,7 +187,7 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
             _tell_state(rows, commit.key, event, done)
         done.events.append(event)
     if done.events:
-        session.update_time.FromMicroseconds(now)
+        session.update_time.CopyFrom(time)
         _rest(session, now)
     return done
 
@@ -198,7 +205,8 @@ def replay(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 
 def tells_past(event: v1.Event) -> bool:
     """Whether what was before cannot be told without it: it changed the session's state, summarised, or rewound."""
-    return _kind(event).tells_past(event)
+    tells = _kind(event).tells_past
+    return tells is not None and tells(event)
 
 
 def _kind(event: v1.Event) -> "Kind":
@@ -217,21 +225,24 @@ def _apply_event(rows: Rows, key: SessionKey, event: v1.Event, early: bool, does
 def _go_on(rows: Rows, key: SessionKey, event: v1.Event, early: bool) -> None:
     """Checks that an event of a run may come now."""
     run = rows.runs.get(event.run)
-    name = f"sessions/{key.session}/runs/{event.run}"
     if early:
         # A cancel that came before its start: the run is over before it was.
         if run is not None:
-            raise errors.already_exists("run", name)
+            raise errors.already_exists("run", _run_name(key, event.run))
         run = rows.runs[event.run] = v1.Run(
             name=event.run, first_sequence=event.sequence, create_time=event.create_time
         )
     if run is None:
-        raise errors.not_found("run", name)
+        raise errors.not_found("run", _run_name(key, event.run))
     if run.state in ENDED:
-        raise errors.run_ended(name, run.state)
+        raise errors.run_ended(_run_name(key, event.run), run.state)
     if run.state == v1.Run.STATE_QUEUED and event.run_state_changed.state not in ENDED:
-        raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run or event.run}")
+        raise errors.run_active(_run_name(key, rows.session.active_run or event.run))
     run.last_sequence = event.sequence
+
+
+def _run_name(key: SessionKey, run: str) -> str:
+    return f"sessions/{key.session}/runs/{run}"
 
 
 def _change_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
@@ -263,7 +274,7 @@ def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     remembered later are taken back; what the runs that ended remembered is left with them. Messages are marked as they
     are read: see `stretches`."""
     if rows.session.active_run:
-        raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run}")
+        raise errors.run_active(_run_name(key, rows.session.active_run))
     rows.sealing = event.rewound.to_sequence
     remembered = rows.session.remembered
     for input_id in [key for key, answer in remembered.items() if answer.sequence > event.rewound.to_sequence]:
@@ -310,14 +321,14 @@ def _add_message(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 def _start_run(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     session = rows.session
     if session.active_run:
-        raise errors.run_active(f"sessions/{key.session}/runs/{session.active_run}")
+        raise errors.run_active(_run_name(key, session.active_run))
     run = rows.runs.get(event.run)
     if run is None:
         run = rows.runs[event.run] = v1.Run(
             name=event.run, first_sequence=event.sequence, create_time=event.create_time
         )
     elif run.state != v1.Run.STATE_QUEUED:
-        raise errors.already_exists("run", f"sessions/{key.session}/runs/{event.run}")
+        raise errors.already_exists("run", _run_name(key, event.run))
     _describe(run, event.run_started)
     run.last_sequence = event.sequence
     run.state = v1.Run.STATE_RUNNING
@@ -343,8 +354,8 @@ def _describe(run: v1.Run, started: v1.RunStarted) -> None:
 def _change_run(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     session, change, run = rows.session, event.run_state_changed, rows.runs[event.run]
     if run.state == v1.Run.STATE_RUNNING:
-        ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds() - change.place_wait.ToMicroseconds()
-        run.running_duration.FromMicroseconds(run.running_duration.ToMicroseconds() + max(ran, 0))
+        ran = microseconds(event.create_time) - microseconds(run.state_time) - microseconds(change.place_wait)
+        run.running_duration.FromMicroseconds(microseconds(run.running_duration) + max(ran, 0))
     run.state = change.state
     run.state_time.CopyFrom(event.create_time)
     run.attempt = change.attempt or run.attempt
@@ -370,7 +381,7 @@ def _queue(rows: Rows, key: SessionKey, event: v1.Event) -> None:
         raise errors.queue_full(MAX_QUEUED)
     if queued.HasField("start"):
         if event.run in rows.runs:
-            raise errors.already_exists("run", f"sessions/{key.session}/runs/{event.run}")
+            raise errors.already_exists("run", _run_name(key, event.run))
         rows.runs[event.run] = v1.Run(
             name=event.run,
             agent=queued.start.agent,
@@ -391,6 +402,8 @@ def _take_up_cause(session: v1.Session, event: v1.Event) -> None:
 
 
 def _take_up(session: v1.Session, taken: Callable[[v1.QueuedCommand], bool]) -> None:
+    if not session.queued_commands:
+        return
     left = [queued for queued in session.queued_commands if not taken(queued)]
     if len(left) < len(session.queued_commands):
         session.ClearField("queued_commands")
@@ -508,10 +521,18 @@ def can_hold(value: v1.Value, depth: int = 1) -> bool:
     return depth <= MAX_VALUE_DEPTH and all(can_hold(item, depth + 1) for item in held)
 
 
+MAX_KEY_BYTES = 256
+
+RESERVED_KEYS = frozenset({"user", "app"})
+"""Which no key of a session's state has: templates name the other states so."""
+
+
 def ops_fit(ops: Iterable[v1.StateOp]) -> bool:
-    """Whether a state can hold what each operation gives it."""
+    """Whether a state can hold what each operation gives it, under that key."""
     for op in ops:
         kind = op.WhichOneof("op")
+        if kind is None or not 0 < len(op.key.encode()) <= MAX_KEY_BYTES:
+            return False
         if (kind == "set" and not can_hold(op.set)) or (kind == "append" and not can_hold(op.append, depth=2)):
             return False
     return True
@@ -609,12 +630,12 @@ class Kind(NamedTuple):
 
     does: Does = lambda _rows, _key, _event: None
     """Applies it to the rows, and sets what the server sets in it."""
-    needs: Callable[[Needs, v1.Event], None] = lambda _needs, _event: None
-    """Names the rows that it reads, but for its run."""
+    needs: Callable[[Needs, v1.Event], None] | None = None
+    """Names the rows that it reads, but for its run; None for no others."""
     replayed: Does | None = None
     """Applies it when it is read again; None: as when it was new."""
-    tells_past: Callable[[v1.Event], bool] = lambda _event: False
-    """Whether what was before cannot be told without it."""
+    tells_past: Callable[[v1.Event], bool] | None = None
+    """Whether what was before cannot be told without it; None for never."""
 
 
 KINDS: Mapping[str, Kind] = {
@@ -639,7 +660,7 @@ OTHER = Kind()
 def references(message: Message) -> list[v1.Blob]:
     """Every blob that a message refers to, however deep, as it stands there."""
     # Nearly no message has any, and the bytes tell at once; that a text may say the same only costs a look.
-    return list(_blobs_in(message)) if PREFIX.encode() in message.SerializeToString() else []
+    return list(_blobs_in(message)) if _PREFIX in message.SerializeToString() else []
 
 
 def _blobs_in(message: Message) -> Iterator[v1.Blob]:

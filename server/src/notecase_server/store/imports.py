@@ -7,12 +7,15 @@ piece, however long the log is, and nobody waits for more than that.
 from collections.abc import Set
 from operator import methodcaller
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
-from notecase_server.store.contract import Restore, SessionKey
+from notecase_server.store.contract import ANSWER_BYTES, LAST_SECOND, Restore, SessionKey
 from notecase_server.store.copies import Row
 from notecase_server.store.steps import event_row, load, stretches_of
 from notecase_server.store.tables import Batch, EventRow, Tables
@@ -63,6 +66,9 @@ class Replay:
     def rows(self, tables: Tables, events: list[v1.Event]) -> list[Row]:
         """Replays a piece, and returns the rows that it makes or changes. All that came before it must be rows by now.
         Raises NotecaseError IMPORT_INVALID."""
+        for event in events:
+            if not _looks_back(event):
+                raise _cannot_follow(event)
         key, scope, rows = self._key, self._key.state, self._load(tables, events)
         added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
         taken = {name for _, name in tables.named_messages(key.tenant, added)}
@@ -125,18 +131,48 @@ def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]
     ids += [message] if kind == "message_added" else []
     fits = (
         kind in OF_RUNS | OF_ANY
-        and event.summarized.last_sequence < event.sequence
         and fold.ops_fit(event.state_changed.ops)
         and all(map(names.is_id, ids))
         and message not in rows.messages
         and message not in taken
     )
     body = event.SerializeToString(deterministic=True)
+    fits = fits and _times_fit(event) and (kind != "message_added" or len(body) <= ANSWER_BYTES)
     try:
         if fits:
             fold.replay(rows, key, event)
     except (NotecaseError, ValueError):
         fits = False
     if not fits or event.SerializeToString(deterministic=True) != body:
-        raise errors.import_invalid(f"has an event {event.sequence} that cannot follow in a log")
+        raise _cannot_follow(event)
     return event_row(event, body)
+
+
+def _looks_back(event: v1.Event) -> bool:
+    """Whether the sequences that an entry names lie before it, as those of a log do: it is asked for what they name."""
+    match event.WhichOneof("payload"):
+        case "rewound":
+            return 0 <= event.rewound.to_sequence < event.sequence
+        case "summarized":
+            summary = event.summarized
+            return 1 <= summary.last_sequence < event.sequence and 0 <= summary.previous < event.sequence
+    return True
+
+
+def _times_fit(message: Message) -> bool:
+    """Whether each time in it is from 1970 to 9999, and each duration one of as many years at most."""
+    for described, held in message.ListFields():
+        kind = described.message_type
+        if kind is None or kind.GetOptions().map_entry or kind.full_name == v1.Value.DESCRIPTOR.full_name:
+            continue
+        for each in held if described.is_repeated else (held,):
+            if isinstance(each, Timestamp | Duration):
+                if not (0 <= each.seconds <= LAST_SECOND and 0 <= each.nanos < 1_000_000_000):
+                    return False
+            elif not _times_fit(each):
+                return False
+    return True
+
+
+def _cannot_follow(event: v1.Event) -> NotecaseError:
+    return errors.import_invalid(f"has an event {event.sequence} that cannot follow in a log")

@@ -6,7 +6,17 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from notecase_server.store.contract import ANSWER_BYTES, PAGE_BYTES, And, Compare, Filter, Not, Or, Page
+from notecase_server.store.contract import (
+    ANSWER_BYTES,
+    PAGE_BYTES,
+    And,
+    Compare,
+    Filter,
+    Not,
+    Or,
+    Page,
+    microseconds,
+)
 
 T = TypeVar("T")
 
@@ -58,7 +68,7 @@ def take(found: Iterable[Found[T]], limit: int) -> Page[T]:
 def column(row: Any, name: str) -> str | int:
     """A field as lists compare it: a time in microseconds, everything else as it is."""
     value: str | int | Timestamp = getattr(row, name)
-    return value.ToMicroseconds() if isinstance(value, Timestamp) else value
+    return microseconds(value) if isinstance(value, Timestamp) else value
 
 
 def check_column(name: str, columns: tuple[str, ...]) -> str:

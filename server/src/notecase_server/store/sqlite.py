@@ -73,6 +73,8 @@ class _Outcome(NamedTuple):
     job: _Job
     result: Any
     error: Exception | None
+    wrote: bool = True
+    """A row may be another than before."""
 
 
 class SqliteStore(TableStore):
@@ -181,11 +183,11 @@ class SqliteStore(TableStore):
             self._loop.call_soon_threadsafe(self._settle, outcomes)
 
     def _settle(self, outcomes: list[_Outcome]) -> None:
-        for job, result, error in outcomes:
+        for job, result, error, wrote in outcomes:
             if job.session is not None:
                 row = result.session if error is None else None
                 self._starts.committed(job.session.tenant, job.session.session, row)
-            elif job.writes:
+            elif job.writes and wrote:
                 self._starts.forget()
             if job.future.done():
                 continue  # its caller was cancelled
@@ -222,13 +224,18 @@ class SqliteStore(TableStore):
     def _write_batches(self) -> None:
         writer, open_ended = self._writer, True
         while open_ended:
-            batch = [self._writes.get()]
-            with suppress(queue.Empty):  # that is all of them
-                while True:
-                    batch.append(self._writes.get_nowait())
-            jobs = [job for job in batch if job is not None]
-            open_ended = len(jobs) == len(batch)
-            if writes := [job for job in jobs if job.step is not _scrub]:
+            writes, scrubs = list[_Job](), list[_Job]()
+            job = self._writes.get()
+            while True:
+                if job is None:
+                    open_ended = False
+                else:
+                    (scrubs if job.step is _scrub else writes).append(job)
+                try:
+                    job = self._writes.get_nowait()
+                except queue.Empty:
+                    break
+            if writes:
                 outcomes = writer.transact(writes, self.quotas)
                 if writer.checkpoint_due() and not self._checkpointing:
                     self._checkpointing = True
@@ -237,7 +244,7 @@ class SqliteStore(TableStore):
                 if self._log_is_long:
                     writer.checkpoint()
                     self._log_is_long = self._checkpointing = False
-            if scrubs := [job for job in jobs if job.step is _scrub]:
+            if scrubs:
                 self._tell(writer.scrub(scrubs))
 
 
@@ -248,6 +255,8 @@ class _Writer:
         self._connection = connection
         self._tables = SqliteTables(connection)
         self._clock = clock
+        self._quotas: Quotas | None = None
+        """Those for which the tallies are kept."""
         self._writes = 0
         """Transactions since the last checkpoint was due."""
         self._rows = 0
@@ -277,7 +286,8 @@ class _Writer:
         for job in jobs:
             changes = connection.total_changes
             try:
-                outcomes.append(_Outcome(job, job.step(self._tables, self._clock()), None))
+                result = job.step(self._tables, self._clock())
+                outcomes.append(_Outcome(job, result, None, connection.total_changes != changes))
             except Exception as error:
                 if not connection.in_transaction:
                     raise  # SQLite gave the transaction up, as it does without memory, and when the disk fails
@@ -323,14 +333,17 @@ class _Writer:
             return [_Outcome(job, None, _unavailable(error)) for job in jobs]
         finally:
             self._connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
-        return [_Outcome(job, not self._tables.deleted, None) for job in jobs]
+        return [_Outcome(job, not self._tables.deleted, None, wrote=False) for job in jobs]
 
     def _tally(self, quotas: Quotas) -> None:
         """Begins to keep tallies of what has a bound now."""
+        if quotas is self._quotas:
+            return
         bounded = {kind for kind in sqlite_tallies.ROWS if getattr(quotas, kind)}
         if new := bounded - self._tables.tallied:
             sqlite_tallies.begin(self._connection, new)
             self._tables.tallied |= new
+        self._quotas = quotas
 
     def _abandon(self) -> None:
         """Rolls back what is left of a failed transaction."""

@@ -57,7 +57,7 @@ class Starts:
         self._agents[tenant, name] = kept
 
     def forget(self) -> None:
-        """Forgets all rows, after a write that was not a commit."""
+        """Forgets all rows, after a write that was not a commit and changed a row: a sweep may have found nothing."""
         self.forgotten += 1
         self._sessions.clear()
         self._agents.clear()

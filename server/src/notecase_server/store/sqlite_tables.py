@@ -73,6 +73,15 @@ SAVED_SESSIONS, SAVED_BYTES = 256, 16 << 10
 INSERTED = 16
 """Rows that one statement adds at most, so that there are few of such statements to compile."""
 
+ADD_EVENTS = tuple(
+    "INSERT INTO logs (tenant, uid, sequence, tells_past, message, run, step, body) VALUES "
+    + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * rows)
+    for rows in range(1, INSERTED + 1)
+)
+"""By the number of rows, less one."""
+
+_NO_MESSAGE = (None, None, None)
+
 SESSION_ROWS = (
     ("logs", "sequence", "length(body)"),
     ("changed_messages", "sequence", "length(body)"),
@@ -338,13 +347,6 @@ class SqliteTables(Saving):
         self._execute = connection.execute
         self._executemany = connection.executemany
 
-    def _insert(self, into: str, rows: Sequence[tuple[Bound, ...]]) -> None:
-        """Adds rows to a table, given with its columns: many with one statement."""
-        for at in range(0, len(rows), INSERTED):
-            some = rows[at : at + INSERTED]
-            values = ", ".join([f"({_marks(some[0])})"] * len(some))
-            self._execute(f"INSERT INTO {into} VALUES {values}", [value for row in some for value in row])
-
     def forget(self) -> None:
         """Forgets the rows that were kept for the next commit, after a rollback."""
         self._saved.clear()
@@ -584,11 +586,13 @@ class SqliteTables(Saving):
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
         for number, places in pieces:
             table, rows, place, _, _, values, which = COPIES[number]
+            # Not as JSON: SQLite's functions end a text at a character 0, which a key of a state may have.
+            bound = {f"place{number}": place for number, place in enumerate(places)}
             self._execute(
                 f"""INSERT INTO {table} SELECT {values}
-                    FROM (SELECT value AS one FROM json_each(:places)) CROSS JOIN {table} ON {place} = one
-                    WHERE {rows} AND {which}""",
-                {"tenant": key.tenant, "uid": key.uid, "source": source.uid, "at": at, "places": json.dumps(places)},
+                    FROM (SELECT column1 AS one FROM (VALUES {", ".join(f"(:{name})" for name in bound)}))
+                    CROSS JOIN {table} ON {place} = one WHERE {rows} AND {which}""",
+                {"tenant": key.tenant, "uid": key.uid, "source": source.uid, "at": at, **bound},
             )
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
@@ -610,11 +614,14 @@ class SqliteTables(Saving):
             yield Found((create_time, uid), v1.Session.FromString(body), len(body))
 
     def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
+        tenant, uid = key.tenant, key.uid
         rows = [
-            (*_of(key), event.sequence, event.tells_past, *(event.message or (None, None, None)), event.body)
-            for event in events
+            (tenant, uid, sequence, tells_past, *(message or _NO_MESSAGE), body)
+            for sequence, tells_past, message, body in events
         ]
-        self._insert("logs (tenant, uid, sequence, tells_past, message, run, step, body)", rows)
+        for at in range(0, len(rows), INSERTED):
+            some = rows[at : at + INSERTED]
+            self._execute(ADD_EVENTS[len(some) - 1], [value for row in some for value in row])
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         rows = self._execute(

@@ -30,6 +30,7 @@ from notecase_server.store.contract import (
     Scope,
     SessionEdit,
     SessionKey,
+    microseconds,
 )
 from notecase_server.store.lists import Found, take
 from notecase_server.store.quotas import (
@@ -69,7 +70,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if row is not None and commit.command is not None:
         _recall_applied(tables, key, commit.command)
     events, blobs = content.sized(tables, key.tenant, commit.events)
-    if any(blobs):
+    if refers := any(blobs):
         commit = commit._replace(events=events)
     if commit.create is not None:
         require_free(tables, key)
@@ -84,22 +85,25 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     require_log(quotas, commit, rows.session)
     before = _Before.of(rows)
     done = fold.apply(rows, commit, now)
-    if commit.if_epoch is None:
+    if done.state and commit.if_epoch is None:
         for scope in done.state:
             require_keys(tables, quotas, scope, _existing(rows.state[scope]) - before.keys[scope])
     if commit.start is None and rows.runs.keys() - before.runs.keys():
         raise ValueError("an event that makes a run wants Commit.start")
-    referred = _first_references(tables, key.state, done, blobs)
-    rows.session.content_bytes += sum(size for _, size in referred.values())
-    size, limit = rows.session.content_bytes, commit.content_limit
-    if referred and limit is not None and size > limit:
-        raise errors.too_large("The content that the session refers to", size, limit)
     changes = before.changes(rows, commit, done, row.commits)
-    changes.stretches = stretches_of(tables, key, done.events)
-    changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
+    if needs.summaries_after is not None:
+        changes.stretches = stretches_of(tables, key, done.events)
+    if refers:
+        referred = _first_references(tables, key.state, done, blobs)
+        rows.session.content_bytes += sum(size for _, size in referred.values())
+        size, limit = rows.session.content_bytes, commit.content_limit
+        if referred and limit is not None and size > limit:
+            raise errors.too_large("The content that the session refers to", size, limit)
+        changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
     remember(tables, commit.once, done, now, key)
     tables.save(changes)
-    add_audit(tables, now, [commit.audit] if commit.audit is not None else [])
+    if commit.audit is not None:
+        add_audit(tables, now, [commit.audit])
     for scope, name, entry in changes.entries:
         if scope.kind != "session":
             content.refer_entry(tables, scope, name, entry)
@@ -125,14 +129,14 @@ class _Before(NamedTuple):
         """Takes note of rows as they were loaded."""
         runs = {name: run.state for name, run in rows.runs.items()}
         keys = {scope: _existing(entries) for scope, entries in rows.state.items()}
-        expire_time = rows.session.expire_time.ToMicroseconds()
+        expire_time = microseconds(rows.session.expire_time)
         return cls(runs, set(rows.messages), set(rows.calls), dict(rows.versions), keys, expire_time)
 
     def changes(self, rows: fold.Rows, commit: Commit, done: Committed, commits: tuple[CommitRow, ...]) -> Changes:
         """Returns what the commit writes once `fold.apply` has taken place, but for what only the tables can tell.
         `commits` are those that the session remembered before. Counts the events in the session's log_bytes."""
         events = event_rows(done.events)
-        rows.session.log_bytes += sum(len(event.body) for event in events)
+        rows.session.log_bytes += sum([len(event.body) for event in events])
         last = rows.session.last_sequence
         if commit.id:
             commits = (*commits, CommitRow(commit.id, last - len(events) + 1, last))[-REMEMBERED_COMMITS:]
@@ -147,7 +151,7 @@ class _Before(NamedTuple):
             key=commit.key,
             session=SessionRow(rows.session, rows.epoch, commits),
             made=commit.create is not None,
-            expiry_moved=commit.create is None and rows.session.expire_time.ToMicroseconds() != self.expire_time,
+            expiry_moved=commit.create is None and microseconds(rows.session.expire_time) != self.expire_time,
             events=events,
             messages=[message for name, message in rows.messages.items() if name not in self.messages],
             changed_messages=[message for name, message in rows.messages.items() if name in self.messages],
@@ -215,7 +219,10 @@ def find_commit(tables: Tables, key: SessionKey, commit_id: str) -> Committed | 
 
 
 def _remembered(row: SessionRow, commit_id: str) -> CommitRow | None:
-    return next((made for made in row.commits if commit_id and made.commit_id == commit_id), None)
+    for made in row.commits if commit_id else ():
+        if made.commit_id == commit_id:
+            return made
+    return None
 
 
 def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> Committed:
@@ -326,7 +333,7 @@ def load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) ->
 def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dict[int, int]:
     """What each summary continues, from the one in effect back to the first that is not after `after`."""
     continued = {}
-    while summary > after:
+    while summary > max(after, 0):
         (found,) = tables.events(key, summary - 1, 1)
         continued[summary] = found.row.summarized.previous
         summary = continued[summary]
@@ -355,7 +362,7 @@ def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
 
 
 def edit_session(
-    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None
+    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None, quotas: Quotas
 ) -> v1.Session:
     """Store.edit_session."""
     recall(tables, once)
@@ -363,6 +370,7 @@ def edit_session(
     session = row.session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
+    require_record(tables, quotas, once)
     FieldMask(paths=[path for path in edit.paths if path != "remembered"]).MergeMessage(
         edit.session, session, replace_message_field=True, replace_repeated_field=True
     )
@@ -574,10 +582,10 @@ def edit_agent(
     newest = tables.agent(tenant, agent_id, last)
     if if_revision != (newest.revision if newest is not None else 0):
         raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag if newest is not None else "")
+    require_record(tables, quotas, once)
     if newest is not None and _says_the_same(agent, newest):
         remember(tables, once, newest, now)
         return newest
-    require_record(tables, quotas, once)
     require_agent(tables, quotas, tenant, agent_id, new=newest is None)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, newest, once)
 

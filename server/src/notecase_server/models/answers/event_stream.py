@@ -5,8 +5,6 @@ Most servers send server-sent events as the specification has them. Others leave
 cut the bytes can be tried.
 """
 
-from typing import NamedTuple
-
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 
@@ -25,12 +23,8 @@ _LINE_BYTES = 64
 """What a line costs besides its bytes, so that a million empty ones are bounded too."""
 
 
-class Event(NamedTuple):
-    """One document of an answer."""
-
-    data: bytes
-    name: str = ""
-    """As the server calls the event; empty for most."""
+Event = tuple[bytes, str]
+"""One document of an answer, and what the server calls the event: nothing for most."""
 
 
 class EventSplitter:
@@ -57,8 +51,6 @@ class EventSplitter:
             tail.clear()
         if self._after_cr or b"\r" in chunk:
             chunk = self._with_line_feeds(chunk)
-        if not tail and chunk.endswith(b"\n\n") and (data := self._plain(chunk[:-2])):
-            return [Event(data)]  # one token, as nearly every read is
         end = chunk.rfind(b"\n") + 1
         if not end:
             tail += chunk
@@ -68,14 +60,16 @@ class EventSplitter:
         tail[:] = chunk[end:]
         found: list[Event] = []
         for piece in whole:
-            if data := self._plain(piece):
-                found.append(Event(data))
-            elif piece or self._lines or self._name:
+            inside = self._lines or self._name
+            if not inside and piece.startswith(b"data: ") and b"\n" not in piece and 6 < len(piece) <= MAX_EVENT_BYTES:
+                found.append((piece[6:], ""))  # as nearly every event is
+            elif piece or inside:
                 for line in (*piece.split(b"\n"), b""):
                     self._take(line, found)
         for line in rest.splitlines():
             self._take(line, found)
-        _bound(len(tail) + self._size)
+        if tail:
+            _bound(len(tail) + self._size)
         return found
 
     def run(self, chunk: bytes) -> tuple[bytes, bytes]:
@@ -107,12 +101,6 @@ class EventSplitter:
         self._flush(found)
         return found
 
-    def _plain(self, piece: bytes) -> bytes:
-        """Returns the data of an event that is one line and nothing else, without its end; empty for any other."""
-        if self._lines or self._name or not piece.startswith(b"data: ") or b"\n" in piece:
-            return b""
-        return piece[6:] if len(piece) <= MAX_EVENT_BYTES else b""
-
     def _take(self, line: bytes, found: list[Event]) -> None:
         if not line:
             if self._lines:
@@ -138,7 +126,7 @@ class EventSplitter:
     def _flush(self, found: list[Event]) -> None:
         data = self._lines[0] if len(self._lines) == 1 else b"\n".join(self._lines)
         if data:
-            found.append(Event(data, self._name))
+            found.append((data, self._name))
         self._lines.clear()
         self._size = 0
 

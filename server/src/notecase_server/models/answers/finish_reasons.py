@@ -108,6 +108,9 @@ _OTHER = re.compile(r"[^a-z0-9]+")
 
 def meaning(word: str) -> Finish:
     """Returns what a finish reason means, in whatever case and with whatever prefix it is written."""
+    for row in WORDS:
+        if row.word == word:
+            return row.means
     plain = _OTHER.sub("_", _CAMEL.sub("_", word.rpartition(".")[2]).lower()).strip("_").removeprefix("finish_reason_")
     for row in WORDS:
         if row.word == plain:
@@ -118,6 +121,6 @@ def meaning(word: str) -> Finish:
     return Finish.UNKNOWN
 
 
-def is_cut(word: str) -> bool:
-    """Returns whether a reply that ended with this word lacks its rest, at a limit or because of a filter."""
-    return meaning(word) in {Finish.LIMIT, Finish.TOO_LONG, Finish.FILTERED}
+def is_cut(end: Finish) -> bool:
+    """Returns whether a reply that ended so lacks its rest, at a limit or because of a filter."""
+    return end in (Finish.LIMIT, Finish.TOO_LONG, Finish.FILTERED)

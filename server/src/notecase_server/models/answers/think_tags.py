@@ -1,6 +1,5 @@
 """Tells reasoning that a model writes into its text from the text: `<think>` at the start of a reply and its like."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from notecase_server.models.contract import Reasoning, Text
@@ -24,6 +23,7 @@ TAGS = (
 )
 
 _LONGEST = max(len(tag.opens) for tag in TAGS)
+_FIRST = frozenset(tag.opens[0] for tag in TAGS)
 
 
 class ThinkTags:
@@ -38,15 +38,16 @@ class ThinkTags:
         self.skipped = 0
         """Characters that came and are no text."""
 
-    def feed(self, piece: str) -> Iterator[Text | Reasoning]:
-        """Yields what of the text is certain."""
+    def feed(self, piece: str) -> list[Text | Reasoning]:
+        """Returns what of the text is certain."""
         if self.begun:
-            yield Text(piece)
-            return
+            return [Text(piece)]
         self.skipped += len(piece)
         held = self._held + piece
         if self._closes is None and not self._strip:
             start = held.lstrip()
+            if start and start[0] not in _FIRST:
+                return self._begin(held)
             for tag in TAGS:
                 if start.startswith(tag.opens):
                     self._closes, held = tag.closes, start[len(tag.opens) :]
@@ -54,10 +55,9 @@ class ThinkTags:
             else:
                 if len(start) < _LONGEST and any(tag.opens.startswith(start) for tag in TAGS):
                     self._held = held
-                    return
-                self._strip = False
-                yield from self._begin(held)
-                return
+                    return []
+                return self._begin(held)
+        found: list[Text | Reasoning] = []
         if self._closes is not None:
             thought, closed, rest = held.partition(self._closes)
             if not closed:
@@ -65,28 +65,28 @@ class ThinkTags:
                 keep = next((n for n in range(len(self._closes) - 1, 0, -1) if held.endswith(self._closes[:n])), 0)
                 self._held = held[len(held) - keep :]
                 if thought := held[: len(held) - keep]:
-                    yield Reasoning(thought)
-                return
+                    found.append(Reasoning(thought))
+                return found
             if thought:
-                yield Reasoning(thought)
+                found.append(Reasoning(thought))
             self._closes, self._strip, held = None, True, rest
-        text = held.lstrip()
         self._held = ""
-        if text:
-            yield from self._begin(text)
+        if text := held.lstrip():
+            found += self._begin(text)
+        return found
 
-    def end(self) -> Iterator[Text | Reasoning]:
-        """Yields what was held back."""
-        held, self._held = self._held, ""
-        if held and self._closes is not None:
-            yield Reasoning(held)
-        elif held:
-            self.skipped -= len(held)
-            yield Text(held)
+    def end(self) -> list[Text | Reasoning]:
+        """Returns what was held back."""
+        held = self._held
+        if not held:
+            return []
+        if self._closes is not None:
+            self._held = ""
+            return [Reasoning(held)]
+        return self._begin(held)
 
-    def _begin(self, text: str) -> Iterator[Text]:
+    def _begin(self, text: str) -> list[Text | Reasoning]:
         self._held = ""
-        self.begun = True
+        self.begun = bool(text.strip())
         self.skipped -= len(text)
-        if text:
-            yield Text(text)
+        return [Text(text)]
