@@ -158,6 +158,7 @@ class _Parser:
             if microseconds is None:
                 raise self._wrong("expected a time such as 2026-11-01T08:30:00Z", value)
             return microseconds
+        assert isinstance(kind, EnumField)
         if operator.text not in {"=", "!="}:
             raise self._wrong("this field supports only = and !=", operator)
         numbers: dict[str, int] = dict(kind.enum.items())

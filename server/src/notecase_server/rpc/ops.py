@@ -60,7 +60,9 @@ class _Servicer(health_aio.HealthServicer):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802  (named by gRPC)
+    async def Watch(  # type: ignore[override]  # noqa: N802  (its types know no generators)
+        self, request: Any, context: Any
+    ) -> AsyncIterator[Any]:
         """Raises NotecaseError RATE_LIMITED."""
         if self.watchers >= MOST_WATCHERS:
             raise errors.too_many("health stream", MOST_WATCHERS)
