@@ -2,6 +2,7 @@
 set."""
 
 import ast
+import base64
 import re
 from pathlib import Path
 
@@ -66,6 +67,26 @@ def test_every_failure_travels_as_a_standard_status(reason: v1.ErrorReason.Value
     assert dict(info.metadata) == {"key": "1"}
     retries = [detail for detail in status.details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
     assert len(retries) == (errors.CATALOG[reason].retry_after is not None)
+
+
+LONG = "\U0001f600" * 1000
+
+
+@pytest.mark.parametrize("text", [LONG, "%" * 1000, "\n" * 1000, "é%x" * 300, "x" * 1000])
+def test_a_status_fits_into_trailers_whatever_its_words(text: str) -> None:
+    """Of which clients accept 8 KiB: the message quoted, and the details in base64."""
+    violations = [errors.Violation(text, text)] * 100
+    resource = errors.Resource("session", text)
+    metadata = {"one": text, "two": text}
+    error = errors.NotecaseError(
+        v1.ERROR_REASON_INVALID_FIELD, text, metadata=metadata, violations=violations, resource=resource
+    )
+    status = to_status(error)
+    quoted = "".join(
+        chr(byte) if 0x20 <= byte <= 0x7E and byte != 0x25 else f"%{byte:02X}" for byte in status.message.encode()
+    )
+    assert 900 < len(quoted) <= 1000
+    assert 4000 < len(base64.b64encode(status.SerializeToString())) < 6500
 
 
 KINDS = ("agent", "session", "run", "message", "blob", "upload", "tenant")

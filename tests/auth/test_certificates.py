@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,7 +59,8 @@ class Port:
         self.table = folder / "principals.toml"
         self.table.write_text(TABLE)
         self.principals = Watched([self.table], lambda: read_client_principals(self.table))
-        self._certificates = Certificates(self.principals)
+        self.ahead = timedelta()
+        self._certificates = Certificates(self.principals, lambda: now() + self.ahead // timedelta(microseconds=1))
         self._server = grpc.aio.server()
         handler: Any = grpc.unary_unary_rpc_method_handler(self._handle)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Who", {"Ask": handler}),))
@@ -140,6 +142,17 @@ async def test_nobody_connects_without_a_certificate_of_the_authority(tmp_path: 
                 await port.ask(pair)
             assert grpc.StatusCode.UNAVAILABLE is refused.value.code()
         assert "None" == await port.ask_in_plain_text()
+
+
+async def test_a_certificate_that_expires_after_the_handshake_is_refused(tmp_path: Path) -> None:
+    authority = Authority()
+    async with Port(authority, tmp_path) as port:
+        pair = authority.issue([URI("spiffe://acme.example/ci")], lasts=timedelta(hours=1))
+        assert repr(CI) == await port.ask(pair)
+        port.ahead = timedelta(minutes=59)
+        assert repr(CI) == await port.ask(pair)
+        port.ahead = timedelta(hours=1)
+        assert "refused 16" == await port.ask(pair)
 
 
 async def test_a_name_that_is_taken_out_of_the_file_is_refused_without_a_restart(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ PROXIES = "10.0.0.0/8, 192.0.2.7, 2001:db8::/32"
         ("ipv6:%5Bfe80::1%25eth0%5D:50000", False),
         ("ipv4:127.0.0.1:50000", True),
         ("ipv6:%5B::1%5D:50000", True),
-        ("unix:", True),
+        ("unix:", False),
         ("unknown", False),
         ("", False),
     ],

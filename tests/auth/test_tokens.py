@@ -316,12 +316,16 @@ async def test_many_who_need_the_keys_wait_for_one_fetch(setting: Setting) -> No
     assert 1 == setting.server.fetches
 
 
-async def test_keys_count_on_for_a_day_while_their_place_is_away(setting: Setting) -> None:
+async def test_keys_count_on_for_a_day_while_their_place_is_away(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = KEY.sign(claims(exp=NOW + 10**6))
     assert await setting.of(token)
     setting.server.status = 503
     setting.now += jwks.FRESH_SECONDS + 1
-    with capture_logs() as lines:
+    with capture_logs() as lines, monkeypatch.context() as patched:
+        assert await setting.of(token)
+        patched.setattr(tokens, "VERIFIER", None)  # each token costs its signature once
         for _ in range(10):
             assert await setting.of(token)
     assert ["issuer_keys_unavailable"] == [line["event"] for line in lines]
@@ -470,12 +474,46 @@ async def test_an_issuer_elsewhere_cannot_send_the_server_to_plain_text_on_this_
     assert [f"{ISSUER}/.well-known/openid-configuration"] == fetched
 
 
-async def test_a_key_without_an_id_is_known_where_it_is_the_only_one(setting: Setting) -> None:
-    token = KEY.sign(claims(), kid="")
-    await setting.refuses(token)
-    setting.server.keys = [KEY.jwk()]
-    setting.judge()
-    assert await setting.of(token)
+def alike(*keys: SigningKey) -> list[dict[str, Any]]:
+    """The keys under one id."""
+    return [key.jwk(kid="same") for key in keys]
+
+
+def unnamed(*keys: SigningKey) -> list[dict[str, Any]]:
+    return [{name: value for name, value in key.jwk().items() if name != "kid"} for key in keys]
+
+
+NEW, OTHER_CURVE = SigningKey("new"), SigningKey("other", "ES384")
+
+
+@pytest.mark.parametrize(
+    ("keys", "signers", "key_id"),
+    [
+        (alike(RSA_KEY, KEY), [RSA_KEY, KEY], "same"),
+        (alike(KEY, NEW), [KEY, NEW], "same"),
+        (unnamed(KEY, NEW), [KEY, NEW], ""),
+        (unnamed(OTHER_CURVE, RSA_KEY, KEY), [RSA_KEY, KEY], ""),
+        ([RSA_KEY.jwk(), KEY.jwk(), NEW.jwk()], [RSA_KEY, KEY, NEW], ""),
+        ([KEY.jwk(use=None, alg=None)], [KEY], KEY.id),
+        ([RSA_KEY.jwk(alg="PS256"), RSA_KEY.jwk(alg="RS256")], [RSA_KEY], RSA_KEY.id),
+    ],
+    ids=["one id for two kinds", "one id", "no ids", "no ids, other curve", "no id in the token", "nulls", "twice"],
+)
+async def test_every_key_that_may_be_meant_is_tried(
+    setting: Setting, keys: list[Any], signers: list[SigningKey], key_id: str
+) -> None:
+    setting.server.keys = keys
+    for key in signers:
+        assert await setting.of(key.sign(claims(), kid=key_id))
+    stranger = SigningKey("stranger", signers[0].algorithm)
+    assert "not its issuer's" in await setting.refuses(stranger.sign(claims(), kid=key_id))
+    assert "InvalidAudienceError" in await setting.refuses(signers[0].sign(claims(aud="other"), kid=key_id))
+
+
+async def test_few_keys_are_tried(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MOST_TRIED", 1)
+    setting.server.keys = unnamed(NEW, KEY)
+    assert "not its issuer's" in await setting.refuses(KEY.sign(claims(), kid=""))
 
 
 async def test_a_key_is_for_the_algorithm_that_its_issuer_names(setting: Setting) -> None:

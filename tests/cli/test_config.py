@@ -141,6 +141,44 @@ def test_a_key_says_what_its_option_says(tmp_path: Path, monkeypatch: pytest.Mon
     assert value == given(written(tmp_path, f"[{section}]\n{key} = {text}\n"))[name]
 
 
+TOO_MUCH = {
+    "max_calls": ["3000000000", "9223372036854775807"],
+    "max_blob_bytes": [str(1 << 60)],
+    "audit_days": ["999999999"],
+    "store_connections": ["1000000"],
+    "max_retries": ["2000"],
+    **{key: ["inf", "nan", "1e300"] for key in ("grace", "store_lease", "idle_timeout", "retry_time")},
+    "listen": ["127.0.0.1:99999", "127.0.0.1:065536", "unix:/run/notecase.sock", "dns:localhost"],
+    "listen_mtls": ["127.0.0.1:65536"],
+}
+"""Values that would break the server later, of options by name."""
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in TOO_MUCH.items() for value in values])
+def test_a_value_that_no_server_could_work_with_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    """As an option, and in the file."""
+    with pytest.raises(click.BadParameter):
+        serve.make_context("serve", [f"--{name.replace('_', '-')}", value])
+    section, _, key = KEYS[name].partition(".")
+    text = f'"{value}"' if "listen" in name else value
+    with pytest.raises(click.ClickException) as found:
+        given(written(tmp_path, f"[{section}]\n{key} = {text}\n"))
+    assert f"{KEYS[name]}: " in found.value.message
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "1e300"])
+@pytest.mark.parametrize("table", ["provider", "mcp"])
+def test_a_time_that_never_ends_is_refused_in_tables_as_well(tmp_path: Path, table: str, number: str) -> None:
+    text = (
+        "[mcp.one]\nurl = 'http://127.0.0.1:1/mcp'\ntimeout = "
+        if table == "mcp"
+        else ("[[provider]]\nname = 'one'\nkind = 'offline'\nidle_timeout = ")
+    )
+    with pytest.raises(click.ClickException) as found:
+        given(written(tmp_path, f"{text}{number}\n"))
+    assert "timeout: This must be a number above 0 and at most 1,000,000,000." in found.value.message
+
+
 def test_options_and_variables_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, "[limits]\nmax_runs = 5\nmax_calls = 6\nmax_imports = 7\n")
     monkeypatch.setenv("NOTECASE_MAX_CALLS", "60")
@@ -211,14 +249,14 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
         "server.tools: This must be a list of strings.",
         "server.log_level: 'loud' is not one of 'debug', 'info', 'warning', 'error'.",
         "server.listn: There is no such key; the nearest is listen.",
-        "limits.max_runs: 0 is not in the range x>=1.",
+        "limits.max_runs: 0 is not in the range 1<=x<=1000000000.",
         "limits.max_calls: This must be a whole number.",
-        "provider_defaults.retry_time: -1.0 is not in the range x>=0.",
+        "provider_defaults.retry_time: -1.0 is not in the range 0<=x<=1000000000.",
         "provider[0].key_env: The variable MISSING is not set.",
         "provider[0].headers.authorization: This is a secret: put it in a variable, and name that in header_env.",
         "provider[0].header_env.X-Other: The variable MISSING is not set.",
-        "provider[0].first_timeout: This must be a number above 0.",
-        "provider[0].max_concurrent: This must be a whole number of at least 0.",
+        "provider[0].first_timeout: This must be a number above 0 and at most 1,000,000,000.",
+        "provider[0].max_concurrent: This must be a whole number of at least 0 and at most 1,000,000,000.",
         "provider[0].key: There is no such key; the nearest is key_env.",
         "provider[1].kind: This must be openai or offline.",
         "provider[1].name: main is in the file twice.",

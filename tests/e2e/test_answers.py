@@ -58,6 +58,19 @@ async def test_a_program_that_sets_its_agent_up_at_each_start_makes_one_revision
     assert (await served.agents.UpdateAgent(v1.UpdateAgentRequest(agent=mine, allow_missing=True))).revision == 2
 
 
+async def test_a_field_that_is_named_and_not_set_is_cleared_also_within_a_message_that_is_not_set(
+    served: Running,
+) -> None:
+    llm = v1.LlmAgent(instruction="Deduce.", model="m", context=v1.Context(max_messages=5))
+    made = await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=llm)))
+    update = v1.UpdateAgentRequest(agent=v1.Agent(name=made.name))
+    update.update_mask.paths.extend(["llm.instruction", "llm.context.max_messages"])
+    changed = await served.agents.UpdateAgent(update)
+    assert v1.LlmAgent(model="m", context=v1.Context()) == changed.llm
+    update.update_mask.paths[:] = ["llm.generation.temperature"]
+    assert changed == await served.agents.UpdateAgent(update), "no message is made of nothing"
+
+
 async def test_an_update_that_changes_nothing_is_conditional_and_remembered_as_any(served: Running) -> None:
     made = await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=v1.LlmAgent())))
     same = v1.UpdateAgentRequest(agent=v1.Agent(name=made.name, etag=made.etag), request_id="same")

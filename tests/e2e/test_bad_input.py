@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import struct_pb2
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from notecase import v1
@@ -153,6 +154,18 @@ CASES: dict[str, tuple[tuple[str, Message], grpc.StatusCode, str, set[str]]] = {
         (
             "SessionService/UpdateSession",
             v1.UpdateSessionRequest(session=v1.Session(name="sessions/case"), update_mask=FieldMask(paths=["user"])),
+        ),
+        INVALID,
+        "INVALID_FIELD",
+        {"update_mask"},
+    ),
+    "part of a field in a mask": (
+        (
+            "SessionService/UpdateSession",
+            v1.UpdateSessionRequest(
+                session=v1.Session(name="sessions/case", ttl=Duration(seconds=60)),
+                update_mask=FieldMask(paths=["display_name", "ttl.seconds"]),
+            ),
         ),
         INVALID,
         "INVALID_FIELD",

@@ -230,9 +230,9 @@ async def test_connections_are_bounded() -> None:
 async def test_a_compressed_request_is_refused_before_it_is_unpacked() -> None:
     gzip = (("grpc.default_compression_algorithm", grpc.Compression.Gzip.value),)
     async with running() as served, grpc.aio.insecure_channel(served.address, options=gzip) as channel:
-        call = channel.unary_unary("/notecase.v1.ServerService/GetServerInfo")(bytes(1 << 20))
+        call: Any = channel.unary_unary("/notecase.v1.ServerService/GetServerInfo")
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await call
+            await call(bytes(1 << 20))
         assert (grpc.StatusCode.UNIMPLEMENTED, True) == (refused.value.code(), "gzip" in str(refused.value.details()))
         await served.info.GetServerInfo(v1.GetServerInfoRequest())
 

@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from notecase_server.rpc import interceptor
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway
+from notecase_server.rpc.standby import _AnyMethod, _Doorway
 from notecase_server.store import sqlite
 from structlog.testing import capture_logs
 
@@ -391,3 +393,16 @@ async def test_a_caller_that_leaves_is_not_taken_for_the_stop() -> None:
             calling.cancel()
             await waiting.door.close(patience=3600)
     assert (["cancelled"], []) == (waiting.ended, lines)
+
+
+async def test_a_waiting_server_does_not_remember_the_paths_that_callers_make_up() -> None:
+    doorway = _Doorway(Chain(), lambda: "id", 1.0, Gate(1, 1))
+    handler = _AnyMethod().service(None)
+
+    async def found(details: object) -> Any:
+        return handler
+
+    for number in range(5):
+        call = SimpleNamespace(method=f"/made.Up/{number}")
+        assert await doorway.intercept_service(found, call) is not handler
+    assert len(doorway._endpoints) == 1

@@ -14,6 +14,7 @@ FIELDS: Mapping[str, FieldKind] = {
     "user": "text",
     "activity": EnumField(v1.Session.Activity, "ACTIVITY_"),
     "create_time": "time",
+    "labels": "labels",
 }
 A, B, C, D = (Compare(f"labels.{name}", "=", name) for name in "abcd")
 
@@ -82,9 +83,10 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("colour = red", "unknown field; known are activity, create_time, user, labels.KEY (character 1)"),
-        ("labels. = red", "unknown field; known are activity, create_time, user, labels.KEY (character 1)"),
-        ("user:ada", "unknown field; known are activity, create_time, user, labels.KEY (character 1)"),
+        ("colour = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
+        ("labels = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
+        ("labels. = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
+        ("user:ada", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
         ("user", "expected one of = != < <= > >= (character 5)"),
         ("user = a AND", "expected a field (character 13)"),
         ("user = a OR OR user = b", "expected a field (character 13)"),
@@ -93,7 +95,7 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
         ("user = AND", "expected a value (character 8)"),
         ("user = (a)", "expected a value (character 8)"),
         ("user == a", "expected a value (character 7)"),
-        ("user = a b", "unknown field; known are activity, create_time, user, labels.KEY (character 10)"),
+        ("user = a b", "unknown field; known are activity, create_time, labels.KEY, user (character 10)"),
         ("(user = a", "a '(' is never closed (character 1)"),
         ("user = a)", "a ')' without its '(' (character 9)"),
         ("()", "expected a field (character 2)"),

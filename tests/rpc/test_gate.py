@@ -10,6 +10,8 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from notecase import v1
+from notecase_server.rpc import gate as gate_module
+from notecase_server.rpc import ops
 from notecase_server.rpc.gate import Gate
 from structlog.testing import capture_logs
 
@@ -75,6 +77,43 @@ async def test_calls_are_bounded_for_a_connection_and_for_the_server() -> None:
         await until(lambda: not gate.calls)
         await served.sessions.GetSession(get)
         await until(lambda: not gate.calls)
+
+
+async def test_probes_are_bounded_and_take_no_places_of_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They need no credential."""
+    monkeypatch.setattr(gate_module, "PROBES", 2)
+    monkeypatch.setattr(ops, "MOST_WATCHERS", 4)
+    request = health_pb2.HealthCheckRequest()
+    async with running(max_calls=4) as served, connection(served) as first, connection(served) as second:
+        one: Any = health_pb2_grpc.HealthStub(first)
+        other: Any = health_pb2_grpc.HealthStub(second)
+        held = [one.Watch(request), one.Watch(request), other.Watch(request), other.Watch(request)]
+        for stream in held:
+            await stream.read()
+        of_connection = await refusal(one.Check(request))
+        assert "2 probes at once on one connection" in str(of_connection.details())
+        third: Any = health_pb2_grpc.HealthStub(served.channel)
+        of_all = await refusal(third.Watch(request).read())
+        assert ("RATE_LIMITED", True) == (reason_of(of_all), "4 health streams at once;" in str(of_all.details()))
+        await third.Check(request)
+        for channel in (first, second):
+            await v1.ServerServiceStub(channel).GetServerInfo(v1.GetServerInfoRequest())
+        held.pop().cancel()
+        await until(lambda: served.server._health._servicer.watchers == 3)
+        assert await third.Watch(request).read()
+
+
+async def test_a_watcher_of_health_that_reads_nothing_keeps_nobody_waiting() -> None:
+    """Neither other watchers nor the stop of the server."""
+    status = health_pb2.HealthCheckResponse
+    async with running(grace=0.1) as served, Deaf(served.address, window=0) as deaf:
+        await deaf.call("/grpc.health.v1.Health/Watch", b"")
+        await until(lambda: served.server._health._servicer.watchers == 1)
+        health: Any = health_pb2_grpc.HealthStub(served.channel)
+        watching = health.Watch(health_pb2.HealthCheckRequest())
+        assert status.SERVING == (await watching.read()).status
+        await served.server._health.tell(False)
+        assert status.NOT_SERVING == (await watching.read()).status
 
 
 async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waiting() -> None:

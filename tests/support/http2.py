@@ -45,14 +45,16 @@ WIDE = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30))
 class Deaf:
     """One connection. Whatever is called on it, nothing of the answers is read, and no stream's window is opened."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, window: int = 65535) -> None:
+        """`window` is how many bytes the server may send on each stream."""
+        self._window = window
         self._host, _, port = address.rpartition(":")
         self._port = int(port)
         self._stream = 1
 
     async def __aenter__(self) -> Self:
         self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
-        self._writer.write(OPENING + WIDE)
+        self._writer.write(PREFACE + frame(SETTINGS, 0, 0, setting(INITIAL_WINDOW_SIZE, self._window)) + WIDE)
         size = int.from_bytes((await self._reader.readexactly(9))[:3], "big")
         await self._reader.readexactly(size)
         self._writer.write(ACKNOWLEDGED)

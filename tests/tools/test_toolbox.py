@@ -153,6 +153,7 @@ def test_servers_are_read_from_json_and_toml(tmp_path: Path) -> None:
         ('{"mcpServers": {"a": {"url": "http://b", "env": {"b": "c"}}}}', "`env` has no meaning"),
         ('{"mcpServers": {"a": {"url": "file:///b"}}}', "`url` begins with http:// or https://"),
         ('{"mcpServers": {"a": {"command": "a", "timeout": 0}}}', "time-outs are seconds above 0"),
+        ('{"mcpServers": {"a": {"command": "a", "timeout": 1e10}}}', "time-outs are seconds above 0 and at most"),
         ('{"mcpServers": {"a": {"type": "sse", "url": "http://b"}}}', "Invalid enum value 'sse'"),
     ],
 )

@@ -59,7 +59,7 @@ class Settings:
     """Everything a server is told."""
 
     listen: str
-    """HOST:PORT or unix:PATH: TLS where `tls` is set, and plain text otherwise."""
+    """HOST:PORT: TLS where `tls` is set, and plain text otherwise."""
     listen_mtls: str = ""
     """HOST:PORT for callers with a certificate that `tls_client_ca` signed; empty for none."""
     tls_cert: Path | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from notecase_server.auth.principal import Principal
 from notecase_server.auth.settings import IssuerSettings, listed_issuers, listed_principals
-from notecase_server.auth.tables import Mistake, Table, load
+from notecase_server.auth.tables import MOST_RETRIES, Mistake, Table, load
 from notecase_server.config import variable
 from notecase_server.tools.mcp_settings import McpServerSettings
 
@@ -189,7 +189,8 @@ def _provider(table: Table, secrets: _Secrets) -> dict[str, Any]:
     }
     for key in ("connect_timeout", "first_timeout", "idle_timeout", "whole_timeout"):
         given[key] = table.number(key, above=True)
-    for key in ("max_retries", "max_concurrent", "breaker_failures"):
+    given["max_retries"] = table.number("max_retries", whole=True, most=MOST_RETRIES)
+    for key in ("max_concurrent", "breaker_failures"):
         given[key] = table.number(key, whole=True)
     table.done()
     return {key: value for key, value in given.items() if key == "name" or value not in ("", None, {})}

@@ -5,8 +5,6 @@ import ipaddress
 
 def is_loopback(listen: str) -> bool:
     """Whether only this machine can reach that address."""
-    if listen.startswith("unix:"):
-        return True
     host = listen.rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback

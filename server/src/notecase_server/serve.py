@@ -224,9 +224,9 @@ def make_authenticators(settings: Settings, files: Files, fetches: Tasks) -> lis
     Raises SettingsError."""
     found: list[Authenticator] = []
     if (path := settings.client_principals) is not None:
-        found.append(Certificates(files.watch([path], lambda: read_client_principals(path))))
+        found.append(Certificates(files.watch([path], lambda: read_client_principals(path)), now))
     elif settings.listed_principals:
-        found.append(Certificates(files.watch([], lambda: settings.listed_principals)))
+        found.append(Certificates(files.watch([], lambda: settings.listed_principals), now))
     if settings.has_issuers:
         from notecase_server.auth.jwks import file_problem  # noqa: PLC0415  # as for cryptography
         from notecase_server.auth.tokens import Tokens  # noqa: PLC0415

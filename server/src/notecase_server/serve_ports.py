@@ -45,7 +45,7 @@ def _problem(address: str) -> str:
     """Says why none of the sockets that an address stands for can be bound; empty if one can, or for an address that
     only gRPC understands."""
     host, _, port = address.rpartition(":")
-    if address.startswith("unix:") or port == "0":
+    if port == "0":
         return ""
     problem = ""
     try:

@@ -1,6 +1,6 @@
 """Client certificates as credentials: the names that they hold, by a table of the operator's."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from notecase_server import errors
 from notecase_server.auth.files import Watched
@@ -16,19 +16,30 @@ MOST_LOGGED = 1000
 
 
 class Certificates:
-    """Judges the certificate of a connection. The transport has judged already that its CA is known, that it is valid
-    now, and that the caller has its key."""
+    """Judges the certificate of a connection. When the connection was made, the transport has judged that its CA is
+    known, that it is valid, and that the caller has its key."""
 
-    def __init__(self, principals: Watched[Mapping[str, Principal]]) -> None:
-        """`principals` by name, as `read_client_principals` reads them."""
+    def __init__(self, principals: Watched[Mapping[str, Principal]], clock: Callable[[], int]) -> None:
+        """`principals` by name, as `read_client_principals` reads them; `clock` tells microseconds since 1970."""
+        from notecase_server.auth.tls import expires  # noqa: PLC0415  # cryptography is imported where there is TLS
+
         self._principals = principals
+        self._clock = clock
+        self._expires = expires
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         """Returns who calls: that of the one name in the table; None on a connection without a certificate. Raises
-        NotecaseError UNAUTHENTICATED when the table has none of the names, or more than one."""
+        NotecaseError UNAUTHENTICATED when the certificate has expired, and when the table has none of its names, or
+        more than one."""
         context = transport()
         if "x509_pem_cert" not in context:
             return None
+        try:
+            expired = self._expires(context["x509_pem_cert"][0]) <= self._clock()
+        except ValueError:
+            raise errors.unauthenticated("The certificate cannot be read.") from None
+        if expired:
+            raise errors.unauthenticated("The certificate has expired.")
         known = self._principals.value
         held = {san(kind, name.decode(errors="replace")) for kind in KINDS for name in context.get(f"peer_{kind}", ())}
         found = [known[name] for name in held if name in known]

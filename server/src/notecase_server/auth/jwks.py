@@ -37,12 +37,21 @@ KEPT_SECONDS = 24 * 3600.0
 Load = Callable[[], Awaitable[bytes]]
 
 
+KINDS = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
+"""The kind of key that an algorithm takes, by how its name begins."""
+
+
 class Key(NamedTuple):
     """A public key, with the id and the algorithm that its issuer names for it; either may be empty."""
 
     id: str
     algorithm: str
+    kind: str
     value: Any
+
+    def fits(self, algorithm: str) -> bool:
+        """Whether it may be the key of a signature by that algorithm."""
+        return self.kind == KINDS[algorithm[:2]] and self.algorithm in {"", algorithm}
 
 
 def from_url(url: str) -> Load:
@@ -124,8 +133,8 @@ class KeySet:
         self._fetched = self._failed = self._searched = -math.inf
         self._fetch: asyncio.Task[None] | None = None
 
-    async def find(self, key_id: str) -> Key | None:
-        """Returns the key with that id, or the only key for an empty id; None if there is none. Raises NotecaseError
+    async def find(self, key_id: str) -> Sequence[Key]:
+        """Returns the keys with that id, which need not be unique, or all for an empty id. Raises NotecaseError
         ISSUER_UNAVAILABLE while there are no keys at all.
 
         Waits for a fetch when there are no keys, when they are old, and when the id is unknown, though for that only
@@ -139,25 +148,31 @@ class KeySet:
                 self._begin()
             if self._fetch is not None and not (failing and self._keys):
                 await asyncio.shield(self._fetch)
-        key = self._known(key_id)
-        if key is None and self._keys and self._fetched <= now and now - self._searched > PATIENCE_SECONDS:
+        keys = self._known(key_id)
+        if not keys and self._keys and self._fetched <= now and now - self._searched > PATIENCE_SECONDS:
             self._searched = now
             self._begin()
-        if key is None and self._fetch is not None:
+        if not keys and self._fetch is not None:
             await asyncio.shield(self._fetch)
-            key = self._known(key_id)
+            keys = self._known(key_id)
         if not self._keys:
             raise errors.issuer_unavailable()
-        return key
+        return keys
 
     def vouches_for(self, key: Key) -> bool:
-        """Whether that is a key of the issuer, as far as is known without a fetch."""
-        return self._monotonic() - self._fetched <= FRESH_SECONDS and key in self._keys
+        """Whether that is a key of the issuer, as far as is known without waiting for a fetch. One begins here, too,
+        every PATIENCE_SECONDS while the place of the keys is away."""
+        self._forget()
+        now = self._monotonic()
+        if now - self._fetched > FRESH_SECONDS:
+            if self._failed <= self._fetched:
+                return False
+            if now - self._failed > PATIENCE_SECONDS:
+                self._begin()
+        return key in self._keys
 
-    def _known(self, key_id: str) -> Key | None:
-        if not key_id:
-            return self._keys[0] if len(self._keys) == 1 else None
-        return next((key for key in self._keys if key.id == key_id), None)
+    def _known(self, key_id: str) -> Sequence[Key]:
+        return [key for key in self._keys if key_id in {"", key.id}]
 
     def _forget(self) -> None:
         if self._keys and self._monotonic() - self._fetched > KEPT_SECONDS:
@@ -194,7 +209,7 @@ def parse(content: bytes) -> Sequence[Key]:
 
 
 def _key(given: Any) -> Key | None:
-    if not isinstance(given, dict) or given.get("use", "sig") != "sig":
+    if not isinstance(given, dict) or given.get("use") not in {None, "sig"}:
         return None
     try:
         key = jwt.PyJWK(given)
@@ -203,4 +218,4 @@ def _key(given: Any) -> Key | None:
     key_id, algorithm = given.get("kid") or "", given.get("alg") or ""
     if key.algorithm_name not in ALGORITHMS or not isinstance(key_id, str):
         return None
-    return Key(key_id, algorithm, key.key)
+    return Key(key_id, algorithm, given["kty"], key.key)

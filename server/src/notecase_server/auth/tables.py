@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import math
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,11 @@ from notecase_server import names
 from notecase_server.auth.principal import Role
 
 T = TypeVar("T")
+
+MOST = 10**9
+"""The largest number of a setting, and the longest time: 31 years of seconds. More overflows in what takes it."""
+
+MOST_RETRIES = 1000
 
 ROLES: Mapping[str, Role] = {role.name.lower(): role for role in Role}
 
@@ -99,13 +103,16 @@ class Table:
         right = isinstance(many, list) and bool(many) and all(isinstance(one, str) and one for one in many)
         return tuple(many) if self.check(right, key, "This must be a string, or a list of strings.") else ()
 
-    def number(self, key: str, *, least: float = 0, above: bool = False, whole: bool = False) -> float | None:
-        """A number of at least `least`, or above it; None where it is missing or wrong."""
+    def number(
+        self, key: str, *, least: float = 0, above: bool = False, whole: bool = False, most: float = 0
+    ) -> float | None:
+        """A number of at least `least`, or above it, and at most `most` or MOST; None where it is missing or wrong."""
         self._taken.add(key)
         value = self.values.get(key)
         kinds = (int,) if whole else (int, float)
-        right = isinstance(value, kinds) and not isinstance(value, bool) and least <= value < math.inf
-        rule = f"This must be a {'whole ' if whole else ''}number {'above' if above else 'of at least'} {least:g}."
+        right = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= (most or MOST)
+        bounds = f"{'above' if above else 'of at least'} {least:,} and at most {most or MOST:,}"
+        rule = f"This must be a {'whole ' if whole else ''}number {bounds}."
         right = right and not (above and value == least)
         return value if value is not None and self.check(right, key, rule) else None
 

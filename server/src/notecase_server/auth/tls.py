@@ -56,6 +56,11 @@ def read_identity(cert: Path, key: Path, client_ca: Path | None, clock: Callable
     return Identity(key_pem, chain_pem, ca_pem)
 
 
+def expires(certificate: bytes) -> float:
+    """Returns until when a certificate in PEM is valid, in microseconds since 1970. Raises ValueError."""
+    return x509.load_pem_x509_certificate(certificate).not_valid_after_utc.timestamp() * 1e6
+
+
 def _is_known(key: PrivateKeyTypes) -> bool:
     if isinstance(key, ec.EllipticCurvePrivateKey):
         return isinstance(key.curve, CURVES)

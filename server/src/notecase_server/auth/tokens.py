@@ -3,7 +3,8 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
 
 import jwt
 
@@ -14,6 +15,8 @@ from notecase_server.auth.principal import AuthContext, Metadata, Principal, Rol
 from notecase_server.auth.settings import Claim, IssuerSettings
 from notecase_server.auth.tables import ROLES
 from notecase_server.supervisor import Tasks
+
+T = TypeVar("T")
 
 TOKEN_BYTES = 8 << 10
 """The longest token that is looked at. Longer ones hold all groups of a user, which a provider can leave out."""
@@ -26,6 +29,9 @@ LEEWAY_SECONDS = 60
 
 REMEMBERED = 10_000
 """Tokens that are remembered as verified, so that each costs its signature once."""
+
+MOST_TRIED = 8
+"""Keys that one token is tried with."""
 
 LATEST = 1e12
 """Seconds since 1970 that no token's time is beyond: what is, was not meant as a time."""
@@ -116,15 +122,11 @@ class Tokens:
             raise _RefusedError("its issuer is unknown")
         settings, algorithm = issuer.settings, header.get("alg")
         _need(algorithm in settings.algorithms, "its algorithm is not one of its issuer's")
-        key = await issuer.keys.find(header.get("kid", ""))
-        if key is None:
-            raise _RefusedError("its issuer has no such key, or could not be asked")
-        _need(key.algorithm in {"", algorithm}, "its key is for another algorithm")
-        claims = _decoded(
-            lambda: VERIFIER.decode(
-                token, key.value, algorithms=[algorithm], audience=settings.audiences, issuer=settings.issuer
-            )
-        )
+        keys = await issuer.keys.find(header.get("kid", ""))
+        _need(bool(keys), "its issuer has no such key, or could not be asked")
+        keys = [key for key in keys if key.fits(algorithm)][:MOST_TRIED]
+        _need(bool(keys), "its key is for another algorithm")
+        key, claims = _signed(token, keys, algorithm, settings)
         now = self._now()
         expires = _time(claims["exp"])
         _need(now < expires + LEEWAY_SECONDS, "it has expired")
@@ -150,7 +152,25 @@ def _need(right: bool, problem: str) -> None:
         raise _RefusedError(problem)
 
 
-def _decoded(decode: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _signed(token: str, keys: Sequence[Key], algorithm: str, settings: IssuerSettings) -> tuple[Key, dict[str, Any]]:
+    """Returns the first of some keys that verifies a token, and the token's claims. Raises _RefusedError."""
+
+    def decode(key: Key) -> dict[str, Any]:
+        return VERIFIER.decode(
+            token, key.value, algorithms=[algorithm], audience=settings.audiences, issuer=settings.issuer
+        )
+
+    def tried() -> tuple[Key, dict[str, Any]]:
+        *others, last = keys
+        for key in others:
+            with suppress(jwt.InvalidSignatureError, jwt.InvalidKeyError):  # a key of another curve is not for it
+                return key, decode(key)
+        return last, decode(last)
+
+    return _decoded(tried)
+
+
+def _decoded(decode: Callable[[], T]) -> T:
     try:
         return decode()
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:

@@ -14,14 +14,20 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_ADDRESS = "127.0.0.1:7420"
 """Where `serve` listens and the other commands look for it."""
 
+MAX_PORT = 65535
+
 _TARGETS = "unix|unix-abstract|dns|ipv4|ipv6|vsock|xds|passthrough"
 """gRPC's own schemes of naming a server, which it judges itself."""
 
 
-def address(context: click.Context, option: click.Parameter, value: str) -> str:
-    """Returns an option's value if it is an address. Raises BadParameter otherwise: without a port gRPC would take
-    443, without a host all of them, and of a list or a URL it would look up a part."""
-    if not re.fullmatch(rf"(?:{_TARGETS}):.+|(?:\[[^\]\s]+\]|[^:/?#@,\s\[\]]+):[0-9]+", value):
+def address(context: click.Context, option: click.Parameter, value: str, *, targets: bool = True) -> str:
+    """Returns an option's value if it is an address, or with `targets` a name of one in a scheme of gRPC's. Raises
+    BadParameter otherwise: without a port gRPC would take 443, without a host all of them, of a list or a URL it would
+    look up a part, and of a port it would take the last 16 bits."""
+    place = re.fullmatch(r"(?:\[[^\]\s]+\]|[^:/?#@,\s\[\]]+):0*([0-9]{1,5})", value)
+    is_target = re.match(rf"(?:{_TARGETS}):.", value)
+    right = targets if is_target else place is not None and int(place[1]) <= MAX_PORT
+    if not right:
         raise click.BadParameter(f"{value!r} is not an address; write HOST:PORT, for example {DEFAULT_ADDRESS}.")
     return value
 

@@ -1,14 +1,16 @@
 """`notecase serve`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
 
 import notecase_server.cli.bare_structlog  # noqa: F401  # before others import structlog
-from notecase_server.auth.tables import SettingsError
+from notecase_server.auth.tables import MOST, MOST_RETRIES, SettingsError
 from notecase_server.cli.options import DEFAULT_ADDRESS, PASSWORD_FILE, STORE, address
 from notecase_server.cli.serve_settings import load, settings
 from notecase_server.config import Settings, configure_logging
@@ -20,6 +22,13 @@ from notecase_server.tools.contract import ToolSettingsError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MOST_BYTES = 1 << 50
+
+MOST_CONNECTIONS = 1000
+"""To PostgreSQL."""
+
+MOST_DAYS = 36_500
+
 DEFAULTS = {each.name: each.default for each in fields(Settings)}
 
 EXPECTED = (
@@ -29,12 +38,28 @@ EXPECTED = (
 """Failures whose texts are for the operator."""
 
 
-def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
+class _Seconds(click.FloatRange):
+    """Seconds up to MOST. A number that is none (`nan`) is within every range of click's."""
+
+    def __init__(self, least: float = 0, *, min_open: bool = False) -> None:
+        super().__init__(least, MOST, min_open=min_open)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+_listens = partial(address, targets=False)
+
+
+def _number(name: str, told: str, least: int = 1, most: int = 0) -> Callable[[F], F]:
     """The option for a setting that bounds something, with the setting's name and default."""
     setting = name.replace("-", "_")
     return click.option(
         f"--{name}",
-        type=click.IntRange(least),
+        type=click.IntRange(least, most or (MOST_BYTES if name.endswith("bytes") else MOST)),
         default=DEFAULTS[setting],
         envvar=f"NOTECASE_{setting.upper()}",
         show_envvar=True,
@@ -87,7 +112,7 @@ class _Serve(click.Command):
     envvar="NOTECASE_LISTEN",
     show_envvar=True,
     metavar="HOST:PORT",
-    callback=address,
+    callback=_listens,
     help="The address to listen on; port 0 chooses a free port and prints it.",
 )
 @click.option(
@@ -97,7 +122,7 @@ class _Serve(click.Command):
     envvar="NOTECASE_LISTEN_MTLS",
     show_envvar=True,
     metavar="HOST:PORT",
-    callback=lambda context, option, value: address(context, option, value) if value else value,
+    callback=lambda context, option, value: _listens(context, option, value) if value else value,
     help="An additional address, for callers with client certificates.",
 )
 @_file("tls-cert", "The server's certificate with its intermediate certificates: PEM. Read again when it changes.")
@@ -126,10 +151,12 @@ class _Serve(click.Command):
 )
 @STORE
 @PASSWORD_FILE
-@_number("store-connections", "Connections to PostgreSQL, in addition to one for the lease.", least=2)
+@_number(
+    "store-connections", "Connections to PostgreSQL, in addition to one for the lease.", least=2, most=MOST_CONNECTIONS
+)
 @click.option(
     "--store-lease",
-    type=click.FloatRange(1),
+    type=_Seconds(1),
     default=DEFAULTS["store_lease"],
     envvar="NOTECASE_STORE_LEASE",
     show_envvar=True,
@@ -173,10 +200,10 @@ class _Serve(click.Command):
 @_number("max-tenant-blob-bytes", "Total size of a tenant's blobs. 0: no limit.", least=0)
 @_number("max-uploads", "Uploads per tenant, in progress or remembered. 0: no limit.", least=0)
 @_number("max-requests", "Requests per tenant that are remembered for a day. 0: no limit.", least=0)
-@_number("audit-days", "How many days audit entries are kept. 0: forever.", least=0)
+@_number("audit-days", "How many days audit entries are kept. 0: forever.", least=0, most=MOST_DAYS)
 @click.option(
     "--grace",
-    type=click.FloatRange(0),
+    type=_Seconds(0),
     default=10.0,
     envvar="NOTECASE_GRACE",
     show_envvar=True,
@@ -196,7 +223,7 @@ class _Serve(click.Command):
 )
 @click.option(
     "--connect-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Seconds(0, min_open=True),
     default=10.0,
     envvar="NOTECASE_CONNECT_TIMEOUT",
     show_envvar=True,
@@ -205,7 +232,7 @@ class _Serve(click.Command):
 )
 @click.option(
     "--first-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Seconds(0, min_open=True),
     default=600.0,
     envvar="NOTECASE_FIRST_TIMEOUT",
     show_envvar=True,
@@ -214,7 +241,7 @@ class _Serve(click.Command):
 )
 @click.option(
     "--idle-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Seconds(0, min_open=True),
     default=300.0,
     envvar="NOTECASE_IDLE_TIMEOUT",
     show_envvar=True,
@@ -223,7 +250,7 @@ class _Serve(click.Command):
 )
 @click.option(
     "--whole-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Seconds(0, min_open=True),
     default=3600.0,
     envvar="NOTECASE_WHOLE_TIMEOUT",
     show_envvar=True,
@@ -232,7 +259,7 @@ class _Serve(click.Command):
 )
 @click.option(
     "--max-retries",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST_RETRIES),
     default=2,
     envvar="NOTECASE_MAX_RETRIES",
     show_envvar=True,
@@ -241,7 +268,7 @@ class _Serve(click.Command):
 )
 @click.option(
     "--retry-time",
-    type=click.FloatRange(0),
+    type=_Seconds(0),
     default=60.0,
     envvar="NOTECASE_RETRY_TIME",
     show_envvar=True,

@@ -13,11 +13,16 @@ from notecase_server.engine import template
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
-from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, masked, once
+from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, masked, merge, once
 from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
 from notecase_server.store.contract import AgentStore, Answer
 
-AGENT_FILTER: Mapping[str, filters.FieldKind] = {"display_name": "text", "create_time": "time", "update_time": "time"}
+AGENT_FILTER: Mapping[str, filters.FieldKind] = {
+    "display_name": "text",
+    "create_time": "time",
+    "update_time": "time",
+    "labels": "labels",
+}
 EDIT_TRIES = 20
 """How often an update without an etag is merged anew when another one came between."""
 
@@ -82,7 +87,7 @@ class Agents(v1.AgentServiceServicer):
                 await self.desk.requests.recall(repeat)
             stale = bool(etag) and etag != (newest.etag if newest is not None else "")
             edited = v1.Agent() if newest is None else copied(newest)
-            mask.MergeMessage(request.agent, edited, replace_message_field=True, replace_repeated_field=True)
+            merge(mask, request.agent, edited)
             body = Check(most=sys.maxsize)  # what is outside of the mask is left out below, and counts for nothing
             body.agent_body(edited, self.desk.providers, self.desk.toolbox)
             whole = agent_id and not stale and (newest is not None or request.allow_missing)

@@ -163,6 +163,22 @@ def masked(
     return fine
 
 
+def merge(mask: FieldMask, given: M, target: M) -> None:
+    """Gives `target` what the mask names of a message. A field that is not set there is cleared (AIP-134), also when
+    the message that it belongs to is not set."""
+    mask.MergeMessage(given, target, replace_message_field=True, replace_repeated_field=True)
+    for path in mask.paths:
+        *parents, leaf = path.split(".")
+        given_parent: Any = given
+        parent: Any = target
+        is_given = is_there = True
+        for name in parents:
+            is_given, is_there = is_given and given_parent.HasField(name), is_there and parent.HasField(name)
+            given_parent, parent = getattr(given_parent, name), getattr(parent, name)
+        if is_there and not is_given:
+            parent.ClearField(leaf)
+
+
 def listed(
     check: Check, pages: Pages, request: ListRequest, *about: str, fields: Mapping[str, filters.FieldKind] | None = None
 ) -> Query:

@@ -39,15 +39,15 @@ class EnumField(NamedTuple):
     prefix: str
 
 
-FieldKind = Literal["text", "time"] | EnumField
+FieldKind = Literal["text", "time", "labels"] | EnumField
 """Text compares as it is, agents and users by their whole names (`agents/a`). Times are written as RFC 3339 and compare
-in microseconds since 1970."""
+in microseconds since 1970. The field `labels` stands for every `labels.KEY`."""
 
 Operator = Literal["=", "!=", "<", ">", "<=", ">="]
 
 
 def parse(text: str, fields: Mapping[str, FieldKind]) -> Filter | None:
-    """The filter as a store takes it, None for an empty one. `labels.KEY` need not be among the `fields`.
+    """The filter as a store takes it, None for an empty one.
 
     Raises NotecaseError INVALID_FIELD for the field "filter", with the position of what is wrong, counted in characters
     from 1."""
@@ -131,12 +131,12 @@ class _Parser:
             raise self._wrong("expected a field", field)
         kind: FieldKind = "text"
         name = field.text
-        if name.startswith("labels.") and name != "labels.":
+        if "labels" in self._fields and name.startswith("labels.") and name != "labels.":
             name = "labels." + (_unquoted(name[7:]) if field.kind == "label" else name[7:])
-        elif name in self._fields:
+        elif name in self._fields and name != "labels":
             kind = self._fields[name]
         else:
-            known = ", ".join([*sorted(self._fields), "labels.KEY"])
+            known = ", ".join(sorted(self._fields)).replace("labels", "labels.KEY")
             raise self._wrong(f"unknown field; known are {known}", field)
         operator = self._take()
         if operator.kind != "operator":
@@ -158,6 +158,7 @@ class _Parser:
             if microseconds is None:
                 raise self._wrong("expected a time such as 2026-11-01T08:30:00Z", value)
             return microseconds
+        assert isinstance(kind, EnumField)
         if operator.text not in {"=", "!="}:
             raise self._wrong("this field supports only = and !=", operator)
         numbers: dict[str, int] = dict(kind.enum.items())

@@ -22,11 +22,16 @@ UNREAD_SHARE = 8
 """One connection has at most a half of the calls, and an eighth of what may wait unread."""
 
 
+PROBES = 100
+"""Probes that one connection may have open. They need no credential, so they take no places of callers."""
+
+
 class _Connection:
-    __slots__ = ("calls", "unread")
+    __slots__ = ("calls", "probes", "unread")
 
     def __init__(self) -> None:
         self.calls = 0
+        self.probes = 0
         self.unread = 0
 
 
@@ -42,29 +47,31 @@ class Gate:
         self._max_unread = max_unread
         self._connections: dict[str, _Connection] = {}
         self.calls = 0
-        """Open now."""
+        """Open now, without probes."""
         self.unread = 0
         """Bytes that wait for their readers now."""
 
     def enter(self, context: Any, *, probe: bool) -> "Call":
         """Counts a call until grpc is done with it. Raises NotecaseError UNAUTHENTICATED when its peer is not served,
         and RATE_LIMITED when there is no room for it: on its connection, or, unless it is a `probe`, on the server: one
-        that is full is healthy."""
+        that is full is healthy. Probes have room of their own."""
         peer = context.peer()
         connection = self._connections.get(peer)
         if connection is None and not self._peers.serves(peer):
             raise errors.unserved_peer()
-        if self.calls >= self._max_calls and not probe:
+        if probe:
+            if connection is not None and connection.probes >= PROBES:
+                raise errors.too_many("probe", PROBES, " on one connection")
+        elif self.calls >= self._max_calls:
             raise errors.too_many("call", self._max_calls)
-        if connection is not None and connection.calls >= self._most:
+        elif connection is not None and connection.calls >= self._most:
             raise errors.too_many("call", self._most, " on one connection")
         if connection is not None and connection.unread > self._share():
             raise errors.unread_answers()
         if connection is None:
             connection = self._connections[peer] = _Connection()
-        connection.calls += 1
-        self.calls += 1
-        call = Call(self, peer, connection)
+        self._count(connection, 1, probe)
+        call = Call(self, peer, connection, probe)
         context.add_done_callback(call.left)
         return call
 
@@ -73,23 +80,30 @@ class Gate:
         is reached."""
         return max(self._max_unread // UNREAD_SHARE, READ_AHEAD) if self.unread < self._max_unread else READ_AHEAD
 
-    def _leave(self, peer: str, connection: _Connection) -> None:
-        self.calls -= 1
-        connection.calls -= 1
-        if not connection.calls:
+    def _count(self, connection: _Connection, more: int, probe: bool) -> None:
+        if probe:
+            connection.probes += more
+        else:
+            connection.calls += more
+            self.calls += more
+
+    def _leave(self, peer: str, connection: _Connection, probe: bool) -> None:
+        self._count(connection, -1, probe)
+        if not (connection.calls or connection.probes):
             self._connections.pop(peer, None)
 
 
 class Call:
     """One open call, and what of it waits for its reader."""
 
-    __slots__ = ("_connection", "_gate", "_peer", "_unread", "due")
+    __slots__ = ("_connection", "_gate", "_peer", "_probe", "_unread", "due")
 
-    def __init__(self, gate: Gate, peer: str, connection: _Connection) -> None:
+    def __init__(self, gate: Gate, peer: str, connection: _Connection, probe: bool) -> None:
         self.due = math.inf
         """The loop's time at which a frame has waited for its reader for too long; infinite while none waits."""
         self._gate = gate
         self._peer = peer
+        self._probe = probe
         self._connection = connection
         self._unread = 0
 
@@ -113,7 +127,7 @@ class Call:
     def left(self, _context: Any) -> None:
         """Grpc is done with the call, and with what waited."""
         self.read(self._unread)
-        self._gate._leave(self._peer, self._connection)
+        self._gate._leave(self._peer, self._connection, self._probe)
 
 
 class Outlet:

@@ -15,7 +15,7 @@ class Peers:
 
     def serves(self, peer: str) -> bool:
         """Whether calls of that peer are served, by grpc's name for it, such as `ipv4:10.0.0.7:50412`."""
-        if not self._networks or peer.startswith("unix:"):
+        if not self._networks:
             return True
         host = unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]").partition("%")[0]
         try:

@@ -21,6 +21,7 @@ RUN_FILTER: Mapping[str, filters.FieldKind] = {
     "state": filters.EnumField(v1.Run.State, "STATE_"),
     "agent": "text",
     "create_time": "time",
+    "labels": "labels",
 }
 
 

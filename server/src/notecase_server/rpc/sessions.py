@@ -52,6 +52,7 @@ SESSION_FILTER: Mapping[str, filters.FieldKind] = {
     "display_name": "text",
     "create_time": "time",
     "update_time": "time",
+    "labels": "labels",
 }
 MAX_IMPORT_BYTES = 1 << 30
 """Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
@@ -113,6 +114,7 @@ class SessionsService(v1.SessionServiceServicer):
         check = checked(request)
         session = check.session("session.name", request.session.name)
         mask = masked(check, request.update_mask, request.session, SESSION_FIELDS, by_name=["remembered"])
+        check(not any("." in path for path in mask.paths), "update_mask", "names a part of a field; name all of it")
         labels = any(path.partition(".")[0] == "labels" for path in mask.paths)
         check.session_body("session", request.session, labels)
         if labels:

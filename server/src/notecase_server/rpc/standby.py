@@ -28,6 +28,14 @@ class _Nobody:
         raise errors.store_unavailable()
 
 
+class _Doorway(Doorway):
+    """Remembers no methods: callers may make up any number of paths."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        self._endpoints.clear()
+        return await super().intercept_service(continuation, handler_call_details)
+
+
 class _AnyMethod(grpc.GenericRpcHandler):
     """Has a handler for every method, so that a caller is refused and not told that there is no such method."""
 
@@ -41,7 +49,7 @@ def _never(frames: Any, context: Any) -> NoReturn:
 
 async def build_standby(peers: Peers, new_id: Callable[[], str]) -> grpc.aio.Server:
     """Makes the server, without a port yet."""
-    doorway = Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, peers))
+    doorway = _Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, peers))
     server = grpc.aio.server(interceptors=[doorway], options=options(CALLS, CALLS))
     health = Health([f"notecase.v1.{name}" for name in SERVICES])
     await health.add_to(server)

@@ -13,15 +13,18 @@ from notecase_server.errors import NotecaseError
 STATUS_BYTES = 4 << 10
 """The size of the details at most: they travel in trailers, of which clients accept 8 KiB."""
 
+MESSAGE_BYTES = 1000
+"""The size of the message at most, as the other trailer has it."""
+
 
 def to_status(error: NotecaseError) -> status_pb2.Status:
-    """Returns the failure as google.rpc.Status, ErrorInfo first. Long lists of violations are cut to what a trailer
-    holds."""
-    status = status_pb2.Status(code=error.code, message=error.message[:1000])
+    """Returns the failure as google.rpc.Status, ErrorInfo first. Long texts and lists of violations are cut to what
+    trailers hold."""
+    status = status_pb2.Status(code=error.code, message=_quotable(error.message))
     info = error_details_pb2.ErrorInfo(
         domain=v1.ERROR_DOMAIN,
         reason=errors.reason_name(error.reason),
-        metadata={key: value[:300] for key, value in error.metadata.items()},
+        metadata={key: _cut(value, 300) for key, value in error.metadata.items()},
     )
     _add(status, info)
     if error.retry_after is not None:
@@ -32,7 +35,7 @@ def to_status(error: NotecaseError) -> status_pb2.Status:
         _add(
             status,
             error_details_pb2.ResourceInfo(
-                resource_type=f"notecase.v1.{error.resource.kind.title()}", resource_name=error.resource.name[:300]
+                resource_type=f"notecase.v1.{error.resource.kind.title()}", resource_name=_cut(error.resource.name, 300)
             ),
         )
     if error.quota:
@@ -41,7 +44,7 @@ def to_status(error: NotecaseError) -> status_pb2.Status:
     if error.violations:
         bad = error_details_pb2.BadRequest()
         for found in error.violations:
-            bad.field_violations.add(field=found.field[:200], description=found.description[:300])
+            bad.field_violations.add(field=_cut(found.field, 200), description=_cut(found.description, 300))
             if bad.ByteSize() + status.ByteSize() > STATUS_BYTES:
                 bad.field_violations[-1].CopyFrom(
                     error_details_pb2.BadRequest.FieldViolation(
@@ -51,6 +54,24 @@ def to_status(error: NotecaseError) -> status_pb2.Status:
                 break
         _add(status, bad)
     return status
+
+
+def _quotable(text: str) -> str:
+    """Cuts a text to MESSAGE_BYTES, where each byte that is not printable ASCII takes three: gRPC quotes it."""
+    if len(text) * 12 <= MESSAGE_BYTES:  # however it is quoted
+        return text
+    size = 0
+    for index, character in enumerate(text):
+        plain = " " <= character <= "~" and character != "%"
+        size += 1 if plain else 3 * len(character.encode())
+        if size > MESSAGE_BYTES:
+            return text[:index]
+    return text
+
+
+def _cut(text: str, size: int) -> str:
+    """Cuts a text to that many bytes of UTF-8."""
+    return text.encode()[:size].decode(errors="ignore")
 
 
 def _add(status: status_pb2.Status, detail: Message) -> None:

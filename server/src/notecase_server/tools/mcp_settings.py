@@ -18,6 +18,8 @@ import msgspec
 
 from notecase_server.tools.contract import ToolSettingsError
 
+MOST_SECONDS = 10**9
+
 
 class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
     """One server: a command that speaks on its standard input and output, or a URL that speaks streamable HTTP."""
@@ -55,8 +57,8 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             raise ValueError(
                 f"`{stray[0]}` has no meaning for a server with a `{'command' if self.command else 'url'}`"
             )
-        if min(self.connect_timeout, self.timeout) <= 0:
-            raise ValueError("time-outs are seconds above 0")
+        if not all(0 < seconds <= MOST_SECONDS for seconds in (self.connect_timeout, self.timeout)):
+            raise ValueError(f"time-outs are seconds above 0 and at most {MOST_SECONDS:,}")
 
 
 def program_problem(server: McpServerSettings) -> str:
