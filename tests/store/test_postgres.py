@@ -475,6 +475,22 @@ async def test_a_connection_that_cannot_be_made_is_the_store_that_is_away(
         await serve_stores.open_store(f"{url}&passfile={passfile}", clock)
 
 
+@pytest.mark.parametrize("code", ["25006", "26000", "42P05"])
+async def test_connections_that_have_landed_in_the_wrong_place_are_replaced(store: PostgresStore, code: str) -> None:
+    """On a host that is read-only by now, or at a pooler that does not keep what was prepared."""
+    await asyncio.gather(*(store.get_session(KEY) for _ in range(5)))
+    holders = store._pool._holders
+    connections = [holder._con for holder in holders if holder._con]
+    if code == "25006":
+        for connection in connections:
+            await connection.execute("SET default_transaction_read_only = on")
+    with refused("STORE_UNAVAILABLE"):
+        await store._write(lambda tables, _: raise_sqlstate(tables, code))
+    await store.probe()
+    await asyncio.gather(*(store.get_session(KEY) for _ in range(5)))
+    assert not {holder._con for holder in holders} & {*connections}
+
+
 async def test_an_answer_that_is_lost_is_of_a_commit_that_can_be_asked_about(url: str, clock: ManualClock) -> None:
     """The connection is cut when the statement that writes has reached the database, and before: it is never half
     made."""

@@ -71,7 +71,16 @@ class Access(NamedTuple):
             "max_cached_statement_lifetime": 0,
             "server_settings": {"application_name": "notecase"} if self.prepared else None,
             **({"password": self.password} if self.password is not None else {}),
+            **({"target_session_attrs": "read-write"} if self._has_choice else {}),
         }
+
+    @property
+    def _has_choice(self) -> bool:
+        """Whether the URL names several hosts and leaves open which of them to choose."""
+        parts = urlsplit(self.url)
+        given = dict(parse_qsl(parts.query))
+        several = "," in parts.netloc.rpartition("@")[2] or "," in given.get("host", os.environ.get("PGHOST", ""))
+        return several and "target_session_attrs" not in given and "PGTARGETSESSIONATTRS" not in os.environ
 
     async def dial(self) -> "Connection[Record]":
         """Makes a connection that belongs to no pool. Raises Unconnected."""
@@ -364,7 +373,10 @@ def refusal(where: str, error: BaseException) -> str:
     if isinstance(error, ssl.SSLError):
         return f"{where} did not agree on TLS. Check sslmode, sslrootcert and the names in the server's certificate."
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
-        return f"{where} has no server with the target_session_attrs of the URL. Name the primary, or start it."
+        return (
+            f"{where} has no server with the target_session_attrs of the URL, which are read-write if it names several "
+            "hosts and says nothing else. Name the primary, or start it."
+        )
     if code == "42704" and (unknown := PARAMETER.search(str(error))):
         return f"{where}: there is no parameter {unknown[1]}. Check the spelling of the URL's parameters."
     if isinstance(error, UnicodeError):

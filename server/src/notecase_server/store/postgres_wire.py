@@ -41,9 +41,13 @@ guard that did not hold, a key that is taken, a serialization failure, a deadloc
 DEFECTS = ("22", "23", "42")
 """Classes of SQLSTATEs of what can never succeed: our mistake, so nobody is told to try again."""
 
-PASSING = frozenset({"22012", "42501", "42P01"})
-"""Those of DEFECTS that are not ours: a guard that others broke again and again, and a right or a table that is missing
-until an operator gives it back."""
+PASSING = frozenset({"22012", "42501", "42P01", "42P05"})
+"""Those of DEFECTS that are not ours: a guard that others broke again and again, a right or a table that is missing
+until an operator gives it back, and a prepared statement that a pooler kept from another client."""
+
+MISPLACED = frozenset({"25006", "26000", "42P05"})
+"""SQLSTATEs of a connection that is of no more use, while another one may be: its host takes no writes any more, or
+its pooler has lost prepared statements or mixed them up."""
 
 DISK_FULL = "53100"
 
