@@ -12,6 +12,7 @@ import pytest
 from google.protobuf.descriptor_pb2 import MethodOptions
 from google.protobuf.message import Message
 from notecase import v1
+from notecase_server import errors
 from notecase_server.engine import upkeep
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve_stores import open_store
@@ -424,6 +425,7 @@ async def test_a_caller_is_told_when_the_store_cannot_say_what_became_of_a_write
             answer = await row.write(served, ONCE)
         except grpc.aio.AioRpcError as refused:
             assert reason_of(refused) == "STORE_UNAVAILABLE"
+            assert errors.UNKNOWN in str(refused.details())
             answer = await row.write(served, ONCE)
         assert silent.failed.is_set()
         if row.works:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
+from notecase_server import errors
 from notecase_server.engine.session import ASKS, LiveSession
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.store.contract import Answer, Commit, Once, Replayed, SessionKey, Store
@@ -61,12 +62,14 @@ async def test_nobody_decides_before_it_is_known_what_a_commit_made(
         (key,) = await rooms.prepare()
         rooms.sessions.unsure = lambda live: done.append("unsure")  # nobody else asks
         live = rooms.sessions.live(key)
-        with refused("STORE_UNAVAILABLE"):
+        with refused("STORE_UNAVAILABLE") as told:
             async with live.held():
                 await live.commit(note(key), late=lambda made: done.append(f"late {made.session.last_sequence}"))
-        with refused("STORE_UNAVAILABLE"):
+        assert errors.UNKNOWN in str(told.value)
+        with refused("STORE_UNAVAILABLE") as told:
             async with live.held():
                 raise AssertionError("it is not known yet")
+        assert errors.UNCHANGED in str(told.value)
         live.once_known(lambda: done.append("known"))
         for _ in range(2):
             async with live.held():

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -24,6 +25,7 @@ from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.standby import _AnyMethod, _Doorway
 from notecase_server.store import sqlite
+from notecase_server.store.memory import MemoryStore
 from structlog.testing import capture_logs
 
 from tests.e2e.driving import detail_of, fields_of, reason_of, said
@@ -121,6 +123,20 @@ async def test_health_follows_whether_the_store_takes_writes(tmp_path: Path, mon
             assert "health_not_serving" in [line["event"] for line in lines]
             assert states.SERVING == (await watching.read()).status
         await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="later"))
+        watching.cancel()
+
+
+async def test_health_is_not_serving_while_the_probe_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "PROBE_SECONDS", 0.01)
+    states = health_pb2.HealthCheckResponse
+    async with running() as served:
+        health: Any = health_pb2_grpc.HealthStub(served.channel)
+        watching = health.Watch(health_pb2.HealthCheckRequest())
+        assert states.SERVING == (await watching.read()).status
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryStore, "probe", Mock(side_effect=ZeroDivisionError))
+            assert states.NOT_SERVING == (await watching.read()).status
+        assert states.SERVING == (await watching.read()).status
         watching.cancel()
 
 

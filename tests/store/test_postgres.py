@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import random
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,7 @@ from tests.store.build import (
     start,
 )
 from tests.support import postgres
+from tests.support.authority import Authority
 from tests.support.postgres_proxy import PostgresProxy
 
 
@@ -431,6 +434,61 @@ async def test_a_statement_that_can_never_succeed_is_a_defect_and_says_nothing_o
 
 def raise_sqlstate(tables: Any, code: str) -> None:
     tables._do(f"DO $$ BEGIN RAISE EXCEPTION 'a secret' USING ERRCODE = '{code}'; END $$")
+
+
+async def test_a_connection_that_cannot_be_made_is_the_store_that_is_away(
+    url: str, clock: ManualClock, tmp_path: Path
+) -> None:
+    """Whatever is wrong with its certificates or its password file; the store goes on once that is mended."""
+    authority, ca, password = Authority(), tmp_path / "ca.pem", tmp_path / "password"
+    ca.write_bytes(authority.cert)
+    password.write_text("a-secret")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    good = authority.issue().write(tmp_path)
+    expired = authority.issue(lasts=timedelta(seconds=-60)).write(tmp_path, "expired")
+    tls.load_cert_chain(*good)
+    database = url.partition("?")[0].rpartition("/")[2]
+    async with PostgresProxy(url, tls) as proxy:
+        by_tls = f"postgresql://postgres@{proxy.address}/{database}?sslmode=verify-full&sslrootcert={ca}"
+        store = await PostgresStore.open(by_tls, clock, password=password.read_text)
+        await create(store)
+        troubles: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+            "certificate": (lambda: tls.load_cert_chain(*expired), lambda: tls.load_cert_chain(*good)),
+            "no CA": (ca.unlink, lambda: ca.write_bytes(authority.cert)),
+            "CA": (lambda: ca.write_text("none"), lambda: ca.write_bytes(authority.cert)),
+            "password": (lambda: password.write_bytes(b"\xff\xfe"), lambda: password.write_text("a-secret")),
+            "no password": (password.unlink, lambda: password.write_text("a-secret")),
+        }
+        for begin, end in troubles.values():
+            begin()
+            proxy.cut()
+            for _ in range(2):
+                with refused("STORE_UNAVAILABLE"):
+                    await add(store, said("m1"))
+            end()
+            await store.probe()
+        await store.close()
+    passfile = tmp_path / "passfile"
+    passfile.write_bytes(b"\xff")
+    passfile.chmod(0o600)
+    with pytest.raises(StoreOpenError, match="its password file is not text in UTF-8"):
+        await serve_stores.open_store(f"{url}&passfile={passfile}", clock)
+
+
+@pytest.mark.parametrize("code", ["25006", "26000", "42P05"])
+async def test_connections_that_have_landed_in_the_wrong_place_are_replaced(store: PostgresStore, code: str) -> None:
+    """On a host that is read-only by now, or at a pooler that does not keep what was prepared."""
+    await asyncio.gather(*(store.get_session(KEY) for _ in range(5)))
+    holders = store._pool._holders
+    connections = [holder._con for holder in holders if holder._con]
+    if code == "25006":
+        for connection in connections:
+            await connection.execute("SET default_transaction_read_only = on")
+    with refused("STORE_UNAVAILABLE"):
+        await store._write(lambda tables, _: raise_sqlstate(tables, code))
+    await store.probe()
+    await asyncio.gather(*(store.get_session(KEY) for _ in range(5)))
+    assert not {holder._con for holder in holders} & {*connections}
 
 
 async def test_an_answer_that_is_lost_is_of_a_commit_that_can_be_asked_about(url: str, clock: ManualClock) -> None:

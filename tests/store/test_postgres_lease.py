@@ -14,7 +14,7 @@ from notecase_server import serve_stores
 from notecase_server.store import postgres_renewal
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres import PostgresStore
-from notecase_server.store.postgres_database import Access, migrate
+from notecase_server.store.postgres_database import Access, dialled, migrate
 from notecase_server.store.postgres_lease import Owner, PostgresLease
 from notecase_server.store.postgres_renewal import renew
 from notecase_server.store.rows import TABLES, Head
@@ -346,6 +346,10 @@ async def test_a_standby_is_refused_by_a_sentence_and_taken_once_it_is_promoted(
         for refused, told in refusals.items():
             with pytest.raises(StoreOpenError, match=told):
                 await serve_stores.open_store(refused, clock)
+        # Of several hosts that which takes writes is chosen.
+        both = postgres.shared().url().replace("host=", f"host={server.directory},")
+        async with dialled(Access(both)) as connection:
+            assert not await connection.fetchval("SELECT pg_is_in_recovery()")
         lease = PostgresLease(Access(writable).dial, "this one", time.monotonic, LEASE)
         waits = asyncio.Event()
         taking = asyncio.create_task(lease.take(_setting(waits)))

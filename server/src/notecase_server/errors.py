@@ -4,7 +4,8 @@
 are the only way a failure is made, so a message is written once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from google.rpc import code_pb2
@@ -473,10 +474,27 @@ def cut() -> NotecaseError:
     )
 
 
+UNCHANGED = "this call changed nothing."
+
+UNKNOWN = "it is not known whether this call was carried out. Repeat it with the same id."
+
+
 def store_unavailable(full: bool = False) -> NotecaseError:
     """The store's own words stay in the server's log; that its disk is `full` is told."""
     problem = "The disk of the store is full" if full else "The store is unavailable at present"
-    return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; this call changed nothing.")
+    return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; {UNCHANGED}")
+
+
+@contextmanager
+def unsure() -> Iterator[None]:
+    """For what follows a write whose answer was lost, or that is one of several: STORE_UNAVAILABLE says there that
+    nobody knows what was written."""
+    try:
+        yield
+    except NotecaseError as error:
+        if error.reason != v1.ERROR_REASON_STORE_UNAVAILABLE:
+            raise
+        raise NotecaseError(error.reason, error.message.replace(UNCHANGED, UNKNOWN)) from None
 
 
 def owner_died(session: str, deaths: int) -> NotecaseError:

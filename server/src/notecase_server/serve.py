@@ -415,18 +415,20 @@ class Server:
         """Tells health whether the store takes writes."""
         serving = True
         while True:
-            problem = ""
+            problem, broken = "", None
             try:
                 await self._store.probe()
             except NotecaseError as error:
                 problem = error.message
+            except Exception as error:  # noqa: BLE001 - health is told of it, and it is logged
+                problem, broken = "The store cannot be asked; this is a defect.", error
             if bool(problem) == serving:
                 serving = not problem
                 await self._health.tell(serving)
                 if serving:
                     log.info("health_serving")
                 else:
-                    log.error("health_not_serving", problem=problem)
+                    log.error("health_not_serving", problem=problem, exc_info=broken)
             await asyncio.sleep(PROBE_SECONDS)
 
     async def _sweep(self) -> None:

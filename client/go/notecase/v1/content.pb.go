@@ -81,7 +81,9 @@ const (
 	ErrorReason_ERROR_REASON_LIMIT_EXCEEDED ErrorReason = 22
 	// UNAVAILABLE: the server is stopping. RetryInfo says when to try again.
 	ErrorReason_ERROR_REASON_SERVER_DRAINING ErrorReason = 23
-	// UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The call changed nothing.
+	// UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The
+	// message says that the call changed nothing, or that it is not known whether it was carried out: repeat it with the
+	// same request_id, command_id or upload_id.
 	ErrorReason_ERROR_REASON_STORE_UNAVAILABLE ErrorReason = 24
 	// UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As
 	// the error of a run: its process died three times in a row without a commit of the run in between.

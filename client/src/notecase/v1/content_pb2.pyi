@@ -87,7 +87,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 23
     """UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 24
-    """UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The call changed nothing."""
+    """UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The
+    message says that the call changed nothing, or that it is not known whether it was carried out: repeat it with the
+    same request_id, command_id or upload_id.
+    """
     ERROR_REASON_OWNER_LOST: _ErrorReason.ValueType  # 25
     """UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As
     the error of a run: its process died three times in a row without a commit of the run in between.
@@ -212,7 +215,10 @@ ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 23
 """UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 24
-"""UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The call changed nothing."""
+"""UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The
+message says that the call changed nothing, or that it is not known whether it was carried out: repeat it with the
+same request_id, command_id or upload_id.
+"""
 ERROR_REASON_OWNER_LOST: ErrorReason.ValueType  # 25
 """UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As
 the error of a run: its process died three times in a row without a commit of the run in between.

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from notecase import v1
 
+from notecase_server import errors
 from notecase_server.engine.draft import Draft
 from notecase_server.engine.transcripts import Transcript, Transcripts
 from notecase_server.errors import NotecaseError
@@ -146,7 +147,8 @@ class LiveSession:
             if not is_passing(error):
                 raise
             try:
-                found = await self._ask(commit_id)
+                with errors.unsure():
+                    found = await self._ask(commit_id)
             except BaseException:
                 if late is not None:
                     self._unsure[commit_id] = late

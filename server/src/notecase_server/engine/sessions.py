@@ -119,7 +119,8 @@ class Sessions:
             return await write(once)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE:
-                await self.store.recall(once)
+                with errors.unsure():
+                    await self.store.recall(once)
             raise
 
     async def commit(self, commit: Commit) -> Committed:
@@ -246,11 +247,12 @@ class Sessions:
         async def erased(record: Once) -> bool:
             return await self.store.erase_state(tenant, user, record._replace(answer=Answer("erased", erased=gone)))
 
-        while not await self.surely(once, erased):
-            while rows := (await self.store.list_sessions(tenant, mine)).rows:
-                for row in rows:
-                    gone += await self.delete_if_there(SessionKey(tenant, row.name, row.uid), once.audit)
-            await self.store.sweep_sessions(tenant, user)
+        with errors.unsure():
+            while not await self.surely(once, erased):
+                while rows := (await self.store.list_sessions(tenant, mine)).rows:
+                    for row in rows:
+                        gone += await self.delete_if_there(SessionKey(tenant, row.name, row.uid), once.audit)
+                await self.store.sweep_sessions(tenant, user)
         return gone
 
     async def delete_if_there(self, key: SessionKey, audit: AuditRow | None = None) -> bool:

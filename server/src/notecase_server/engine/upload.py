@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from notecase import v1
 
-from notecase_server import names
+from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import CHUNK_BYTES, BlobStore
 from notecase_server.supervisor import is_passing
@@ -63,7 +63,8 @@ class Writer:
         except NotecaseError as error:
             if not is_passing(error):
                 raise
-            found = await self._store.get_upload(self._tenant, upload_id)
+            with errors.unsure():
+                found = await self._store.get_upload(self._tenant, upload_id)
             if found is None or found.blob.name != made.name:
                 raise
             return made

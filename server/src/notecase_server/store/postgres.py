@@ -26,6 +26,7 @@ from notecase_server.store.postgres_tallies import CountedAloneError, Tallies
 from notecase_server.store.postgres_wire import (
     GUARD,
     LOST,
+    MISPLACED,
     OWNED,
     REPEATABLE,
     Fenced,
@@ -207,7 +208,12 @@ class PostgresStore(TableStore):
     async def _told(self, work: Coroutine[Any, Any, T]) -> T:
         try:
             with refusals():
-                return await work
+                try:
+                    return await work
+                except asyncpg.PostgresError as error:
+                    if sqlstate(error) in MISPLACED:
+                        await self._pool.expire_connections()
+                    raise
         except Fenced:
             self.fenced.set()
             if self._lease is not None:

@@ -16,7 +16,7 @@ from asyncpg import Connection, Pool, Record
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
-from notecase_server.store.postgres_wire import LOST, OWNED, Fenced, sqlstate
+from notecase_server.store.postgres_wire import LOST, OWNED, Fenced, Unconnected, sqlstate
 
 log = structlog.get_logger()
 
@@ -71,11 +71,28 @@ class Access(NamedTuple):
             "max_cached_statement_lifetime": 0,
             "server_settings": {"application_name": "notecase"} if self.prepared else None,
             **({"password": self.password} if self.password is not None else {}),
+            **({"target_session_attrs": "read-write"} if self._has_choice else {}),
         }
 
+    @property
+    def _has_choice(self) -> bool:
+        """Whether the URL names several hosts and leaves open which of them to choose."""
+        parts = urlsplit(self.url)
+        given = dict(parse_qsl(parts.query))
+        several = "," in parts.netloc.rpartition("@")[2] or "," in given.get("host", os.environ.get("PGHOST", ""))
+        return several and "target_session_attrs" not in given and "PGTARGETSESSIONATTRS" not in os.environ
+
     async def dial(self) -> "Connection[Record]":
-        """Makes a connection that belongs to no pool. Raises what asyncpg raises."""
-        return await asyncpg.connect(**self.options)
+        """Makes a connection that belongs to no pool. Raises Unconnected."""
+        return await _connect(**self.options)
+
+
+async def _connect(*arguments: Any, **options: Any) -> "Connection[Record]":
+    """asyncpg.connect. Raises Unconnected: asyncpg itself may raise anything, such as ValueError for a certificate."""
+    try:
+        return await asyncpg.connect(*arguments, **options)
+    except Exception as error:  # noqa: BLE001 - its kind is logged
+        raise Unconnected(error) from None
 
 
 HOSTS = re.compile(r"(([^\s:,@\[\]]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(,(?!$)|$))*")
@@ -101,7 +118,12 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
     where = place(access.url)
     with telling(where):
         pool = await asyncpg.create_pool(
-            **access.options, min_size=0, max_size=connections, command_timeout=STATEMENT_SECONDS, reset=_reset
+            **access.options,
+            connect=_connect,
+            min_size=0,
+            max_size=connections,
+            command_timeout=STATEMENT_SECONDS,
+            reset=_reset,
         )
         try:
             async with pool.acquire() as connection:
@@ -336,6 +358,8 @@ async def check(connection: Any, where: str) -> int:
 
 
 def refusal(where: str, error: BaseException) -> str:
+    if isinstance(error, Unconnected):
+        error = error.reason
     code = sqlstate(error)
     if code in {"42501", "25006"}:
         right = "is read-only" if code == "25006" else "does not let this user create tables, or use those of notecase"
@@ -349,9 +373,14 @@ def refusal(where: str, error: BaseException) -> str:
     if isinstance(error, ssl.SSLError):
         return f"{where} did not agree on TLS. Check sslmode, sslrootcert and the names in the server's certificate."
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
-        return f"{where} has no server with the target_session_attrs of the URL. Name the primary, or start it."
+        return (
+            f"{where} has no server with the target_session_attrs of the URL, which are read-write if it names several "
+            "hosts and says nothing else. Name the primary, or start it."
+        )
     if code == "42704" and (unknown := PARAMETER.search(str(error))):
         return f"{where}: there is no parameter {unknown[1]}. Check the spelling of the URL's parameters."
+    if isinstance(error, UnicodeError):
+        return f"{where}: its password file is not text in UTF-8. Correct the file."
     if isinstance(error, ValueError):
         if "root certificate" in str(error):
             return f"{where}: its sslmode needs the CA certificates of the server. Name their file in sslrootcert."

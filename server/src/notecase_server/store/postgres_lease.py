@@ -15,6 +15,7 @@ import asyncpg
 import structlog
 
 from notecase_server.store.contract import StoreOpenError
+from notecase_server.store.postgres_wire import LOST, kind
 from notecase_server.supervisor import Tasks
 
 log = structlog.get_logger()
@@ -22,14 +23,6 @@ log = structlog.get_logger()
 LEASE_SECONDS = 10.0
 
 Connect = Callable[[], Awaitable["asyncpg.Connection[asyncpg.Record]"]]
-
-AWAY = (
-    *(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
-    *(OSError, TimeoutError, UnicodeError),
-)
-"""What a statement, or the connection that it needs, raises while the database is away, or refuses it for a time; or
-while the file with the password is not what it should be."""
-
 
 UNREACHABLE_SECONDS = 60.0
 """How often a server that waits for its store logs that the database is away."""
@@ -114,13 +107,13 @@ class PostgresLease:
                     seen, since = found, self._clock()
                 if (not found.name or begun - since >= self.seconds) and await self._claim(found):
                     return found.name
-            except AWAY as error:
+            except LOST as error:
                 if waiting is None:
                     raise
                 seen = UNKNOWN
                 if begun >= next_line:
                     next_line = begun + UNREACHABLE_SECONDS
-                    log.warning("store_unreachable", error=type(error).__name__)
+                    log.warning("store_unreachable", error=kind(error))
             if waiting is not None and seen.name not in told:
                 if not told:
                     await waiting()
@@ -132,7 +125,7 @@ class PostgresLease:
         """Lets go, so that the next server need not wait."""
         await self._tasks.close()
         self._until = 0.0
-        with suppress(*AWAY):
+        with suppress(*LOST):
             async with self._transaction() as connection:
                 await connection.execute("UPDATE owner SET name = '' WHERE name = $1", self.name)
         await self._disconnect()
@@ -172,8 +165,8 @@ class PostgresLease:
                         "UPDATE owner SET counter = counter + 1 WHERE name = $1 RETURNING true", self.name
                     )
                     owner = "" if kept else await connection.fetchval("SELECT name FROM owner")
-            except AWAY as error:
-                log.warning("lease_not_renewed", error=type(error).__name__, holds=self.holds)
+            except LOST as error:
+                log.warning("lease_not_renewed", error=kind(error), holds=self.holds)
                 pause = self.seconds / 10
                 continue
             if not kept:

@@ -41,14 +41,31 @@ guard that did not hold, a key that is taken, a serialization failure, a deadloc
 DEFECTS = ("22", "23", "42")
 """Classes of SQLSTATEs of what can never succeed: our mistake, so nobody is told to try again."""
 
-PASSING = frozenset({"22012", "42501", "42P01"})
-"""Those of DEFECTS that are not ours: a guard that others broke again and again, and a right or a table that is missing
-until an operator gives it back."""
+PASSING = frozenset({"22012", "42501", "42P01", "42P05"})
+"""Those of DEFECTS that are not ours: a guard that others broke again and again, a right or a table that is missing
+until an operator gives it back, and a prepared statement that a pooler kept from another client."""
+
+MISPLACED = frozenset({"25006", "26000", "42P05"})
+"""SQLSTATEs of a connection that is of no more use, while another one may be: its host takes no writes any more, or
+its pooler has lost prepared statements or mixed them up."""
 
 DISK_FULL = "53100"
 
-LOST = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-"""What asyncpg raises when a statement has failed, or there is no connection, or no more."""
+
+class Unconnected(Exception):
+    """No connection could be made, so nothing was asked of the database. Whatever its reason is, another try may
+    succeed: files of certificates and passwords are replaced, too."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(type(reason).__name__)
+        self.reason = reason
+
+
+LOST = (
+    *(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
+    *(OSError, TimeoutError, Unconnected),
+)
+"""What is raised when a statement has failed, or there is no connection, or no more."""
 
 
 class Fenced(Exception):
@@ -99,9 +116,16 @@ def sqlstate(error: BaseException) -> str:
     return getattr(error, "sqlstate", None) or ""
 
 
+def kind(error: BaseException) -> str:
+    """What the log says of an error: its words could quote what is stored."""
+    found = error.reason if isinstance(error, Unconnected) else error
+    return " ".join(filter(None, (type(found).__name__, sqlstate(found))))
+
+
 def is_unsure(error: BaseException) -> bool:
     """Whether a statement that failed may have been carried out: the database did not answer it."""
-    return not isinstance(error, asyncpg.PostgresError) or sqlstate(error).startswith("08")
+    is_answer = isinstance(error, asyncpg.PostgresError) and not sqlstate(error).startswith("08")
+    return not (is_answer or isinstance(error, Unconnected))
 
 
 @contextmanager
@@ -112,8 +136,7 @@ def refusals() -> Iterator[None]:
         yield
     except (*LOST, DecodeError) as error:
         code = sqlstate(error)
-        failed = " ".join(filter(None, (type(error).__name__, code)))
-        if isinstance(error, ValueError) or (code[:2] in DEFECTS and code not in PASSING):
-            raise Defect(failed) from None
-        log.error("store_failed", error=failed)
+        if code[:2] in DEFECTS and code not in PASSING:
+            raise Defect(kind(error)) from None
+        log.error("store_failed", error=kind(error))
         raise errors.store_unavailable(full=code == DISK_FULL) from None
