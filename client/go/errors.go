@@ -38,6 +38,7 @@ type Error struct {
 	tls    tlsFault
 	status *status.Status // of the call, if it is a call's error
 	ofRun  bool           // the end of a run, or the refusal of a command: no connection broke
+	local  bool           // it failed before it was sent
 }
 
 // tlsFault says whether only one of the two sides uses TLS, or the certificate is not trusted.
@@ -85,11 +86,12 @@ func AsError(err error) *Error {
 	if known, ok := errors.AsType[*Error](err); ok {
 		return known
 	}
-	told := status.FromContextError(err)
-	if from, ok := status.FromError(err); ok {
-		told = from
+	told, ofCall := status.FromError(err)
+	if !ofCall {
+		told = status.FromContextError(err)
 	}
 	read := &Error{Code: told.Code(), Message: told.Message(), status: told}
+	read.local = !ofCall || isUnsent(told.Message())
 	read.tls = tlsFaultIn(told.Message())
 	if strings.Contains(told.Message(), " x509: ") {
 		read.Message += certificateHint
@@ -111,6 +113,17 @@ func AsError(err error) *Error {
 		}
 	}
 	return read
+}
+
+// isUnsent reports whether a message of grpc-go says that the request never left the program: it cannot be serialized,
+// or its metadata cannot be sent.
+func isUnsent(message string) bool {
+	for _, begin := range []string{"grpc: error while marshaling", "header key ", "malformed "} {
+		if strings.HasPrefix(message, begin) {
+			return true
+		}
+	}
+	return false
 }
 
 // tlsFaultIn reads a message of grpc-go, which has no code for a failed handshake.
@@ -137,7 +150,7 @@ func FromProto(err *notecasev1.Error) *Error {
 }
 
 // MayPass reports whether the same call may succeed later: the service was unavailable, or the connection broke. It is
-// false after a failed TLS handshake, and for a cancelled run.
+// false after a failed TLS handshake, for a cancelled run, and for what failed before it was sent.
 func (e *Error) MayPass() bool {
 	if e.tls == tlsFailed {
 		return false
@@ -146,7 +159,7 @@ func (e *Error) MayPass() bool {
 	case codes.Unavailable:
 		return true
 	case codes.Canceled, codes.Internal, codes.Unknown: // what a connection that was reset looks like
-		return e.Reason == "" && !e.ofRun
+		return e.Reason == "" && !e.ofRun && !e.local
 	}
 	return false
 }
@@ -166,15 +179,28 @@ type Backoff struct {
 // Repeat retries a call after transient errors. The call must be safe to repeat: a read, or a write with a request_id
 // or command_id that stays the same. It returns an *Error, or the context's error when the context is done.
 func (b Backoff) Repeat(ctx context.Context, call func(context.Context) error) error {
-	for failures := 0; ; failures++ {
+	begun := time.Now()
+	for failures := 0; ; {
 		err := call(ctx)
 		if err == nil {
 			return nil
 		}
-		if err = b.wait(ctx, failures, AsError(err), false); err != nil {
+		told := AsError(err)
+		if err = b.wait(ctx, failures, told, false); err != nil {
 			return err
 		}
+		if !told.isDraining(begun) {
+			failures++
+		}
 	}
+}
+
+// drainTime is how long a server that stops is waited for: its runs may take as long as its grace, and then it is
+// replaced. Meanwhile a refusal is no failure.
+const drainTime = time.Minute
+
+func (e *Error) isDraining(begun time.Time) bool {
+	return e.Reason == "SERVER_DRAINING" && time.Since(begun) < drainTime
 }
 
 // wait returns nil when it is time for the next try, and the error when there should be none.

@@ -16,9 +16,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 )
 
 // Options configure the connection to a server.
@@ -94,10 +96,14 @@ type token struct {
 
 func (t token) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
 	value, err := t.get(ctx)
-	if err != nil {
-		return nil, err
+	if err != nil { // it may have asked somebody who is away for a moment
+		return nil, status.Error(codes.Unavailable, "no token: "+err.Error())
 	}
-	return map[string]string{"authorization": "Bearer " + strings.TrimSpace(value)}, nil
+	value = strings.TrimSpace(value)
+	if value == "" || strings.ContainsFunc(value, func(char rune) bool { return char <= ' ' || char > '~' }) {
+		return nil, status.Error(codes.Unauthenticated, "the token (see NOTECASE_TOKEN) must be printable ASCII without spaces")
+	}
+	return map[string]string{"authorization": "Bearer " + value}, nil
 }
 
 func (t token) RequireTransportSecurity() bool { return t.secure }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"iter"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -62,7 +63,8 @@ func Start(ctx context.Context, connection grpc.ClientConnInterface, start *note
 }
 
 // Watch returns the stream of a run or of a session, as WatchEvents describes it. To continue a stream of another
-// process, set AfterSequence to its View.LastSequence. Text then yields an unfinished message from its beginning, unless
+// process, set AfterSequence to its View.LastSequence, and IfSessionUid to its Attached.SessionUid, so that a session that
+// was created again under the name is not taken for it. Text then yields an unfinished message from its beginning, unless
 // Stream.After is set.
 func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsRequest) *Stream {
 	stream := &Stream{
@@ -80,7 +82,7 @@ func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsR
 // *Error, or the context's.
 func (s *Stream) Events(ctx context.Context) iter.Seq2[*notecasev1.Event, error] {
 	return func(yield func(*notecasev1.Event, error) bool) {
-		failures, refused := 0, false
+		failures, refused, begun := 0, false, time.Now()
 		for {
 			took := func(event *notecasev1.Event) bool {
 				if event.Sequence != 0 {
@@ -88,7 +90,7 @@ func (s *Stream) Events(ctx context.Context) iter.Seq2[*notecasev1.Event, error]
 				}
 				return yield(event, nil)
 			}
-			err := s.follow(ctx, took, func() { failures = 0 })
+			err := s.follow(ctx, took, func() { failures, begun = 0, time.Now() })
 			if err == nil {
 				return
 			}
@@ -98,12 +100,16 @@ func (s *Stream) Events(ctx context.Context) iter.Seq2[*notecasev1.Event, error]
 				worth = true
 			} else if told.Code == codes.Unauthenticated && !refused && s.Attached != nil {
 				worth, refused = true, true // the next call may have another token
+			} else if told.Code == codes.ResourceExhausted && (told.RetryAfter > 0 || told.Reason == "") {
+				worth = true // it read too slowly, or there are too many calls for the moment
 			}
 			if err := s.Backoff.wait(ctx, failures, told, worth); err != nil {
 				yield(nil, err)
 				return
 			}
-			failures++
+			if !told.isDraining(begun) {
+				failures++
+			}
 		}
 	}
 }
@@ -115,6 +121,9 @@ func (s *Stream) follow(ctx context.Context, take func(*notecasev1.Event) bool, 
 	request := proto.CloneOf(s.request)
 	if !s.View.anywhere {
 		request.AfterSequence = proto.Int64(s.View.LastSequence)
+	}
+	if uid := s.Attached.GetSessionUid(); uid != "" {
+		request.IfSessionUid = uid // a session that was created again under the name is another one
 	}
 	frames, err := s.runs.WatchEvents(ctx, request)
 	if err != nil {
@@ -178,8 +187,8 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 			var pieces []piece
 			if text := delta.GetText() + delta.GetJson(); text != "" {
 				pieces = []piece{{place{delta.Message, delta.Block}, delta.Start, text}}
-			} else if message.GetRole() == notecasev1.Message_ROLE_ASSISTANT && event.Sequence <= s.Attached.LastSequence {
-				// A reply that was whole before the stream came has no deltas.
+			} else if message.GetRole() == notecasev1.Message_ROLE_ASSISTANT {
+				// A reply that was whole before the stream came has no deltas, nor has any with durable_only.
 				for block, part := range message.Parts {
 					pieces = append(pieces, piece{place{message.Name, int32(block)}, 0, part.GetText() + part.GetJson()})
 				}

@@ -10,10 +10,13 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	notecasev1 "notecase.dev/api/notecase/v1"
 )
@@ -25,6 +28,7 @@ type scripted struct {
 	ends    []error               // how each script ends
 	after   []int64
 	tokens  []string
+	uids    []string
 	starts  []*notecasev1.CreateRunRequest
 	waiting []*notecasev1.ToolCall // the run's pending calls
 	state   notecasev1.Run_State   // the run's state when a stream attaches
@@ -46,13 +50,14 @@ func (s *scripted) GetRun(context.Context, *notecasev1.GetRunRequest) (*notecase
 func (s *scripted) WatchEvents(request *notecasev1.WatchEventsRequest, stream notecasev1.RunService_WatchEventsServer) error {
 	number := len(s.after)
 	s.after = append(s.after, request.GetAfterSequence())
+	s.uids = append(s.uids, request.IfSessionUid)
 	found, _ := metadata.FromIncomingContext(stream.Context())
 	s.tokens = append(s.tokens, strings.Join(found.Get("authorization"), " "))
 	if number >= len(s.scripts) {
 		return status.Error(codes.FailedPrecondition, "one call too many")
 	}
 	run := &notecasev1.Run{Name: "sessions/s/runs/r", PendingCalls: s.waiting, State: s.state}
-	attached := &notecasev1.Attached{Session: "sessions/s", Run: run, LastSequence: 2}
+	attached := &notecasev1.Attached{Session: "sessions/s", SessionUid: "uid", Run: run, LastSequence: 2}
 	batch := &notecasev1.EventBatch{Events: s.scripts[number]}
 	for _, frame := range []*notecasev1.RunResponse{
 		{Frame: &notecasev1.RunResponse_Attached{Attached: attached}}, {Frame: &notecasev1.RunResponse_Batch{Batch: batch}},
@@ -144,6 +149,119 @@ func TestATextHasOnlyTheWordsOfItsRun(t *testing.T) {
 		if said != expected {
 			t.Error(name, said)
 		}
+	}
+}
+
+func TestAStreamAttachesAgainToTheSameSession(t *testing.T) {
+	cut := status.Error(codes.Unavailable, "cut")
+	service := &scripted{scripts: [][]*notecasev1.Event{{event(1)}, {event(2)}}, ends: []error{cut, nil}}
+	found, err := sequences(t, Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"}))
+	if err != nil || !slices.Equal(found, []int64{1, 2}) || !slices.Equal(service.uids, []string{"", "uid"}) {
+		t.Error(found, err, service.uids)
+	}
+}
+
+func TestAReaderThatWasTooSlowAttachesAgain(t *testing.T) {
+	slow := refused(t, codes.ResourceExhausted, "WATCHER_TOO_SLOW", time.Millisecond)
+	full := status.Error(codes.ResourceExhausted, "too many pending requests")
+	quota := refused(t, codes.ResourceExhausted, "QUOTA_EXCEEDED", 0)
+	service := &scripted{
+		scripts: [][]*notecasev1.Event{{event(1)}, {event(2)}, {event(3)}},
+		ends:    []error{slow, full, quota},
+	}
+	found, err := sequences(t, Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"}))
+	if !slices.Equal(found, []int64{1, 2, 3}) || AsError(err).Reason != "QUOTA_EXCEEDED" {
+		t.Error(found, err)
+	}
+}
+
+func TestATextWithoutDeltasHasTheMessages(t *testing.T) {
+	parts := []*notecasev1.Part{{Kind: &notecasev1.Part_Text{Text: "Hello there."}}}
+	message := &notecasev1.Message{Name: "sessions/s/messages/a", Role: notecasev1.Message_ROLE_ASSISTANT, Parts: parts}
+	added := &notecasev1.Event{
+		Sequence: 3, Run: "sessions/s/runs/r", Payload: &notecasev1.Event_MessageAdded{MessageAdded: message},
+	}
+	for _, deltas := range [][]*notecasev1.Event{nil, {delta(0, "Hello")}, {delta(0, "Hello"), delta(5, " there.")}} {
+		events := append(append([]*notecasev1.Event{event(1), event(2)}, deltas...), added)
+		service := &scripted{scripts: [][]*notecasev1.Event{events}, ends: []error{nil}}
+		stream, said := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"}), ""
+		for text, err := range stream.Text(t.Context()) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			said += text
+		}
+		if said != "Hello there." {
+			t.Errorf("%q", said)
+		}
+	}
+}
+
+// refused returns the error of a refusal by the service.
+func refused(t *testing.T, code codes.Code, reason string, after time.Duration) error {
+	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Domain: "notecase.dev", Reason: reason}}
+	if after > 0 {
+		details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(after)})
+	}
+	told, err := status.New(code, "no").WithDetails(details...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return told.Err()
+}
+
+func TestAMistakeOfTheProgramIsNotRepeated(t *testing.T) {
+	bad := func(context.Context) (string, error) { return "two\nlines", nil }
+	for name, call := range map[string]func(context.Context, notecasev1.RunServiceClient) error{
+		"its own error": func(context.Context, notecasev1.RunServiceClient) error { return errors.New("local") },
+		"no UTF-8": func(ctx context.Context, runs notecasev1.RunServiceClient) error {
+			_, err := runs.GetRun(ctx, &notecasev1.GetRunRequest{Name: "\xff"})
+			return err
+		},
+		"no token": func(ctx context.Context, _ notecasev1.RunServiceClient) error {
+			_, err := notecasev1.NewRunServiceClient(serve(t, &scripted{}, Options{Token: bad})).GetRun(ctx, &notecasev1.GetRunRequest{})
+			return err
+		},
+	} {
+		calls, runs := 0, notecasev1.NewRunServiceClient(serve(t, &scripted{}, Options{}))
+		err := Backoff{First: time.Millisecond}.Repeat(t.Context(), func(ctx context.Context) error {
+			calls++
+			return call(ctx, runs)
+		})
+		if err == nil || calls != 1 || strings.Contains(err.Error(), "lines") {
+			t.Error(name, calls, err)
+		}
+	}
+}
+
+func TestAFunctionWithoutATokenIsAskedAgain(t *testing.T) {
+	asked := 0
+	away := func(context.Context) (string, error) {
+		if asked++; asked < 3 {
+			return "", errors.New("away")
+		}
+		return "token", nil
+	}
+	runs := notecasev1.NewRunServiceClient(serve(t, &scripted{}, Options{Token: away}))
+	err := Backoff{First: time.Millisecond}.Repeat(t.Context(), func(ctx context.Context) error {
+		_, err := runs.GetRun(ctx, &notecasev1.GetRunRequest{})
+		return err
+	})
+	if err != nil || asked != 3 {
+		t.Error(asked, err)
+	}
+}
+
+func TestAServerThatStopsIsWaitedForLongerThanAFailure(t *testing.T) {
+	left, draining := 5, refused(t, codes.Unavailable, "SERVER_DRAINING", 0)
+	err := Backoff{Tries: 1, First: time.Millisecond}.Repeat(t.Context(), func(context.Context) error {
+		if left--; left >= 0 {
+			return draining
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 

@@ -1,5 +1,5 @@
 import { readFileSync } from "node:fs";
-import type { Interceptor, Transport } from "@connectrpc/connect";
+import { Code, ConnectError, type Interceptor, type Transport } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
 import { NotecaseError } from "./errors.js";
 
@@ -24,7 +24,7 @@ export function fromEnvironment(): [address: string, options: ConnectOptions] {
 
 /**
  * Returns the transport for clients. The address is HOST:PORT. It uses TLS, except to a loopback address without `ca`,
- * and with `plaintext`. Throws an Error for an invalid address and for a file that cannot be read; the first call
+ * and with `plaintext`. Throws an Error for an invalid address or token and for a file that cannot be read; the first call
  * connects to the server. Calls throw a NotecaseError.
  */
 export function connect(address: string, options: ConnectOptions = {}): Transport {
@@ -74,11 +74,27 @@ function authorities(path: string): Buffer {
 }
 
 function bearer(token: Token): Interceptor {
+  const fixed = typeof token === "string" ? header(token) : undefined;
   return (next) => async (request) => {
-    const value = typeof token === "string" ? token : await token();
-    request.header.set("authorization", `Bearer ${value.trim()}`);
+    request.header.set("authorization", fixed ?? header(await fresh(token)));
     return next(request);
   };
+}
+
+/** Returns what the function of a token returns. It may ask somebody who is away for a moment. */
+async function fresh(token: Token): Promise<string> {
+  try {
+    return typeof token === "string" ? token : await token();
+  } catch (cause) {
+    throw new ConnectError("no token: its function failed", Code.Unavailable, undefined, undefined, cause);
+  }
+}
+
+/** Returns the header of a token. Throws an Error without the token, which would end up in a log. */
+function header(token: string): string {
+  const value = token.trim();
+  if (!/^[\x21-\x7e]+$/.test(value)) throw new Error("the token (see NOTECASE_TOKEN) must be printable ASCII without spaces");
+  return `Bearer ${value}`;
 }
 
 function isLoopback(address: string): boolean {

@@ -74,10 +74,14 @@ export class NotecaseError extends Error {
     return new NotecaseError(Code.Canceled, `${run} was cancelled.`, { ofRun: true });
   }
 
-  /** Whether a retry may succeed: the service was unavailable, or the connection broke. False after a failed TLS handshake, and for a cancelled run. */
+  /**
+   * Whether a retry may succeed: the service was unavailable, or the connection broke. False after a failed TLS handshake, for a
+   * cancelled run, and for what failed before it was sent.
+   */
   get mayPass(): boolean {
     if (this.tls === "failed") return false;
     if (this.code === Code.Unavailable) return true;
+    if (isMistake(this.cause)) return false;
     // What a connection that was reset looks like.
     return !this.reason && !this.ofRun && [Code.Canceled, Code.Internal, Code.Unknown, Code.Aborted].includes(this.code);
   }
@@ -87,6 +91,13 @@ export class NotecaseError extends Error {
     const label = this.reason || (this.code === Code.Unknown ? "" : Code[this.code]);
     return label ? `${label}: ${this.message}` : this.message;
   }
+}
+
+/** Whether an error is one of the program, such as a message that cannot be serialized. Those of a connection have a code. */
+function isMistake(cause: unknown): boolean {
+  if (cause instanceof ConnectError && cause.rawMessage.startsWith("serialize ")) return true;
+  const origin = cause instanceof ConnectError ? cause.cause : cause;
+  return origin instanceof Error && !("code" in origin);
 }
 
 const TLS_HINT = "does the server use TLS? see NOTECASE_CA";
@@ -124,14 +135,24 @@ export interface Backoff {
  * commandId that stays the same. Throws a NotecaseError, or the reason of the signal when it is aborted.
  */
 export async function repeat<T>(call: () => Promise<T>, backoff: Backoff = {}, signal?: AbortSignal): Promise<T> {
-  for (let failures = 0; ; failures += 1) {
+  const begun = Date.now();
+  for (let failures = 0; ; ) {
     try {
       return await call();
-    } catch (error) {
-      await pause(failures, NotecaseError.from(error), backoff, signal);
+    } catch (thrown) {
+      const error = NotecaseError.from(thrown);
+      await pause(failures, error, backoff, signal);
+      if (!isDraining(error, begun)) failures += 1;
     }
   }
 }
+
+/** Whether the server is about to stop and be replaced. That takes as long as its runs may go on, and is no failure for a minute. */
+export function isDraining(error: NotecaseError, begun: number): boolean {
+  return error.reason === "SERVER_DRAINING" && Date.now() - begun < DRAIN_MS;
+}
+
+const DRAIN_MS = 60_000;
 
 /** Returns when it is time for the next try. Throws the error when there should be none. */
 export async function pause(
@@ -146,5 +167,8 @@ export async function pause(
   if (failures >= most || !(worth || error.mayPass)) throw error;
   // Spread out, so that the clients of a server that restarts do not come back all at once.
   const delay = Math.min(firstMs * 2 ** failures, maxMs) * (0.5 + Math.random() / 2);
-  await sleep(Math.max(delay, error.retryAfterMs), undefined, signal && { signal });
+  await sleep(Math.max(delay, error.retryAfterMs), undefined, signal && { signal }).catch((aborted) => {
+    signal?.throwIfAborted();
+    throw aborted;
+  });
 }

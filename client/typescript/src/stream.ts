@@ -1,7 +1,7 @@
 import { randomUUID } from "node:crypto";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { type Client, Code, createClient, type Transport } from "@connectrpc/connect";
-import { type Backoff, NotecaseError, pause, repeat } from "./errors.js";
+import { type Backoff, isDraining, NotecaseError, pause, repeat } from "./errors.js";
 import type { Part } from "./gen/notecase/v1/content_pb.js";
 import { Message_Role } from "./gen/notecase/v1/message_pb.js";
 import {
@@ -53,7 +53,8 @@ export async function start(
 
 /**
  * Returns the stream of a run or of a session, as WatchEvents describes it. To continue a stream of another process,
- * set `afterSequence` to its `view.lastSequence`. `text` then yields an unfinished message from its beginning, unless it
+ * set `afterSequence` to its `view.lastSequence`, and `ifSessionUid` to its `attached.sessionUid`, so that a session that
+ * was created again under the name is not taken for it. `text` then yields an unfinished message from its beginning, unless it
  * is called with the last delta.
  */
 export function watch(
@@ -102,10 +103,16 @@ export class Stream {
     const { signal, backoff = {} } = this.options;
     let failures = 0;
     let refused = false;
-    for (;;) {
+    for (let begun = Date.now(); ; ) {
+      // Connect's streams do not end with the loop that reads them.
+      const left = new AbortController();
       try {
         const request = { ...this.request, afterSequence: this.view.lastSequence };
-        for await (const { frame } of this.runs.watchEvents(request, { signal })) {
+        // A session that was made again under the name is another one.
+        if (this.attached?.sessionUid) request.ifSessionUid = this.attached.sessionUid;
+        const either = signal ? AbortSignal.any([signal, left.signal]) : left.signal;
+        for await (const { frame } of this.runs.watchEvents(request, { signal: either })) {
+          begun = Date.now();
           if (frame.case === "attached") {
             this.#attach(frame.value);
             yield frame.value;
@@ -125,8 +132,11 @@ export class Stream {
         const renewed: boolean = error.code === Code.Unauthenticated && !refused && this.attached !== undefined;
         refused ||= renewed;
         const reached = error.tls === "suspected" && this.attached !== undefined;
-        await pause(failures, error, backoff, signal, renewed || reached || thrown instanceof Gap);
-        failures += 1;
+        const behind = error.code === Code.ResourceExhausted && (error.retryAfterMs > 0 || !error.reason);
+        await pause(failures, error, backoff, signal, renewed || reached || behind || thrown instanceof Gap);
+        if (!isDraining(error, begun)) failures += 1;
+      } finally {
+        left.abort();
       }
     }
   }
@@ -150,8 +160,8 @@ export class Stream {
       if (payload.case === "blockDelta") {
         const { message, block, start, delta } = payload.value;
         pieces.push({ message, block, start: Number(start), text: said(delta) });
-      } else if (payload.case === "messageAdded" && sequence <= (this.attached?.lastSequence ?? 0n)) {
-        // A reply that was whole before the stream came has no deltas.
+      } else if (payload.case === "messageAdded") {
+        // A reply that was whole before the stream came has no deltas, nor has any with `durableOnly`.
         const { name, role, parts } = payload.value;
         if (role === Message_Role.ASSISTANT) {
           parts.forEach(({ kind }, block) => pieces.push({ message: name, block, start: 0, text: said(kind) }));

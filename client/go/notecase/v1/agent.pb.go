@@ -472,7 +472,8 @@ type Generation struct {
 	TopP            *float64               `protobuf:"fixed64,2,opt,name=top_p,json=topP,proto3,oneof" json:"top_p,omitempty"`
 	MaxOutputTokens *int32                 `protobuf:"varint,3,opt,name=max_output_tokens,json=maxOutputTokens,proto3,oneof" json:"max_output_tokens,omitempty"`
 	Seed            *int64                 `protobuf:"varint,4,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
-	Stop            []string               `protobuf:"bytes,5,rep,name=stop,proto3" json:"stop,omitempty"`
+	// At most 16, of 256 bytes each.
+	Stop []string `protobuf:"bytes,5,rep,name=stop,proto3" json:"stop,omitempty"`
 	// "low", "medium", "high", or another value that the model knows.
 	ReasoningEffort string `protobuf:"bytes,6,opt,name=reasoning_effort,json=reasoningEffort,proto3" json:"reasoning_effort,omitempty"`
 	// A JSON object that is merged into the provider's request.

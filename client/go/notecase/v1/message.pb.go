@@ -456,7 +456,8 @@ func (x *GetMessageRequest) GetName() string {
 type AppendMessagesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}
-	Parent   string     `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// 1 to 100.
 	Messages []*Message `protobuf:"bytes,2,rep,name=messages,proto3" json:"messages,omitempty"`
 	// As in StartRun.
 	IfLastSequence *int64 `protobuf:"varint,3,opt,name=if_last_sequence,json=ifLastSequence,proto3,oneof" json:"if_last_sequence,omitempty"`

@@ -728,7 +728,7 @@ func (x *Run) GetStateTime() *timestamppb.Timestamp {
 type RunRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Chosen by the caller, unique in the session, and kept as long as its log: a command that is sent twice takes effect once.
-	// Empty: a repeat takes effect again.
+	// At most 128 bytes. Empty: a repeat takes effect again.
 	CommandId string `protobuf:"bytes,1,opt,name=command_id,json=commandId,proto3" json:"command_id,omitempty"`
 	// Types that are valid to be assigned to Command:
 	//
@@ -908,12 +908,12 @@ type StartRun struct {
 	State map[string]*Value `protobuf:"bytes,3,rep,name=state,proto3" json:"state,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// agents/{agent}, or agents/{agent}@{revision}. Empty: the session's.
 	Agent string `protobuf:"bytes,4,opt,name=agent,proto3" json:"agent,omitempty"`
-	// The {run} of its name. When the caller chooses it, a repeat attaches to the run, and a repeat with another body is
-	// refused. Empty: chosen by the server.
+	// The {run} of its name: lower-case letters, digits and inner "._-", at most 63. When the caller chooses it, a repeat
+	// attaches to the run, and a repeat with another body is refused. Empty: chosen by the server.
 	RunId string `protobuf:"bytes,5,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
 	// The user's messages. May be empty when the session's history ends with a message that needs an answer; with
 	// ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages.
-	// At most 2.75 MiB in all, not counting content that becomes a blob.
+	// At most 100, and 2.75 MiB in all, not counting content that becomes a blob.
 	Messages []*Message `protobuf:"bytes,6,rep,name=messages,proto3" json:"messages,omitempty"`
 	// Tools for this run only, in addition to the agent's: `client` tools whose names the agent does not have. At most 256 KiB
 	// in all.
@@ -1291,9 +1291,10 @@ func (x *Limits) GetInputTimeout() *durationpb.Duration {
 // may not answer, the messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED
 // (ROLE_MISSING).
 type UserInput struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Messages      []*Message             `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
-	When          UserInput_When         `protobuf:"varint,2,opt,name=when,proto3,enum=notecase.v1.UserInput_When" json:"when,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in StartRun; at least one.
+	Messages      []*Message     `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
+	When          UserInput_When `protobuf:"varint,2,opt,name=when,proto3,enum=notecase.v1.UserInput_When" json:"when,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1410,10 +1411,10 @@ type InputResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	InputId  string                 `protobuf:"bytes,1,opt,name=input_id,json=inputId,proto3" json:"input_id,omitempty"`
 	Decision InputResponse_Decision `protobuf:"varint,2,opt,name=decision,proto3,enum=notecase.v1.InputResponse_Decision" json:"decision,omitempty"`
-	// With DECISION_APPROVE: JSON text instead of the model's arguments.
+	// With DECISION_APPROVE: a JSON object instead of the model's arguments. At most 512 KiB.
 	EditedArguments string `protobuf:"bytes,3,opt,name=edited_arguments,json=editedArguments,proto3" json:"edited_arguments,omitempty"`
 	// With DECISION_ANSWER: text, or JSON text when the question has a `schema`. When it does not match the schema:
-	// INVALID_FIELD, and the question stays open.
+	// INVALID_FIELD, and the question stays open. At most 512 KiB.
 	Answer        string                 `protobuf:"bytes,4,opt,name=answer,proto3" json:"answer,omitempty"`
 	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
 	Remember      InputResponse_Remember `protobuf:"varint,6,opt,name=remember,proto3,enum=notecase.v1.InputResponse_Remember" json:"remember,omitempty"`
@@ -3217,7 +3218,8 @@ func (x *MessageDiscarded) GetMessage() string {
 type StateUpdate struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/state, users/{user}/state (the session's user) or app/state. Empty: the session's own.
-	Name          string     `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// 1 to 1000.
 	Ops           []*StateOp `protobuf:"bytes,2,rep,name=ops,proto3" json:"ops,omitempty"`
 	IfVersion     *int64     `protobuf:"varint,3,opt,name=if_version,json=ifVersion,proto3,oneof" json:"if_version,omitempty"`
 	unknownFields protoimpl.UnknownFields

@@ -286,9 +286,10 @@ func (*StateOp_Append) isStateOp_Op() {}
 type GetStateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Empty: all keys. A page ends at page_size or 1 MiB, even when keys are named.
+	// At most 1000. Empty: all keys. A page ends at page_size or 1 MiB, even when keys are named.
 	Keys []string `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
-	// Returns session state as it was at this sequence, with its versions and times. 0: as it is now. The server reads
+	// Returns session state as it was at this sequence, with its versions and times. 0: as it is now (in ForkSession: an
+	// empty log). The server reads
 	// all changes of the state up to that sequence. Refused for the state of users and the app. OUT_OF_RANGE when the
 	// sequence is after the head.
 	AtSequence int64 `protobuf:"varint,3,opt,name=at_sequence,json=atSequence,proto3" json:"at_sequence,omitempty"`

@@ -222,7 +222,9 @@ class Generation(_message.Message):
     extra: _builtins.str
     """A JSON object that is merged into the provider's request."""
     @_builtins.property
-    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At most 16, of 256 bytes each."""
+
     def __init__(
         self,
         *,

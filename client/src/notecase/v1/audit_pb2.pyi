@@ -163,6 +163,7 @@ class ListAuditEntriesRequest(_message.Message):
     operator may name another tenant.
     """
     page_size: _builtins.int
+    """0: 50; at most 1000."""
     page_token: _builtins.str
     filter: _builtins.str
     """AIP-160 over principal, method, resource, outcome and create_time."""

@@ -209,6 +209,7 @@ class ListKeysRequest(_message.Message):
     tenant: _builtins.str
     """As in CreateKeyRequest."""
     page_size: _builtins.int
+    """0: 50; at most 1000."""
     page_token: _builtins.str
     def __init__(
         self,

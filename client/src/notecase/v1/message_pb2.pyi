@@ -248,7 +248,9 @@ class AppendMessagesRequest(_message.Message):
     """As in StartRun."""
     request_id: _builtins.str
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """1 to 100."""
+
     def __init__(
         self,
         *,

@@ -238,7 +238,7 @@ class RunRequest(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
     """Chosen by the caller, unique in the session, and kept as long as its log: a command that is sent twice takes effect once.
-    Empty: a repeat takes effect again.
+    At most 128 bytes. Empty: a repeat takes effect again.
     """
     @_builtins.property
     def start(self) -> Global___StartRun: ...
@@ -379,8 +379,8 @@ class StartRun(_message.Message):
     agent: _builtins.str
     """agents/{agent}, or agents/{agent}@{revision}. Empty: the session's."""
     run_id: _builtins.str
-    """The {run} of its name. When the caller chooses it, a repeat attaches to the run, and a repeat with another body is
-    refused. Empty: chosen by the server.
+    """The {run} of its name: lower-case letters, digits and inner "._-", at most 63. When the caller chooses it, a repeat
+    attaches to the run, and a repeat with another body is refused. Empty: chosen by the server.
     """
     on_busy: Global___StartRun.OnBusy.ValueType
     """Unset: ON_BUSY_REJECT."""
@@ -406,7 +406,7 @@ class StartRun(_message.Message):
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """The user's messages. May be empty when the session's history ends with a message that needs an answer; with
         ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages.
-        At most 2.75 MiB in all, not counting content that becomes a blob.
+        At most 100, and 2.75 MiB in all, not counting content that becomes a blob.
         """
 
     @_builtins.property
@@ -615,7 +615,9 @@ class UserInput(_message.Message):
     WHEN_FIELD_NUMBER: _builtins.int
     when: Global___UserInput.When.ValueType
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
+        """As in StartRun; at least one."""
+
     def __init__(
         self,
         *,
@@ -724,10 +726,10 @@ class InputResponse(_message.Message):
     input_id: _builtins.str
     decision: Global___InputResponse.Decision.ValueType
     edited_arguments: _builtins.str
-    """With DECISION_APPROVE: JSON text instead of the model's arguments."""
+    """With DECISION_APPROVE: a JSON object instead of the model's arguments. At most 512 KiB."""
     answer: _builtins.str
     """With DECISION_ANSWER: text, or JSON text when the question has a `schema`. When it does not match the schema:
-    INVALID_FIELD, and the question stays open.
+    INVALID_FIELD, and the question stays open. At most 512 KiB.
     """
     reason: _builtins.str
     remember: Global___InputResponse.Remember.ValueType
@@ -1626,7 +1628,9 @@ class StateUpdate(_message.Message):
     """sessions/{session}/state, users/{user}/state (the session's user) or app/state. Empty: the session's own."""
     if_version: _builtins.int
     @_builtins.property
-    def ops(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.StateOp]: ...
+    def ops(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.StateOp]:
+        """1 to 1000."""
+
     def __init__(
         self,
         *,

@@ -164,7 +164,8 @@ class GetStateRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     at_sequence: _builtins.int
-    """Returns session state as it was at this sequence, with its versions and times. 0: as it is now. The server reads
+    """Returns session state as it was at this sequence, with its versions and times. 0: as it is now (in ForkSession: an
+    empty log). The server reads
     all changes of the state up to that sequence. Refused for the state of users and the app. OUT_OF_RANGE when the
     sequence is after the head.
     """
@@ -173,7 +174,7 @@ class GetStateRequest(_message.Message):
     page_token: _builtins.str
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Empty: all keys. A page ends at page_size or 1 MiB, even when keys are named."""
+        """At most 1000. Empty: all keys. A page ends at page_size or 1 MiB, even when keys are named."""
 
     def __init__(
         self,

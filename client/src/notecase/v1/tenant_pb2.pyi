@@ -82,7 +82,7 @@ class CreateTenantRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
-    """Required: the name that keys and identity providers use."""
+    """Required: the name that keys and identity providers use. Lower-case letters, digits and inner "._-", at most 63."""
     request_id: _builtins.str
     @_builtins.property
     def tenant(self) -> Global___Tenant:
@@ -130,6 +130,7 @@ class ListTenantsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
+    """0: 50; at most 1000."""
     page_token: _builtins.str
     def __init__(
         self,

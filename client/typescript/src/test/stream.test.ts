@@ -6,7 +6,7 @@ import type { MessageInitShape } from "@bufbuild/protobuf";
 import { Code, ConnectError, createClient } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { type ConnectOptions, connect } from "../connection.js";
-import { NotecaseError } from "../errors.js";
+import { NotecaseError, repeat } from "../errors.js";
 import { BadRequestSchema, ErrorInfoSchema, ResourceInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
 import { ErrorReason } from "../gen/notecase/v1/content_pb.js";
 import { Message_Role } from "../gen/notecase/v1/message_pb.js";
@@ -14,15 +14,18 @@ import { type Attached, type EventSchema, type RunResponseSchema, Run_State, Run
 import { type Stream, start, watch } from "../stream.js";
 
 type Event = MessageInitShape<typeof EventSchema>;
-/** The events of one call of watchEvents, in one batch, how it ends, and the run when it attaches: the id of a call that waits, and its state. */
-type Script = { events: Event[]; end?: ConnectError; waiting?: string; state?: Run_State };
+/**
+ * The events of one call of watchEvents, in one batch, how it ends, and the run when it attaches: the id of a call that waits, and
+ * its state. One that lasts ends with its caller.
+ */
+type Script = { events: Event[]; end?: ConnectError; waiting?: string; state?: Run_State; lasts?: boolean };
 
 const RUN = "sessions/s/runs/r";
 const backoff = { firstMs: 1 };
 
 /** A server that plays one script for each call of watchEvents, and what its calls asked for. */
 async function serve(scripts: Script[], play: (address: string, told: Told) => Promise<void>): Promise<void> {
-  const told: Told = { after: [], tokens: [], requestIds: [] };
+  const told: Told = { after: [], tokens: [], requestIds: [], uids: [], left: 0 };
   const handler = connectNodeAdapter({
     routes(router) {
       router.service(RunService, {
@@ -31,14 +34,19 @@ async function serve(scripts: Script[], play: (address: string, told: Told) => P
           if (told.requestIds.length === 1) throw new ConnectError("away", Code.Unavailable);
           return { name: RUN, firstSequence: 1n };
         },
-        async *watchEvents({ afterSequence = 0n }, { requestHeader }): AsyncGenerator<MessageInitShape<typeof RunResponseSchema>> {
+        async *watchEvents({ afterSequence = 0n, ifSessionUid }, { requestHeader, signal }): AsyncGenerator<MessageInitShape<typeof RunResponseSchema>> {
           const script = scripts[told.after.length];
           told.after.push(afterSequence);
+          told.uids.push(ifSessionUid);
           told.tokens.push(requestHeader.get("authorization"));
           if (!script) throw new ConnectError("one call too many", Code.FailedPrecondition);
           const pendingCalls = script.waiting ? [{ callId: script.waiting }] : [];
-          yield { frame: { case: "attached", value: { session: "sessions/s", run: { name: RUN, pendingCalls, state: script.state }, lastSequence: 2n } } };
+          yield { frame: { case: "attached", value: { session: "sessions/s", sessionUid: "uid", run: { name: RUN, pendingCalls, state: script.state }, lastSequence: 2n } } };
           yield { frame: { case: "batch", value: { events: script.events } } };
+          if (script.lasts) {
+            await new Promise<void>((aborted) => (signal.aborted ? aborted() : signal.addEventListener("abort", () => aborted())));
+            told.left += 1;
+          }
           if (script.end) throw script.end;
         },
       });
@@ -60,6 +68,14 @@ interface Told {
   after: bigint[];
   tokens: (string | null)[];
   requestIds: string[];
+  uids: string[];
+  /** How many calls their caller has ended. */
+  left: number;
+}
+
+/** Returns once this holds. */
+async function until(holds: () => boolean): Promise<void> {
+  while (!holds()) await new Promise((turn) => setImmediate(turn));
 }
 
 const event = (sequence: bigint): Event => ({ sequence, payload: { case: "usage", value: {} } });
@@ -107,6 +123,86 @@ test("a text has only the words of its run", async () => {
       assert.equal(said, expected);
     });
   }
+});
+
+test("leaving the loop ends the stream, however it is left", async () => {
+  const broken = new Error("broken");
+  const ways: ((stream: Stream) => Promise<void>)[] = [
+    async (stream) => {
+      for await (const _ of stream.events()) break;
+    },
+    async (stream) => {
+      for await (const _ of stream.text()) break;
+    },
+    async (stream) => {
+      for await (const _ of stream.events()) throw broken;
+    },
+  ];
+  for (const leave of ways) {
+    await serve([{ events: [event(1n), delta(0n, "Grüße")], lasts: true }], async (address, told) => {
+      await leave(follow(address)).catch((error) => assert.equal(error, broken));
+      await until(() => told.left === 1);
+    });
+  }
+  const onAttached = () => {
+    throw broken;
+  };
+  await serve([{ events: [], lasts: true }], async (address, told) => {
+    await assert.rejects(sequences(watch(connect(address), { name: RUN }, { backoff, onAttached })));
+    await until(() => told.left === 1);
+  });
+  await serve([{ events: [event(2n)], lasts: true }, { events: [event(1n)] }], async (address, told) => {
+    assert.deepEqual(await sequences(follow(address)), [1n]);
+    await until(() => told.left === 1);
+  });
+});
+
+test("a stream attaches again to the same session", async () => {
+  const end = new ConnectError("cut", Code.Unavailable);
+  await serve([{ events: [event(1n)], end }, { events: [event(2n)] }], async (address, told) => {
+    assert.deepEqual(await sequences(follow(address)), [1n, 2n]);
+    assert.deepEqual(told.uids, ["", "uid"]);
+  });
+});
+
+test("a reader that was too slow attaches again", async () => {
+  const slow = new ConnectError("too slow", Code.ResourceExhausted, undefined, [
+    { desc: ErrorInfoSchema, value: { domain: "notecase.dev", reason: "WATCHER_TOO_SLOW" } },
+    { desc: RetryInfoSchema, value: { retryDelay: { nanos: 1_000_000 } } },
+  ]);
+  const full = new ConnectError("too many pending requests", Code.ResourceExhausted);
+  const quota = new ConnectError("full", Code.ResourceExhausted, undefined, [
+    { desc: ErrorInfoSchema, value: { domain: "notecase.dev", reason: "QUOTA_EXCEEDED" } },
+  ]);
+  const scripts = [{ events: [event(1n)], end: slow }, { events: [event(2n)], end: full }, { events: [event(3n)], end: quota }];
+  await serve(scripts, async (address, told) => {
+    await assert.rejects(sequences(follow(address)), { reason: "QUOTA_EXCEEDED" });
+    assert.deepEqual(told.after, [0n, 1n, 2n]);
+  });
+});
+
+test("a text without deltas has the messages", async () => {
+  const message = { name: "sessions/s/messages/a", role: Message_Role.ASSISTANT, parts: [{ kind: { case: "text", value: "Hello there." } }] } as const;
+  const added: Event = { sequence: 3n, run: RUN, payload: { case: "messageAdded", value: { ...message, parts: [...message.parts] } } };
+  for (const deltas of [[], [delta(0n, "Hello")], [delta(0n, "Hello"), delta(5n, " there.")]]) {
+    await serve([{ events: [event(1n), event(2n), ...deltas, added] }], async (address) => {
+      let said = "";
+      for await (const piece of follow(address).text()) said += piece;
+      assert.equal(said, "Hello there.");
+    });
+  }
+});
+
+test("a message that cannot be sent is not repeated", async () => {
+  await serve([], async (address) => {
+    let calls = 0;
+    const call = () => {
+      calls += 1;
+      return createClient(RunService, connect(address)).createRun({ start: { onBusy: "QUEUE" as never } });
+    };
+    await assert.rejects(repeat(call, { firstMs: 0 }), NotecaseError);
+    assert.equal(calls, 1);
+  });
 });
 
 test("a gap is asked for again", async () => {
