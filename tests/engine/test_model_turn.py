@@ -7,6 +7,7 @@ import pytest
 from notecase import v1
 from notecase_server import errors
 from notecase_server.engine.asking import Budget
+from notecase_server.engine.context import KEYS_AT_ONCE
 from notecase_server.engine.halt import Halt, Halted, Halts
 from notecase_server.engine.model_turn import ModelTurn, bind
 from notecase_server.engine.run_log import RunLog
@@ -15,7 +16,7 @@ from notecase_server.store.contract import Store
 from notecase_server.store.memory import MemoryStore
 
 from tests.engine.rooms import House, Model, client_tool, house, kinds
-from tests.store.build import ManualClock, refused
+from tests.store.build import ManualClock, put, refused
 from tests.support.time import in_no_time
 
 
@@ -123,3 +124,20 @@ async def test_what_a_model_may_call_is_what_the_agent_declares(store: Store, cl
         log = await rooms.run_log(await rooms.make("t"), client_tools=[client_tool("look")])
         with refused("TOOL_ERROR"):
             await bind(log, Halts())
+
+
+async def test_the_values_that_an_instruction_names_are_bounded_together(store: Store, clock: ManualClock) -> None:
+    """However little of them it shows: they are all read."""
+    names = [f"k{number}" for number in range(KEYS_AT_ONCE + 4)]
+    instruction = "".join(f"{{% if {name} == 'x' %}}{name} {{% endif %}}" for name in names)
+    large = v1.Value(string_value="x" * 900_000)
+    async with house(store, clock, Model()) as rooms:
+        log, _, one = await turn(rooms, instruction=instruction)
+        for name in names[:-1]:
+            await store.update_state(log.live.key.state, [v1.StateOp(key=name, set=large)], None)
+        await store.update_state(log.live.key.state, [put(names[-1], "x")], None)
+        with refused("TEMPLATE_ERROR"):
+            await one.reply()
+        for name in names[3:-1]:
+            await store.update_state(log.live.key.state, [put(name, "x")], None)
+        await one.reply()

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from notecase import v1
 
+from notecase_server import errors
 from notecase_server.engine import template
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
@@ -24,6 +25,13 @@ FEW = 50
 
 MAX_KEYS = 1000
 """Entries of one state that a template may see when it names them only at run time."""
+
+
+KEYS_AT_ONCE = 16
+"""Of the keys that a template names, so many are read at once: each may have a page."""
+
+MAX_STATE_BYTES = 16 << 20
+"""Of the values of all these keys in one state: several times what a template may do with them."""
 
 
 class Shown(History, StateStore, Protocol):
@@ -117,7 +125,7 @@ async def _instruction(store: StateStore, key: SessionKey, user: str, source: st
         if wanted is None:
             state, _ = await store.list_state(scope, Query(MAX_KEYS))
         else:
-            state = await store.get_state(scope, sorted(wanted))
+            state = await _named(store, scope, sorted(wanted))
         values[kind] = {name: entry.value for name, entry in state.entries.items()}
     return await parsed.rendered(values)
 
@@ -128,6 +136,21 @@ def _scope(kind: str, key: SessionKey, user: str) -> Scope | None:
     if kind == "user":
         return Scope(key.tenant, "user", user.removeprefix("users/")) if user else None
     return Scope(key.tenant, "app", "")
+
+
+async def _named(store: StateStore, scope: Scope, keys: Sequence[str]) -> v1.State:
+    """Returns these entries of a state. Raises TEMPLATE_ERROR when they are larger than MAX_STATE_BYTES together."""
+    state, size = v1.State(), 0
+    for at in range(0, len(keys), KEYS_AT_ONCE):
+        read = await store.get_state(scope, keys[at : at + KEYS_AT_ONCE])
+        if len(keys) <= KEYS_AT_ONCE:
+            return read
+        size += read.ByteSize()
+        if size > MAX_STATE_BYTES:
+            told = f"The values of the keys that the instruction names in {scope.kind} state are larger than"
+            raise errors.template_error(f"{told} {MAX_STATE_BYTES} bytes together.")
+        state.MergeFrom(read)
+    return state
 
 
 async def shown(
