@@ -19,7 +19,7 @@ from notecase import v1
 from notecase_server import serve_stores
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import postgres as postgres_store
-from notecase_server.store import postgres_database
+from notecase_server.store import postgres_database, postgres_wire
 from notecase_server.store.contract import (
     CommandId,
     Commit,
@@ -639,6 +639,44 @@ async def test_commits_whose_connections_are_cut_at_random_are_made_once(url: st
             assert [f"m{number}" for number in range(12)] == [event.message_added.name for event in log]
         assert not store.fenced.is_set()
         await store.close()
+
+
+@pytest.mark.parametrize("kind", ["commit", "transaction"])
+async def test_a_write_that_no_synchronous_standby_has_is_never_said_to_be_made(
+    url: str, beside: Any, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its statement is given up without being cancelled: then PostgreSQL would keep it, and show it to everybody."""
+
+    async def configure(*statements: str) -> None:
+        shown = "SELECT count(*) FROM pg_settings WHERE name = 'synchronous_standby_names' AND setting = $1"
+        for statement in statements:
+            await beside.execute(statement)
+        await beside.execute("SELECT pg_reload_conf()")
+        while not await beside.fetchval(shown, "" if "RESET" in statements[0] else "nobody"):
+            pass
+
+    database = await beside.fetchval("SELECT current_database()")
+    await beside.execute(f"ALTER DATABASE {database} SET synchronous_commit = on")
+    store = await PostgresStore.open(url, clock)
+    await create(store)
+    await configure("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    try:
+        monkeypatch.setattr(postgres_wire, "STATEMENT_SECONDS", 0.2)
+        with refused("STORE_UNAVAILABLE"):
+            if kind == "commit":
+                await add(store, said("m1"), id="one")
+            else:
+                await store.update_state(APP_STATE, [put("k", 1)])
+        for _ in range(2):
+            with refused("STORE_UNAVAILABLE"):
+                await store.find_commit(KEY, "one")
+        assert (0, 0) == await beside.fetchrow("SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM states)")
+    finally:
+        monkeypatch.undo()
+        await configure("ALTER SYSTEM RESET synchronous_standby_names", f"ALTER DATABASE {database} RESET ALL")
+    assert (kind == "commit") == (await store.find_commit(KEY, "one") is not None)
+    assert (kind == "transaction") == bool((await store.get_state(APP_STATE, ["k"])).entries)
+    await store.close()
 
 
 async def test_connections_that_the_database_has_ended_are_replaced(store: PostgresStore, beside: Any) -> None:
