@@ -161,6 +161,45 @@ async def test_a_list_and_a_read_take_as_many_round_trips_however_many_rows_ther
         await store.close()
 
 
+async def test_runs_that_have_not_ended_are_found_without_reading_all_others(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(store)
+    await start(store, "r1", said("m1", run="r1"))
+    columns = (
+        'create_time, "user", agent, activity, display_name, update_time, expire_time, labels, epoch, commits, body'
+    )
+    await beside.execute(
+        f"""INSERT INTO sessions (tenant, session, uid, {columns})
+            SELECT tenant, 's' || g, 'w' || g, {columns} FROM sessions, generate_series(1, 1000) g"""
+    )
+    for state, prefix, count in ((v1.Run.STATE_WAITING, "w", 1000), (v1.Run.STATE_SUCCEEDED, "e", 2000)):
+        await beside.execute(
+            f"""INSERT INTO runs SELECT tenant, '{prefix}' || g, run, {state}, agent, create_time + g, labels,
+                first_sequence, last_sequence, digest, body
+                FROM runs, generate_series(1, {count}) g WHERE uid = '{KEY.uid}'"""
+        )
+    await beside.execute(
+        """INSERT INTO active_runs SELECT tenant, create_time + g, 'w' || g, run, step, deaths, released, revision
+            FROM active_runs, generate_series(1, 1000) g"""
+    )
+    await beside.execute("ANALYZE runs; ANALYZE active_runs; ANALYZE sessions")
+    statements, kept = list[tuple[str, tuple[Any, ...]]](), PostgresTables._rows
+
+    def rows(tables: PostgresTables, statement: str, *values: Any) -> Any:
+        statements.append((statement, values))
+        return kept(tables, statement, *values)
+
+    monkeypatch.setattr(PostgresTables, "_rows", rows)
+    (run,) = await store.idle_runs()
+    assert run == (await store.active_runs(None, 100))[0]
+    assert 2 == len(statements)
+    for statement, values in statements:
+        plan = "\n".join(row[0] for row in await beside.fetch(f"EXPLAIN {statement}", *values))
+        assert "Scan on runs" not in plan
+        assert "Index Scan using runs_" in plan
+
+
 async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresStore) -> None:
     await create(store)
     for number in range(12):
