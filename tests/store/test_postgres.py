@@ -19,7 +19,7 @@ from notecase import v1
 from notecase_server import serve_stores
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import postgres as postgres_store
-from notecase_server.store import postgres_database
+from notecase_server.store import postgres_database, postgres_wire
 from notecase_server.store.contract import (
     CommandId,
     Commit,
@@ -159,6 +159,45 @@ async def test_a_list_and_a_read_take_as_many_round_trips_however_many_rows_ther
         assert few == await taken()
         assert max(few.values()) <= 5
         await store.close()
+
+
+async def test_runs_that_have_not_ended_are_found_without_reading_all_others(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(store)
+    await start(store, "r1", said("m1", run="r1"))
+    columns = (
+        'create_time, "user", agent, activity, display_name, update_time, expire_time, labels, epoch, commits, body'
+    )
+    await beside.execute(
+        f"""INSERT INTO sessions (tenant, session, uid, {columns})
+            SELECT tenant, 's' || g, 'w' || g, {columns} FROM sessions, generate_series(1, 1000) g"""
+    )
+    for state, prefix, count in ((v1.Run.STATE_WAITING, "w", 1000), (v1.Run.STATE_SUCCEEDED, "e", 2000)):
+        await beside.execute(
+            f"""INSERT INTO runs SELECT tenant, '{prefix}' || g, run, {state}, agent, create_time + g, labels,
+                first_sequence, last_sequence, digest, body
+                FROM runs, generate_series(1, {count}) g WHERE uid = '{KEY.uid}'"""
+        )
+    await beside.execute(
+        """INSERT INTO active_runs SELECT tenant, create_time + g, 'w' || g, run, step, deaths, released, revision
+            FROM active_runs, generate_series(1, 1000) g"""
+    )
+    await beside.execute("ANALYZE runs; ANALYZE active_runs; ANALYZE sessions")
+    statements, kept = list[tuple[str, tuple[Any, ...]]](), PostgresTables._rows
+
+    def rows(tables: PostgresTables, statement: str, *values: Any) -> Any:
+        statements.append((statement, values))
+        return kept(tables, statement, *values)
+
+    monkeypatch.setattr(PostgresTables, "_rows", rows)
+    (run,) = await store.idle_runs()
+    assert run == (await store.active_runs(None, 100))[0]
+    assert 2 == len(statements)
+    for statement, values in statements:
+        plan = "\n".join(row[0] for row in await beside.fetch(f"EXPLAIN {statement}", *values))
+        assert "Scan on runs" not in plan
+        assert "Index Scan using runs_" in plan
 
 
 async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresStore) -> None:
@@ -639,6 +678,44 @@ async def test_commits_whose_connections_are_cut_at_random_are_made_once(url: st
             assert [f"m{number}" for number in range(12)] == [event.message_added.name for event in log]
         assert not store.fenced.is_set()
         await store.close()
+
+
+@pytest.mark.parametrize("kind", ["commit", "transaction"])
+async def test_a_write_that_no_synchronous_standby_has_is_never_said_to_be_made(
+    url: str, beside: Any, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its statement is given up without being cancelled: then PostgreSQL would keep it, and show it to everybody."""
+
+    async def configure(*statements: str) -> None:
+        shown = "SELECT count(*) FROM pg_settings WHERE name = 'synchronous_standby_names' AND setting = $1"
+        for statement in statements:
+            await beside.execute(statement)
+        await beside.execute("SELECT pg_reload_conf()")
+        while not await beside.fetchval(shown, "" if "RESET" in statements[0] else "nobody"):
+            pass
+
+    database = await beside.fetchval("SELECT current_database()")
+    await beside.execute(f"ALTER DATABASE {database} SET synchronous_commit = on")
+    store = await PostgresStore.open(url, clock)
+    await create(store)
+    await configure("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    try:
+        monkeypatch.setattr(postgres_wire, "STATEMENT_SECONDS", 0.2)
+        with refused("STORE_UNAVAILABLE"):
+            if kind == "commit":
+                await add(store, said("m1"), id="one")
+            else:
+                await store.update_state(APP_STATE, [put("k", 1)])
+        for _ in range(2):
+            with refused("STORE_UNAVAILABLE"):
+                await store.find_commit(KEY, "one")
+        assert (0, 0) == await beside.fetchrow("SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM states)")
+    finally:
+        monkeypatch.undo()
+        await configure("ALTER SYSTEM RESET synchronous_standby_names", f"ALTER DATABASE {database} RESET ALL")
+    assert (kind == "commit") == (await store.find_commit(KEY, "one") is not None)
+    assert (kind == "transaction") == bool((await store.get_state(APP_STATE, ["k"])).entries)
+    await store.close()
 
 
 async def test_connections_that_the_database_has_ended_are_replaced(store: PostgresStore, beside: Any) -> None:

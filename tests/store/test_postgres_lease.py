@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import asyncpg
 import pytest
-from notecase_server import serve_stores
+from notecase_server import serve, serve_stores
+from notecase_server.config import Settings
+from notecase_server.models.contract import Provider
 from notecase_server.store import postgres_renewal
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres import PostgresStore
@@ -18,6 +20,7 @@ from notecase_server.store.postgres_database import Access, dialled, migrate
 from notecase_server.store.postgres_lease import Owner, PostgresLease
 from notecase_server.store.postgres_renewal import renew
 from notecase_server.store.rows import TABLES, Head
+from notecase_server.supervisor import Tasks
 from structlog.testing import capture_logs
 
 from tests.store.build import KEY, ManualClock, add, create, said
@@ -234,6 +237,42 @@ def test_a_wait_for_a_database_that_is_away_has_a_line_a_minute() -> None:
     with capture_logs() as lines:
         in_no_time(wait())
     assert ["store_unreachable"] * 3 == [line["event"] for line in lines if line["event"] == "store_unreachable"]
+
+
+async def test_a_connection_that_is_lost_once_the_lease_is_taken_is_replaced(url: str) -> None:
+    """At each question that a server asks before it serves."""
+    questions = [b"to_regclass($1) IS NOT NULL", b"SELECT secret FROM", b"SELECT keyed FROM"]
+
+    def cut(kind: str, body: bytes) -> None:
+        if kind == "P" and any(found := [each for each in questions if each in body]):
+            questions.remove(found[0])
+            proxy.cut()
+
+    async with PostgresProxy(url) as proxy:
+        proxy.asked = cut
+        server = await serve.make_server(
+            Settings(listen="127.0.0.1:0", store=proxy.url, store_lease=LEASE), Tasks("auth"), _unused
+        )
+        assert [] == questions
+        await server._store.close()
+
+
+async def test_a_store_that_fails_before_it_is_served_is_let_go(url: str, beside: Any) -> None:
+    def cut(kind: str, body: bytes) -> None:
+        if kind == "P" and b"SELECT keyed FROM" in body:
+            proxy.cut()
+
+    async with PostgresProxy(url) as proxy:
+        proxy.asked = cut
+        with pytest.raises(StoreOpenError, match="The store is unavailable at present"):
+            await serve.make_server(
+                Settings(listen="127.0.0.1:0", store=proxy.url, store_lease=LEASE), Tasks("auth"), _unused
+            )
+    assert (False, "") == tuple(await beside.fetchrow("SELECT fence = 0, name FROM owner"))
+
+
+def _unused(make: Callable[[], Provider]) -> Any:
+    raise AssertionError("the model is offline")
 
 
 # ---- what is written under a lease that was lost

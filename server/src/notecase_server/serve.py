@@ -54,7 +54,7 @@ from notecase_server.serve_ports import ListenError, listen
 from notecase_server.serve_standby import Standby
 from notecase_server.serve_stores import DATABASE, Database, open_store
 from notecase_server.store.contract import Answer, AuditRow, Clock, Once, Quotas, Store, StoreOpenError
-from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
+from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks, is_passing, patiently
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
@@ -124,6 +124,8 @@ def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -
             told = AuditRow(tenant, v1.AuditEntry(method=BOOTSTRAP, outcome="OK", call_count=1))
             once = Once.unnamed(tenant, new_id(), Answer("made_key"))._replace(audit=told)
             return await Keys(store, new_id, now, time.monotonic).create(tenant, key, once)
+        except NotecaseError as error:
+            raise StoreOpenError(error.message) from None
         finally:
             await store.close()
 
@@ -501,17 +503,23 @@ async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Serve
         gc.enable()  # this may take days
         await standby.begin()
 
-    try:
+    async with AsyncExitStack() as failing:
+        failing.push_async_callback(standby.end)
         store = await open_store(settings.store, now, _database(settings), None if settings.no_wait else wait)
-    finally:
+        failing.push_async_callback(store.close)
         await standby.end()
-    if await store.is_keyed():
-        settings = replace(settings, auth="keys")
-        if settings.insecure:
-            await store.close()
-            text = "This store has had keys, and would be open to everybody: leave this out, or use another store."
-            raise SettingsError([Mistake("--insecure", text)])
-    return Server(settings, store, providers, toolbox, authenticators=authenticators, files=files)
+        try:
+            keyed = await patiently(store.is_keyed, is_passing, settings.store_lease)
+        except NotecaseError as error:
+            raise StoreOpenError(error.message) from None
+        if keyed:
+            settings = replace(settings, auth="keys")
+            if settings.insecure:
+                text = "This store has had keys, and would be open to everybody: leave this out, or use another store."
+                raise SettingsError([Mistake("--insecure", text)])
+        server = Server(settings, store, providers, toolbox, authenticators=authenticators, files=files)
+        failing.pop_all()
+        return server
 
 
 def _database(settings: Settings) -> Database:

@@ -36,5 +36,6 @@ class Standby:
         log.info("server_waiting", listen=self._settings.listen, port=port)
 
     async def end(self) -> None:
-        if self._server is not None:
-            await self._server.stop(LAST_CALLS_SECONDS)
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(LAST_CALLS_SECONDS)

@@ -77,6 +77,19 @@ def wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
+async def patiently(act: Callable[[], Awaitable[T]], passes: Callable[[Exception], bool], seconds: float) -> T:
+    """Does again what fails passingly, for about so long. Raises the last failure."""
+    until = asyncio.get_running_loop().time() + seconds
+    for wait in backoff():
+        try:
+            return await act()
+        except Exception as error:
+            if not passes(error) or asyncio.get_running_loop().time() + wait > until:
+                raise
+        await asyncio.sleep(wait)
+    raise AssertionError("it is tried without end")
+
+
 class Tasks:
     """Holds tasks that belong to one owner, which closes them. None is collected under way, and one that breaks is
     logged even when nobody asks for its result."""

@@ -34,6 +34,7 @@ from notecase_server.store.postgres_wire import (
     refusals,
     run,
     sqlstate,
+    uncancelled,
 )
 from notecase_server.store.tables import Tables
 from notecase_server.supervisor import Tasks
@@ -142,7 +143,8 @@ class PostgresStore(TableStore):
             try:
                 await self._begin(connection)
                 result: T = await run(self._write_step, WritingTables(connection, counts), step)
-                await connection.execute("COMMIT")
+                with uncancelled(connection) as timeout:
+                    await connection.execute("COMMIT", timeout=timeout)
             except BaseException:
                 await _end(connection)
                 raise
@@ -231,7 +233,11 @@ class PostgresStore(TableStore):
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        await self._tasks.close(WRITE_SECONDS * 2)
+        last_writes = asyncio.get_running_loop().call_later(
+            WRITE_SECONDS * 2, self._pool.terminate
+        )  # see `uncancelled`
+        await self._tasks.close(WRITE_SECONDS * 2 + 1)
+        last_writes.cancel()
         try:
             async with asyncio.timeout(WRITE_SECONDS):
                 await self._pool.close()

@@ -30,7 +30,16 @@ from notecase_server.store.postgres_tables import (
     session_changes,
     session_row,
 )
-from notecase_server.store.postgres_wire import GUARD, OWNED, Fenced, awaited, escaped, unescaped
+from notecase_server.store.postgres_wire import (
+    GUARD,
+    LOCK_BOUND,
+    OWNED,
+    Fenced,
+    awaited,
+    escaped,
+    uncancelled,
+    unescaped,
+)
 from notecase_server.store.steps import copied
 from notecase_server.store.stretches import superseded_at
 from notecase_server.store.tables import Applied, Changes, Recorded, SessionRow
@@ -90,7 +99,7 @@ def _reading(parts: tuple[str, ...]) -> str:
 @lru_cache(SHAPES)
 def _writing(writes: tuple[tuple[str, bool], ...]) -> str:
     """One statement of several, each with whether it must write a row; its values are the fence and those of each."""
-    parts, guards, last = [f"o AS ({OWNED.format('$1')})"], ["(SELECT count(*) FROM o) = 1"], 1
+    parts, guards, last = [f"o AS ({OWNED.format('$1')})"], [LOCK_BOUND, "(SELECT count(*) FROM o) = 1"], 1
     for number, (statement, guarded) in enumerate(writes):
         marks = {int(mark) for mark in re.findall(r"\$(\d+)", statement)}
         shifted = re.sub(r"\$(\d+)", lambda mark: f"${int(mark[1]) + last}", statement)  # noqa: B023 - at once
@@ -261,4 +270,5 @@ class CommitTables(PostgresTables):
             self._refer_entries()
         if self._writes:
             statement = _writing(tuple(self._writes))
-            awaited(self._connection.execute(statement, self._fence, *map(escaped, self._values)))
+            with uncancelled(self._connection) as timeout:
+                awaited(self._connection.execute(statement, self._fence, *map(escaped, self._values), timeout=timeout))

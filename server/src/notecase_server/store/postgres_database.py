@@ -6,6 +6,7 @@ import secrets
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
@@ -16,16 +17,24 @@ from asyncpg import Connection, Pool, Record
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
-from notecase_server.store.postgres_wire import LOST, OWNED, Fenced, Unconnected, sqlstate
+from notecase_server.store.postgres_wire import (
+    LOCK_BOUND,
+    LOST,
+    OWNED,
+    STATEMENT_SECONDS,
+    Fenced,
+    Unconnected,
+    is_lost,
+    sqlstate,
+    uncancelled,
+)
+from notecase_server.supervisor import patiently
 
 log = structlog.get_logger()
 
 SCHEMES = ("postgresql", "postgres")
 
 CONNECT_SECONDS = 10.0
-
-STATEMENT_SECONDS = 30.0
-"""After which a statement is given up: its database does not answer."""
 
 STATEMENTS = 256
 """Prepared statements that a connection keeps: a commit's text depends on what it reads and writes, in some dozens of
@@ -40,6 +49,8 @@ it removes what is no longer used. So a server of the version before still works
 
 OLDEST_SERVER = 14
 
+
+SECRET = "SELECT secret FROM notecase_store"
 
 UNFINISHED = "unfinished_copy"
 """A table that only a store has that another one is being copied into."""
@@ -79,8 +90,8 @@ class Access(NamedTuple):
         """Whether the URL names several hosts and leaves open which of them to choose."""
         parts = urlsplit(self.url)
         given = dict(parse_qsl(parts.query))
-        several = "," in parts.netloc.rpartition("@")[2] or "," in given.get("host", os.environ.get("PGHOST", ""))
-        return several and "target_session_attrs" not in given and "PGTARGETSESSIONATTRS" not in os.environ
+        several = "," in parts.netloc.rpartition("@")[2] or "," in given.get("host", "")
+        return several and "target_session_attrs" not in given
 
     async def dial(self) -> "Connection[Record]":
         """Makes a connection that belongs to no pool. Raises Unconnected."""
@@ -126,14 +137,15 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
             reset=_reset,
         )
         try:
-            async with pool.acquire() as connection:
-                if lease is None:
+            if lease is None:
+                async with pool.acquire() as connection:
                     await migrate(connection, where)
                     name = f"by force {secrets.token_hex(4)}"
                     fence = await seize(connection, name)
-                else:
-                    name, fence = lease.name, lease.fence
-                secret = await connection.fetchval("SELECT secret FROM notecase_store")
+                    secret = await connection.fetchval(SECRET)
+            else:
+                name, fence = lease.name, lease.fence
+                secret = await patiently(partial(pool.fetchval, SECRET), is_lost, lease.seconds)
         except BaseException:
             pool.terminate()
             raise
@@ -197,9 +209,9 @@ async def raise_fence(connection: Any, name: str, fence: int) -> int:
     """Raises the fence of the owner of that name above `fence`, and returns the new one: no write that goes by an older
     one is made from then on. Waits for those that are under way. A statement that arrives late, when its answer is no
     longer waited for, raises nothing that was raised since. Raises Fenced where another one is the owner."""
-    raised: int | None = await connection.fetchval(
-        "UPDATE owner SET fence = fence + 1 WHERE name = $1 AND fence = $2 RETURNING fence", name, fence
-    )
+    raising = f"UPDATE owner SET fence = fence + 1 WHERE name = $1 AND fence = $2 AND {LOCK_BOUND} RETURNING fence"
+    with uncancelled(connection) as timeout:
+        raised: int | None = await connection.fetchval(raising, name, fence, timeout=timeout)
     if raised is None:  # by an earlier try, or since another one is the owner
         raised = await connection.fetchval("SELECT fence FROM owner WHERE name = $1 AND fence > $2", name, fence)
     if raised is None:
@@ -232,13 +244,17 @@ async def own(
             former = await check(connection, where)
             if not former or not may_migrate:
                 await require(connection, where, may_migrate)
-        await lease.take(waiting)
-        try:
+
+        async def look() -> None:
             async with dialled(access) as connection:
                 await require(connection, where, may_migrate)
                 if not unfinished and await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", UNFINISHED):
                     text = f"{where} is an unfinished copy of another store. Repeat the copy, or drop the database."
                     raise StoreOpenError(text)
+
+        await lease.take(waiting)
+        try:
+            await patiently(look, is_lost, lease.seconds)
         except BaseException:
             await lease.release()
             raise

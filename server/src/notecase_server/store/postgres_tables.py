@@ -198,11 +198,19 @@ ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch,
     JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run AND r.create_time = a.create_time
     JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid"""
 
+EVERY_ACTIVE_RUN = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released
+    FROM active_runs a
+    CROSS JOIN LATERAL (SELECT state, body FROM runs r
+        WHERE r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run AND r.create_time = a.create_time OFFSET 0) r
+    CROSS JOIN LATERAL (SELECT session, epoch, activity FROM sessions s
+        WHERE s.tenant = a.tenant AND s.uid = a.uid OFFSET 0) s"""
+"""The same, for many of them: OFFSET keeps PostgreSQL from reading all runs ever made, in order to join a few."""
+
 ACTIVE_RUN = """tenant = $1 AND uid = $2 AND run = $3
     AND create_time = (SELECT create_time FROM runs WHERE tenant = $1 AND uid = $2 AND run = $3)"""
 """Finds the row that a run has among those that have not ended."""
 
-IDLE_RUNS = f"""{ACTIVE_RUNS} WHERE r.state = {v1.Run.STATE_RUNNING}
+IDLE_RUNS = f"""{EVERY_ACTIVE_RUN} WHERE r.state = {v1.Run.STATE_RUNNING}
     OR (r.state = {v1.Run.STATE_QUEUED} AND s.activity = {v1.Session.ACTIVITY_IDLE})"""
 
 
@@ -712,7 +720,7 @@ class PostgresTables:
             where = " WHERE (a.tenant, a.create_time, a.uid, a.run) > ($2, $3, $4, $5)"
             values = (after.key.tenant, column(after.run, "create_time"), after.key.uid, after.run.name)
         order = " ORDER BY a.tenant, a.create_time, a.uid, a.run LIMIT $1"
-        return list(_readable(self._rows(f"{ACTIVE_RUNS}{where}{order}", limit, *values)))
+        return list(_readable(self._rows(f"{EVERY_ACTIVE_RUN}{where}{order}", limit, *values)))
 
     def idle_runs(self) -> list[ActiveRun]:
         return list(_readable(self._rows(IDLE_RUNS)))

@@ -5,6 +5,7 @@ event loop, hands over what is to be awaited, and is switched back to with the a
 all stores, and a statement costs no thread.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,13 @@ MISPLACED = frozenset({"25006", "26000", "42P05"})
 its pooler has lost prepared statements or mixed them up."""
 
 DISK_FULL = "53100"
+
+STATEMENT_SECONDS = 30.0
+"""After which a statement is given up: its database does not answer."""
+
+LOCK_BOUND = "set_config('lock_timeout', '30s', true) != ''"
+"""Is true, and bounds how long the statement that it stands in waits for locks: when a connection is closed while its
+statement waits, PostgreSQL goes on waiting."""
 
 
 class Unconnected(Exception):
@@ -126,6 +134,25 @@ def is_unsure(error: BaseException) -> bool:
     """Whether a statement that failed may have been carried out: the database did not answer it."""
     is_answer = isinstance(error, asyncpg.PostgresError) and not sqlstate(error).startswith("08")
     return not (is_answer or isinstance(error, Unconnected))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether there was no connection, or is none any more: all may be well with the next."""
+    return isinstance(error, LOST) and (
+        isinstance(error, Unconnected) or is_unsure(error) or sqlstate(error)[:3] == "57P"
+    )
+
+
+@contextmanager
+def uncancelled(connection: Any) -> Iterator[float]:
+    """For the statement that makes a write. It is given up by closing the connection, where asyncpg would cancel the
+    statement: if PostgreSQL waits for a synchronous standby by then, it would end the wait, keep the write and show it
+    to everybody, although a failover may lose it. Yields the time-out to give the statement, which never passes."""
+    timer = asyncio.get_running_loop().call_later(STATEMENT_SECONDS, connection.terminate)
+    try:
+        yield 1000 * STATEMENT_SECONDS
+    finally:
+        timer.cancel()
 
 
 @contextmanager
