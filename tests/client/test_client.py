@@ -488,17 +488,15 @@ async def test_another_session_of_the_same_name_is_not_followed(
 
 async def test_a_stream_may_be_read_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server lets a reader go who takes nothing for long; the stream goes on where it was."""
-    gone, frames = asyncio.Event(), Streams._frames
+    gone, follow = asyncio.Event(), Streams._follow
 
-    async def told(*arguments: Any) -> AsyncIterator[v1.RunResponse]:
+    async def told(*arguments: Any) -> None:
         try:
-            async with aclosing(frames(*arguments)) as all_frames:
-                async for frame in all_frames:
-                    yield frame
+            await follow(*arguments)
         finally:
             gone.set()
 
-    monkeypatch.setattr(Streams, "_frames", told)
+    monkeypatch.setattr(Streams, "_follow", told)
     async with running(pace=Pace(stall=0.1)) as served, Client(served.address, options=SMALL_WINDOW) as client:
         session = (await client.create_session()).name
         for number in range(40):

@@ -57,7 +57,7 @@ async def test_what_a_summary_by_hand_took_is_counted_although_there_is_none(
     def summarizes(commit: Commit) -> bool:
         return any(event.HasField("summarized") for event in commit.events)
 
-    mismatch = {"refuse": lambda: errors.sequence_mismatch(9), "counts": summarizes}
+    mismatch: dict[str, Any] = {"refuse": lambda: errors.sequence_mismatch(9), "counts": summarizes}
     opened = Failing(store, "commit", Mode.FOR_GOOD, **mismatch).store if how == "refused" else store
     async with asyncio.timeout(60), house(opened, clock, model) as rooms:
         key = await talked(rooms)

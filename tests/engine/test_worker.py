@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
-from notecase_server.engine import model_turn
+from notecase_server.engine import model_turn, schema
 from notecase_server.engine.opening import opening
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.schema import Schemas
@@ -232,7 +232,7 @@ async def test_a_large_note_is_made_in_a_thread_and_fails_the_run_where_a_state_
         async def problem(self, schema: str, reply: str | None) -> str:
             return ""
 
-    made_in, made = list[str](), model_turn.value_of
+    made_in, made = list[str](), schema.value_of
 
     def value_of(reply: str) -> v1.Value:
         made_in.append(threading.current_thread().name)
