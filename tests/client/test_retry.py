@@ -92,6 +92,29 @@ async def test_progress_makes_the_next_failure_a_first_one(slept: list[float]) -
     assert max(slept) <= 1
 
 
+async def test_a_server_that_stops_is_waited_for_longer_than_a_failure(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its runs may take as long as its grace, and only then is it replaced."""
+    now = 0.0
+    monkeypatch.setattr("notecase.retry.monotonic", lambda: now)
+    backoff, draining = Backoff(Retry(tries=2, first_delay=1)), _error("UNAVAILABLE", "SERVER_DRAINING")
+    for _ in range(59):
+        await backoff.wait(draining)
+        now += 1
+    for _ in range(2):
+        await backoff.wait(_error("UNAVAILABLE"))
+    with pytest.raises(NotecaseError):
+        await backoff.wait(draining)
+    now += 60
+    other = Backoff(Retry(tries=2, first_delay=1))
+    now += 60
+    for _ in range(2):
+        await other.wait(draining)
+    with pytest.raises(NotecaseError):
+        await other.wait(draining)
+
+
 async def test_the_servers_word_on_when_is_kept(slept: list[float]) -> None:
     """Sooner than it says would be in vain."""
     await Backoff(Retry(first_delay=0.1)).wait(_error("UNAVAILABLE", "SERVER_DRAINING", 3.0))

@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from time import monotonic
 from typing import TypeVar
 
 import grpc
@@ -20,6 +21,9 @@ log = logging.getLogger("notecase")
 _TRANSPORT = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
 """What a connection that was reset in the middle of a call looks like, depending on who reset it."""
 
+DRAIN_SECONDS = 60.0
+"""How long a server that stops may refuse calls before that counts as failures."""
+
 DOUBLINGS = 1000
 """How often a delay is doubled at most. A float has no room for 1024, and any delay is longer than `max_delay` then."""
 
@@ -28,7 +32,8 @@ DOUBLINGS = 1000
 class Retry:
     """How often and how long a client retries a call while the server cannot be reached. Delays are in seconds.
 
-    The defaults outlast a server's restart: 13 to 26 seconds in all. The logger "notecase" warns at the second failure
+    The defaults outlast a server's restart: 13 to 26 seconds in all, and up to a minute before that while the server
+    lets its runs end (SERVER_DRAINING). The logger "notecase" warns at the second failure
     in a row, which comes after `first_delay` at the latest; a connection that is restored at once causes no warning."""
 
     tries: int = 10
@@ -66,13 +71,13 @@ class Backoff:
         self._facts = facts
         self._retry = retry
         self._renews = renews_token
-        self._failures = 0
-        self._refused = False
+        self.progress()
 
     def progress(self) -> None:
         """Resets the count after a success."""
         self._failures = 0
         self._refused = False
+        self._since = monotonic()
 
     async def wait(self, error: NotecaseError | Gap, *, limited: bool = False) -> None:
         """Waits until the next try is due. Raises `error` when a repeat cannot help, or there were enough. With
@@ -87,7 +92,10 @@ class Backoff:
         self._refused |= refused
         # Spread out, so that the clients of a server that restarts do not come back all at once.
         delay = self._retry.delay(self._failures) * random.uniform(0.5, 1)
-        self._failures += 1
+        # A server that stops lets its runs go on until its grace is over, and is replaced then.
+        draining = isinstance(error, NotecaseError) and error.reason == "SERVER_DRAINING"
+        if not (draining and monotonic() - self._since < DRAIN_SECONDS):
+            self._failures += 1
         await asyncio.sleep(max(delay, getattr(error, "retry_after", None) or 0))
 
 
