@@ -345,6 +345,22 @@ async def test_a_copy_under_an_old_fence_writes_nothing(url: str, beside: Any) -
     await beside.execute("DROP TABLE unfinished_copy")
 
 
+async def test_a_copy_that_is_complete_is_no_failure_when_it_cannot_be_analyzed(url: str, beside: Any) -> None:
+    def cut(kind: str, body: bytes) -> None:
+        if kind == "Q" and b"ANALYZE" in body:
+            proxy.cut()
+
+    async with PostgresProxy(url) as proxy:
+        proxy.asked = cut
+        rows = await serve_stores.open_rows(proxy.url, is_target=True)
+        await rows.begin_copy(b"a file")
+        with capture_logs() as lines:
+            await rows.finish_copy(Head(b"secret", False))
+        await rows.close()
+    assert ["store_not_analyzed"] == [line["event"] for line in lines if line["event"] != "lease_not_renewed"]
+    assert b"secret" == await beside.fetchval("SELECT secret FROM notecase_store")
+
+
 # ---- a standby
 
 

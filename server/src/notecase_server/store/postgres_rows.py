@@ -6,12 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import asyncpg
+import structlog
 
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres_database import UNFINISHED, refusal, stay_owner
 from notecase_server.store.postgres_lease import PostgresLease
-from notecase_server.store.postgres_wire import LOST, escaped, unescaped
+from notecase_server.store.postgres_wire import LOST, escaped, kind, unescaped
 from notecase_server.store.rows import TABLES, Head, Row, Table
+
+log = structlog.get_logger()
 
 FETCHED = 50
 """Rows that are read at a time: at most 3 MiB each, and seldom more than a kilobyte."""
@@ -101,7 +104,12 @@ class PostgresRows:
                     "UPDATE notecase_store SET secret = $1, keyed = $2", head.secret, int(head.keyed)
                 )
                 await self._connection.execute(f"DROP TABLE {UNFINISHED}")
-            await self._connection.execute("ANALYZE")
+        try:
+            async with self._connection.transaction():
+                await self._connection.execute(PATIENT)
+                await self._connection.execute("ANALYZE")
+        except LOST as error:
+            log.warning("store_not_analyzed", error=kind(error), problem="The copy is complete. Run ANALYZE there.")
 
     async def close(self) -> None:
         await self._lease.release()
