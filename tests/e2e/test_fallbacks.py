@@ -232,5 +232,5 @@ async def test_a_compaction_is_made_by_a_fallback_too(setting: Setting) -> None:
     assert (await setting.served.sessions.CompactSession(request)).summary_sequence
     summarized, *used = (await log_of(setting.served, session))[len(before) :]
     assert "In short." == summarized.summarized.text
-    assert [("second", 11), ("first", 50)] == [(each.usage.provider, each.usage.input_tokens) for each in used]
+    assert [("first", 50), ("second", 11)] == [(each.usage.provider, each.usage.input_tokens) for each in used]
     assert ["other-1"] * 2 == [asked["model"] for asked in setting.second.requests]

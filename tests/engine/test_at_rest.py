@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -57,8 +58,10 @@ async def test_what_a_summary_by_hand_took_is_counted_although_there_is_none(
     def summarizes(commit: Commit) -> bool:
         return any(event.HasField("summarized") for event in commit.events)
 
-    mismatch: dict[str, Any] = {"refuse": lambda: errors.sequence_mismatch(9), "counts": summarizes}
-    opened = Failing(store, "commit", Mode.FOR_GOOD, **mismatch).store if how == "refused" else store
+    opened = store
+    if how == "refused":
+        refuse = partial(errors.sequence_mismatch, 9)
+        opened = Failing(store, "commit", Mode.FOR_GOOD, refuse=refuse, counts=summarizes).store
     async with asyncio.timeout(60), house(opened, clock, model) as rooms:
         key = await talked(rooms)
         model.arrived, model.how = asyncio.Semaphore(0), how

@@ -7,10 +7,9 @@ from collections.abc import AsyncGenerator, Sequence
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
-from notecase_server.engine import model_turn, schema
 from notecase_server.engine.opening import opening
 from notecase_server.engine.roster import Caused
-from notecase_server.engine.schema import Schemas
+from notecase_server.engine.schema import Schemas, value_of
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
 from notecase_server.tools.contract import Function, Outcome
@@ -232,13 +231,13 @@ async def test_a_large_note_is_made_in_a_thread_and_fails_the_run_where_a_state_
         async def problem(self, schema: str, reply: str | None) -> str:
             return ""
 
-    made_in, made = list[str](), schema.value_of
+    made_in = list[str]()
 
-    def value_of(reply: str) -> v1.Value:
+    def seen(reply: str) -> v1.Value:
         made_in.append(threading.current_thread().name)
-        return made(reply)
+        return value_of(reply)
 
-    monkeypatch.setattr(model_turn, "value_of", value_of)
+    monkeypatch.setattr("notecase_server.engine.model_turn.value_of", seen)
     async with asyncio.timeout(60), house(store, clock, Lists(), schemas=Content()) as rooms:
         await store.create_agent(TENANT, "clerk", v1.Agent(llm=v1.LlmAgent(output_schema="{}"), output_key="k"))
         key = await rooms.make("s")
