@@ -1,10 +1,14 @@
 """The heaps of the C library, counted by itself in a process of their own."""
 
+import asyncio
 import re
 import subprocess
 import sys
+from typing import Any, NoReturn, cast
 
 import pytest
+from notecase_server import allocator, serve
+from notecase_server.allocator import ARENAS
 
 THREADS = 12
 
@@ -34,9 +38,21 @@ libc.fclose(stream)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_info is glibc's")
-@pytest.mark.parametrize(("environment", "most"), [({}, 2), ({"MALLOC_ARENA_MAX": "5"}, 5)])
-def test_threads_share_a_few_heaps(environment: dict[str, str], most: int) -> None:
-    """As many as an operator says, where one does."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
-    heaps = re.findall(r'<heap nr="\d+">', done.stdout)
-    assert len(heaps) == most
+def test_threads_share_a_few_heaps() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert len(re.findall(r'<heap nr="\d+">', done.stdout)) == ARENAS
+
+
+def test_a_server_shares_them_unless_its_operator_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = list[str]()
+
+    def stopped(*_: Any, **__: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(allocator, "share_arenas", lambda: shared.append("shared"))
+    monkeypatch.setattr(asyncio, "Runner", stopped)
+    for given in ("", "5"):
+        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
+        with pytest.raises(KeyboardInterrupt):
+            serve.run(cast("Any", None))
+    assert shared == ["shared"]

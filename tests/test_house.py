@@ -40,6 +40,7 @@ ROOMS: dict[str, Room] = {
     "__init__": Room(set(), "The root holds the version, and importing it costs nothing."),
     "errors": Room(set(), "Everybody raises them, so they know nobody."),
     "limit": Room(set(), "How long is too long is told in the same way by whoever waits."),
+    "allocator": Room(set(), "What the C library holds is the process', whatever it was for."),
     "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
     "log_lines": Room(set(), "A line of the log is words and facts, whatever they are about."),
     "loopback": Room(set(), "What stays on this machine is the same to those who serve and those who ask."),
@@ -77,7 +78,9 @@ ROOMS: dict[str, Room] = {
     "models.pieces": Room(set(), "How bytes are sent has nothing to do with what they say."),
     "models.proxies": Room(set(), "Which way an address is reached is asked of the environment alone."),
     "models.endpoint": Room({"models.proxies"}, "Settings are judged before anything is loaded for them."),
-    "models.wire": Room({"errors", "models.pieces"}, "A connection carries bytes, whatever model they are for."),
+    "models.wire": Room(
+        {"errors", "limit", "models.pieces"}, "A connection carries bytes, whatever model they are for."
+    ),
     "models.request": Room(
         {"errors", "models.contract", "models.pieces", "models.profiles"}, "A format's writer needs no provider."
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from notecase import v1
-from notecase_server.engine import content
+from notecase_server.engine import values
 from notecase_server.engine.content import MAX_PART_BYTES, Contents, Limits, is_large
 from notecase_server.store.contract import CHUNK_BYTES, Quotas, Store
 from notecase_server.store.memory import MemoryStore
@@ -209,14 +209,14 @@ async def test_a_drain_ends_uploads_and_keeps_what_has_come(contents: Contents, 
 async def test_a_large_value_of_state_becomes_json_in_a_thread(
     contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, plain = list[str](), content._shown
+    names, plain = list[str](), values._shown
 
     def seen(value: v1.Value) -> object:
         if value.HasField("list_value"):
             names.append(threading.current_thread().name)
         return plain(value)
 
-    monkeypatch.setattr(content, "_shown", seen)
+    monkeypatch.setattr(values, "_shown", seen)
     state = {key: v1.Value(list_value=v1.ValueList(values=[v1.Value(int_value=1)] * n)) for key, n in SIZES.items()}
     parts = [v1.Part(state_key=key) for key in SIZES]
     kept = await contents.parts(KEY, parts, state)

@@ -3,6 +3,7 @@
 import pytest
 from notecase import v1
 from notecase_server.engine import ledger
+from notecase_server.engine.arguments import arguments_of
 
 
 @pytest.mark.parametrize(
@@ -10,12 +11,12 @@ from notecase_server.engine import ledger
 )
 def test_what_is_not_json_is_no_arguments(arguments: str) -> None:
     """Not even where Python's own parser takes it: callers in other languages get it as JSON."""
-    assert ledger.arguments_of(v1.ToolCall(arguments=arguments)) is None
+    assert arguments_of(v1.ToolCall(arguments=arguments)) is None
 
 
 def test_arguments_are_an_object() -> None:
-    assert {} == ledger.arguments_of(v1.ToolCall())
-    assert {"a": [1.5, 2, None]} == ledger.arguments_of(v1.ToolCall(arguments='{"a": [1.5, 2, null]}'))
+    assert {} == arguments_of(v1.ToolCall())
+    assert {"a": [1.5, 2, None]} == arguments_of(v1.ToolCall(arguments='{"a": [1.5, 2, null]}'))
 
 
 def test_a_name_that_no_tool_has_is_quoted_in_part() -> None:

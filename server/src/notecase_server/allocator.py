@@ -1,7 +1,6 @@
 """The C library's share of the memory: what it holds for later is not our callers'."""
 
 import ctypes
-import os
 
 ARENAS = 2
 """Heaps that all threads share. By default glibc makes eight for each CPU, and what is free in one is of no use to the
@@ -13,9 +12,9 @@ _libc = ctypes.CDLL(None)
 
 
 def share_arenas() -> None:
-    """Bounds the heaps of this process, unless MALLOC_ARENA_MAX does. Call it before threads are started."""
+    """Bounds the heaps of this process. Call it before threads are started."""
     mallopt = getattr(_libc, "mallopt", None)  # other C libraries have no arenas, or bound them
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+    if mallopt is not None:
         mallopt(_M_ARENA_MAX, ARENAS)
 
 

@@ -26,7 +26,7 @@ from notecase_server.auth.principals import Principals
 from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
 from notecase_server.auth.tables import Mistake, SettingsError
 from notecase_server.auth.tenants import Tenants
-from notecase_server.config import OFFLINE, ProviderSettings, Settings, exposure_mistakes
+from notecase_server.config import OFFLINE, ProviderSettings, Settings, exposure_mistakes, variable
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.places import Places
@@ -460,7 +460,8 @@ def run(settings: Settings, ready: Callable[[Server], None] = lambda server: Non
     matters is on record by then. Raises what `serve` raises."""
     import uvloop  # noqa: PLC0415  # what else is here needs no loop of its own: a backup is made without one
 
-    allocator.share_arenas()
+    if not variable("MALLOC_ARENA_MAX"):
+        allocator.share_arenas()
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:

@@ -9,6 +9,7 @@ from notecase import v1
 
 from notecase_server import names
 from notecase_server.engine import ledger, results
+from notecase_server.engine.arguments import arguments_of
 from notecase_server.engine.questions import Questions
 from notecase_server.engine.run_log import LOST, RunLog
 from notecase_server.errors import NotecaseError
@@ -141,7 +142,7 @@ class Calls:
             with clock.paused():
                 await self._log.services.lease.held()
         try:
-            outcome = await toolbox.call(call.binding, ledger.arguments_of(call) or {}, where)
+            outcome = await toolbox.call(call.binding, arguments_of(call) or {}, where)
         except NotecaseError as error:
             return Outcome(error=error.message), []
         except asyncio.CancelledError:

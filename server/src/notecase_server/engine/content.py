@@ -6,7 +6,6 @@ Bytes pass through in pieces. Only what comes within a message, and what a model
 
 import asyncio
 import hashlib
-import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.upload import Writer
+from notecase_server.engine.values import json_of
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, BlobStore, Clock, SessionKey, StateStore
 from notecase_server.supervisor import Tasks
@@ -311,7 +311,7 @@ class Contents:
             case "string_value":
                 return v1.Part(text=value.string_value)
         large = value.ByteSize() > JSON_AT_ONCE
-        return v1.Part(json=await asyncio.to_thread(_json, value) if large else _json(value))
+        return v1.Part(json=await asyncio.to_thread(json_of, value) if large else json_of(value))
 
 
 async def digest_of(data: bytes) -> bytes:
@@ -326,28 +326,6 @@ def is_large(part: v1.Part) -> bool:
     if 4 * len(text) <= MAX_PART_BYTES:  # a character has at most four
         return False
     return len(text) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
-
-
-def _json(value: v1.Value) -> str:
-    return json.dumps(_shown(value), ensure_ascii=False)
-
-
-def _shown(value: v1.Value) -> object:
-    """A value as JSON can say it: bytes by their number, a blob by its name."""
-    match value.WhichOneof("kind"):
-        case "list_value":
-            return [_shown(item) for item in value.list_value.values]
-        case "map_value":
-            return {key: _shown(item) for key, item in value.map_value.values.items()}
-        case "bytes_value":
-            return f"{len(value.bytes_value)} bytes"
-        case "blob_value":
-            return value.blob_value.name
-        case None | "null_value":
-            return None
-        case kind:
-            plain: object = getattr(value, kind)
-            return plain
 
 
 def _differs(said: v1.Blob, stored: v1.Blob) -> str:

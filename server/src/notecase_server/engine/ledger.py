@@ -3,14 +3,13 @@
 Pure: from what is known of a run to the events that say what becomes of its calls. The worker commits them.
 """
 
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine.arguments import arguments_of
 from notecase_server.errors import NotecaseError
 from notecase_server.store import bindings
 from notecase_server.store.bindings import declared
@@ -121,22 +120,6 @@ def expire(request: v1.InputRequest, run: v1.Run, now: int) -> None:
     """Gives a request the end that the run's limits set."""
     if run.limits.HasField("input_timeout"):
         request.expire_time.FromMicroseconds(min(now + run.limits.input_timeout.ToMicroseconds(), LATEST))
-
-
-def arguments_of(call: v1.ToolCall) -> dict[str, Any] | None:
-    """Returns the call's arguments, or None when they are not a JSON object, as RFC 8259 has it and with numbers that a
-    double holds. Empty text counts as an empty object."""
-    try:
-        decoded = json.loads(call.arguments or "{}", parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError):
-        return None
-    return decoded if isinstance(decoded, dict) else None
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is no number of JSON")
-    return number
 
 
 def no_tool(call: v1.ToolCall) -> Outcome:
