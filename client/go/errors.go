@@ -118,7 +118,7 @@ func AsError(err error) *Error {
 // isUnsent reports whether a message of grpc-go says that the request never left the program: it cannot be serialized,
 // or its metadata cannot be sent.
 func isUnsent(message string) bool {
-	for _, begin := range []string{"grpc: error while marshaling", "header key ", "malformed "} {
+	for _, begin := range []string{"grpc: error while marshaling", "header key "} {
 		if strings.HasPrefix(message, begin) {
 			return true
 		}

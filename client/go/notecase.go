@@ -96,7 +96,9 @@ type token struct {
 
 func (t token) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
 	value, err := t.get(ctx)
-	if err != nil { // it may have asked somebody who is away for a moment
+	if _, ofCall := status.FromError(err); err != nil && ofCall {
+		return nil, err
+	} else if err != nil { // it may have asked somebody who is away for a moment
 		return nil, status.Error(codes.Unavailable, "no token: "+err.Error())
 	}
 	value = strings.TrimSpace(value)

@@ -495,9 +495,19 @@ NEW, OTHER_CURVE = SigningKey("new"), SigningKey("other", "ES384")
         (unnamed(OTHER_CURVE, RSA_KEY, KEY), [RSA_KEY, KEY], ""),
         ([RSA_KEY.jwk(), KEY.jwk(), NEW.jwk()], [RSA_KEY, KEY, NEW], ""),
         ([KEY.jwk(use=None, alg=None)], [KEY], KEY.id),
+        ([NEW.jwk(use=["sig"]), OTHER_CURVE.jwk(use={}), KEY.jwk()], [KEY], KEY.id),
         ([RSA_KEY.jwk(alg="PS256"), RSA_KEY.jwk(alg="RS256")], [RSA_KEY], RSA_KEY.id),
     ],
-    ids=["one id for two kinds", "one id", "no ids", "no ids, other curve", "no id in the token", "nulls", "twice"],
+    ids=[
+        "one id for two kinds",
+        "one id",
+        "no ids",
+        "no ids, other curve",
+        "no id in the token",
+        "nulls",
+        "odd uses",
+        "twice",
+    ],
 )
 async def test_every_key_that_may_be_meant_is_tried(
     setting: Setting, keys: list[Any], signers: list[SigningKey], key_id: str

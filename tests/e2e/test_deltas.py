@@ -54,6 +54,7 @@ class Printer:
 
     def _print(self, event: v1.Event) -> None:
         delta = event.block_delta
+        assert event.run == "" or event.run.rpartition("/runs/")[2], "a message of no run names none"
         assert delta.message not in {*self._discarded, *self.whole}
         kind = delta.WhichOneof("delta") or ""
         text = getattr(delta, kind).encode()

@@ -209,7 +209,7 @@ def parse(content: bytes) -> Sequence[Key]:
 
 
 def _key(given: Any) -> Key | None:
-    if not isinstance(given, dict) or given.get("use") not in {None, "sig"}:
+    if not isinstance(given, dict) or given.get("use") not in (None, "sig"):
         return None
     try:
         key = jwt.PyJWK(given)

@@ -71,7 +71,7 @@ class _Sent:
 
     def __init__(self, session: str, message: str, run: str) -> None:
         self.message = names.message(session, message)
-        self.run = names.run(session, run)
+        self.run = names.run(session, run) if run else ""
         self.blocks: dict[int, tuple[str, int]] = {}
         """The kind of each block's deltas and the end of the last one, in bytes."""
 
