@@ -156,6 +156,28 @@ async def test_a_run_keeps_what_it_made_though_the_tenant_may_upload_no_more(sto
         assert any(part.HasField("blob") for part in run.reply.parts)
 
 
+async def test_what_callers_send_as_results_counts_for_the_tenant(store_url: str) -> None:
+    """Unlike what a run makes: a caller may send an error instead."""
+    async with running(store_url, max_tenant_blob_bytes=1000) as served:
+        tool = v1.Tool(name="look", client=v1.ClientTool())
+        agent = v1.Agent(llm=v1.LlmAgent(model="offline/echo", tools=[tool]))
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+
+        async def answer(session: str, size: int) -> None:
+            new = v1.Session(name=f"sessions/{session}", agent="agents/clerk")
+            start = v1.StartRun(new_session=new, messages=[said("/call look {}")])
+            run = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+            part = v1.Part(data=v1.InlineData(data=b"x" * size, media_type="text/plain"))
+            result = v1.ToolResult(call_id=run.pending_calls[0].call_id, result=[part])
+            command = v1.RunRequest(tool_result=result)
+            await served.runs.SendCommand(v1.SendCommandRequest(session=new.name, run=run.name, command=command))
+
+        await answer("first", 1000)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await answer("second", 999)
+        assert reason_of(refused.value) == "QUOTA_EXCEEDED"
+
+
 @pytest.mark.parametrize("size", [1200, 0], ids=["declared", "not declared"])
 async def test_a_refused_upload_leaves_no_bytes_that_count(size: int, store_url: str) -> None:
     """It used to keep what had come for a day, and nobody of the tenant could upload anything."""

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 from notecase import v1
 from notecase_server import errors
 from notecase_server.engine.asking import Budget
-from notecase_server.engine.context import KEYS_AT_ONCE
+from notecase_server.engine.context import KEYS_AT_ONCE, _named
 from notecase_server.engine.halt import Halt, Halted, Halts
 from notecase_server.engine.model_turn import ModelTurn, bind
 from notecase_server.engine.run_log import RunLog
@@ -16,7 +17,7 @@ from notecase_server.store.contract import Store
 from notecase_server.store.memory import MemoryStore
 
 from tests.engine.rooms import House, Model, client_tool, house, kinds
-from tests.store.build import ManualClock, put, refused
+from tests.store.build import APP_STATE, ManualClock, put, refused
 from tests.support.time import in_no_time
 
 
@@ -124,6 +125,27 @@ async def test_what_a_model_may_call_is_what_the_agent_declares(store: Store, cl
         log = await rooms.run_log(await rooms.make("t"), client_tools=[client_tool("look")])
         with refused("TOOL_ERROR"):
             await bind(log, Halts())
+
+
+async def test_the_values_that_an_instruction_names_are_of_one_version(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read a few at a time, and one batch may change them all between two reads."""
+    names = [f"k{number:02}" for number in range(KEYS_AT_ONCE + 4)]
+    scope, read = APP_STATE, store.get_state
+    await store.update_state(scope, [put(name, "old") for name in names], None)
+    changed = list[str]()
+
+    async def disturbed(*arguments: Any) -> v1.State:
+        found = await read(*arguments)
+        if not changed:
+            changed.append("new")
+            await store.update_state(scope, [put(name, "new") for name in names], None)
+        return found
+
+    monkeypatch.setattr(store, "get_state", disturbed)
+    state = await _named(store, scope, names)
+    assert {"new"} == {entry.value.string_value for entry in state.entries.values()}
 
 
 async def test_the_values_that_an_instruction_names_are_bounded_together(store: Store, clock: ManualClock) -> None:

@@ -140,6 +140,35 @@ async def test_a_session_that_cannot_be_deleted_keeps_no_other_from_expiring(sto
         assert 1 == await rooms.sessions.expire(clock.now)
 
 
+async def test_a_store_that_refuses_every_deletion_is_not_asked_without_end(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, say: each refused session would have had all that are due read again."""
+    monkeypatch.setattr("notecase_server.engine.sessions.REFUSALS", 2)
+    failing = Failing(store, "expire_session", Mode.PASSING, times=None)
+    async with house(failing.store, clock) as rooms:
+        for name in ("s", "t", "u"):
+            key = rooms.sessions.new_key(TENANT, name)
+            await rooms.sessions.commit(Commit(key=key, create=v1.Session(ttl=Duration(seconds=1))))
+        clock.now += 3_600_000_000
+        with refused("STORE_UNAVAILABLE"):
+            await rooms.sessions.expire(clock.now)
+        assert 2 == failing.calls
+
+
+async def test_a_write_does_not_wait_without_end_for_a_rewind_whose_store_is_away(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("notecase_server.engine.sessions.QUIET_SECONDS", 0.01)
+    async with house(store, clock) as rooms:
+        (key,) = await rooms.prepare()
+        live = rooms.sessions.live(key)
+        async with live.quiet:
+            change = v1.Event(state_changed=v1.StateChanged(ops=[put("k", 1)]))
+            committed = await rooms.sessions.commit(Commit(key=key, events=[change]))
+        assert 1 == committed.session.last_sequence
+
+
 async def test_a_tenant_that_cannot_be_brought_to_rest_keeps_no_other_from_its_removal(
     store: Store, clock: ManualClock
 ) -> None:

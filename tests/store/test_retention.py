@@ -8,7 +8,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
-from notecase_server.store.contract import Answer, Fork, Once, Quotas, Replayed, SessionKey, Store
+from notecase_server.store.contract import Answer, Fork, Once, Replayed, SessionKey, Store
 
 from tests.store.build import (
     EVERYTHING,
@@ -103,20 +103,6 @@ async def test_a_session_whose_queue_holds_a_run_is_not_idle(store: Store, clock
     clock.now += 61 * SECOND
     assert await store.expired_sessions(clock.now, 10) == []
     assert not await store.expire_session(KEY)
-
-
-async def test_the_bound_of_remembered_requests_holds_for_changes_that_change_nothing(store: Store) -> None:
-    await create(store)
-    await store.create_agent("acme", "sherlock", v1.Agent(display_name="first"))
-    store.quotas = Quotas(requests=2)
-    for number in range(2):
-        await store.edit_session(KEY, edit(display_name="Case"), once=once(f"r{number}"))
-    with refused("QUOTA_EXCEEDED"):
-        await store.edit_session(KEY, edit(display_name="Case"), once=once("r2"))
-    with refused("QUOTA_EXCEEDED"):
-        await store.edit_agent("acme", "sherlock", v1.Agent(display_name="first"), 1, once=once("r3", Answer("agent")))
-    with pytest.raises(Replayed):
-        await store.edit_session(KEY, edit(display_name="Case"), once=once("r1"))
 
 
 async def test_an_end_that_was_put_off_is_none(store: Store, clock: ManualClock) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Commit, Once, Quotas
+from notecase_server.store.contract import Answer, Commit, Once, Quotas, Replayed
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_tallies import ROWS
 from notecase_server.store.tables import Tables
 
-from tests.store.build import SESSION, ManualClock, session_key
+from tests.store.build import SESSION, ManualClock, edit, once, refused, session_key
 
 BOUNDS = Quotas(sessions=4, requests=100, uploads=100, blob_bytes=1000)
 DATA = b"a photograph"
@@ -40,6 +40,20 @@ async def tallied(store: SqliteStore) -> list[int]:
     known = await store._write(kept)
     assert await store._read(kept) == known
     return known
+
+
+async def test_the_bound_of_remembered_requests_holds_for_changes_that_change_nothing(store: SqliteStore) -> None:
+    await create(store, "s")
+    await store.create_agent("acme", "sherlock", v1.Agent(display_name="first"))
+    store.quotas = Quotas(requests=2)
+    for number in range(2):
+        await store.edit_session(session_key("acme", "s"), edit(display_name="Case"), once=once(f"r{number}"))
+    with refused("QUOTA_EXCEEDED"):
+        await store.edit_session(session_key("acme", "s"), edit(display_name="Case"), once=once("r2"))
+    with refused("QUOTA_EXCEEDED"):
+        await store.edit_agent("acme", "sherlock", v1.Agent(display_name="first"), 1, once=once("r3", Answer("agent")))
+    with pytest.raises(Replayed):
+        await store.edit_session(session_key("acme", "s"), edit(display_name="Case"), once=once("r1"))
 
 
 async def test_tallies_are_what_is_there(store: SqliteStore) -> None:

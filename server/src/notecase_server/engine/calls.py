@@ -90,7 +90,8 @@ class Calls:
         contents, key = self._log.services.contents, self._log.live.key
         try:
             message = self._log.message
-            parts = await self._log.patiently(lambda: results.kept(contents, key, message, outcome.parts))
+            given = outcome.parts
+            parts = await self._log.patiently(lambda: results.kept(contents, key, message, given, of_run=True))
             await self._log.durably(partial(self._outcome, call_id, outcome._replace(parts=parts), ops))
         except NotecaseError as refused:
             if outcome.error or refused.reason in LOST:

@@ -85,7 +85,8 @@ class Commands:
 
     async def _outcome(self, run_log: RunLog, parts: Sequence[v1.Part], error: str = "") -> Outcome:
         """What a caller says as the result of a call, as it fits into the message that holds the call."""
-        held = await results.kept(self._services.contents, run_log.live.key, run_log.message, parts)
+        live, message = run_log.live, run_log.message
+        held = await results.kept(self._services.contents, live.key, message, parts, of_run=False)
         return results.fitting(run_log.message, Outcome(held, error))
 
     # ---- input

@@ -139,18 +139,22 @@ def _scope(kind: str, key: SessionKey, user: str) -> Scope | None:
 
 
 async def _named(store: StateStore, scope: Scope, keys: Sequence[str]) -> v1.State:
-    """Returns these entries of a state. Raises TEMPLATE_ERROR when they are larger than MAX_STATE_BYTES together."""
-    state, size = v1.State(), 0
-    for at in range(0, len(keys), KEYS_AT_ONCE):
-        read = await store.get_state(scope, keys[at : at + KEYS_AT_ONCE])
-        if len(keys) <= KEYS_AT_ONCE:
-            return read
-        size += read.ByteSize()
-        if size > MAX_STATE_BYTES:
-            told = f"The values of the keys that the instruction names in {scope.kind} state are larger than"
-            raise errors.template_error(f"{told} {MAX_STATE_BYTES} bytes together.")
-        state.MergeFrom(read)
-    return state
+    """Returns these entries of a state, all as of one version unless it changes again and again meanwhile. Raises
+    TEMPLATE_ERROR when they are larger than MAX_STATE_BYTES together."""
+    for last in (False, False, True):
+        state, size = v1.State(), 0
+        for at in range(0, len(keys), KEYS_AT_ONCE):
+            read = await store.get_state(scope, keys[at : at + KEYS_AT_ONCE])
+            if at and read.version != state.version and not last:
+                break
+            size += read.ByteSize()
+            if size > MAX_STATE_BYTES and len(keys) > KEYS_AT_ONCE:
+                told = f"The values of the keys that the instruction names in {scope.kind} state are larger than"
+                raise errors.template_error(f"{told} {MAX_STATE_BYTES} bytes together.")
+            state.MergeFrom(read)
+        else:
+            return state
+    raise AssertionError("the last try returns or raises")
 
 
 async def shown(

@@ -64,16 +64,17 @@ TOOL = Tool(
 
 
 async def kept(
-    contents: Contents, key: SessionKey, message: v1.Message | None, parts: Sequence[v1.Part]
+    contents: Contents, key: SessionKey, message: v1.Message | None, parts: Sequence[v1.Part], *, of_run: bool
 ) -> list[v1.Part]:
     """Returns what a tool gave for a call of `message` as the log holds it. Text beyond the call's share of a page is
-    kept aside as blobs, whatever the other calls give. Raises NotecaseError as Contents.parts."""
+    kept aside as blobs, whatever the other calls give. `of_run`: the server's own tool gave it, and not a caller.
+    Raises NotecaseError as Contents.parts."""
     held, size, share = list[v1.Part](), 0, _share(message)
-    for part in await contents.parts(key, parts, of_run=True):
+    for part in await contents.parts(key, parts, of_run=of_run):
         text = (part.text or part.json).encode()
         if size + part.ByteSize() > share and len(text) >= LEAST_BYTES:
             kind = "json" if part.json else "text"
-            blob = await contents.put(key.tenant, text, MEDIA_TYPES[kind], of_run=True)
+            blob = await contents.put(key.tenant, text, MEDIA_TYPES[kind], of_run=of_run)
             part = v1.Part(blob=blob)  # noqa: PLW2901
         size += part.ByteSize()
         held.append(part)

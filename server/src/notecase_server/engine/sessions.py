@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -39,6 +40,12 @@ log = structlog.get_logger()
 
 BATCH = 100
 """Sessions deleted one after another before it is asked for more."""
+
+REFUSALS = 10
+"""Sessions that one call leaves to the next because the store refuses them: a few may be damaged."""
+
+QUIET_SECONDS = 2.0
+"""How long a write that no run makes waits for a rewind that others have disturbed."""
 
 VISITS = 200
 """Sessions that hear of a change in one step of the loop: some 10 to 20 microseconds each."""
@@ -127,8 +134,9 @@ class Sessions:
         """Commits as LiveSession.commit does, for writes that no run makes."""
         live = self.live(commit.key)
         if live.quiet.locked():
-            async with live.quiet:
-                pass
+            with suppress(TimeoutError):  # it may wait for a store that is away
+                async with asyncio.timeout(QUIET_SECONDS), live.quiet:
+                    pass
         return await live.commit(commit)
 
     async def update_state(
@@ -216,7 +224,8 @@ class Sessions:
 
     async def expire(self, now: int) -> int:
         """Deletes every session whose time has come; returns how many. Afterwards as `delete`. What the store refuses,
-        or its own clock does not take for expired, is left to the next call."""
+        or its own clock does not take for expired, is left to the next call. Raises what it refuses for the REFUSALS-th
+        time: then it is not a session that is damaged."""
         gone, more = 0, True
         refused = set[SessionKey]()
         while more:
@@ -229,6 +238,8 @@ class Sessions:
                 except NotecaseError as error:
                     log.error("session_not_expired", session=key.session, reason=errors.reason_name(error.reason))
                     refused.add(key)
+                    if len(refused) == REFUSALS:
+                        raise
                     more = True
                     break  # a store that is away refuses to name the others, too
                 if expired:
