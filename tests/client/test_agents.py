@@ -53,12 +53,15 @@ async def test_an_agent_is_put_and_answers_in_one_line_each(client: Client, mode
 
 
 async def test_a_revision_is_asked_with_functions_that_it_does_not_have(client: Client, model: OpenAIServer) -> None:
-    """The run declares what the agent's revision does not; that of another revision says nothing of it."""
+    """The run declares what that revision does not; another program's counts as this program's newest."""
     await client.put_agent("finder", "You find things.")
-    await client.put_agent("finder", "You find things.", tools=[search])
+    for instruction in ("You find things.", "You find all things."):
+        await client.put_agent("finder", instruction, tools=[search])
+    async with Client(client.address) as other:
+        assert 4 == (await other.put_agent("finder", "You find nothing.", tools=[search])).revision
     call = tool_calls(("search", '{"what": "violin"}'))
-    model.script(*(call, reply("At the harbour.")) * 2)
-    for agent in ("finder@1", "finder@2"):
+    model.script(*(call, reply("At the harbour.")) * 5)
+    for agent in ("finder", *(f"finder@{revision}" for revision in range(1, 5))):
         assert "At the harbour." == (await client.invoke("Where is it?", agent=agent, tools=[search])).text
 
 

@@ -2,7 +2,6 @@
 
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from types import TracebackType
@@ -115,6 +114,7 @@ class Client(Commands, Sessions):
         self.tenants = v1.TenantServiceStub(channel)
         self._turns = Turns()
         self._local: dict[str, Local] = {}
+        self._declared: dict[str, frozenset[str]] = {}  # functions by agents/{agent}@{revision}
         super().__init__(self.runs, self._retry)
 
     @cached_property
@@ -203,7 +203,8 @@ class Client(Commands, Sessions):
         )
         with as_written("agent.llm.", "agent."):
             put = await repeat(self._retry, lambda: self.agents.UpdateAgent(request))
-        self._local[put.name] = replace(local, revision=put.revision)
+        self._local[put.name] = local
+        self._declared[f"{put.name}@{put.revision}"] = frozenset(local.tools)
         return put
 
     async def upload(
@@ -283,9 +284,8 @@ class Client(Commands, Sessions):
         if not agent and not session:
             raise ValueError("who should answer? Name an agent, a session, or both: agent=…, session=…")
         functions = as_tools(tools)
-        base, _, revision = agent.partition("@")
-        local = self._local.get(base, Local())
-        declared = local.tools if revision in {"", str(local.revision)} else {}
+        base = agent.partition("@")[0]
+        declared = self._declared.get(agent, self._local.get(base, Local()).tools)
         start = made(
             v1.StartRun,
             session=session,
