@@ -372,6 +372,7 @@ async def test_calls_of_one_stream_in_threads_are_bounded(
                     finished = event.tool_finished
                     results[finished.call_id] = finished.result[0].text if finished.result else "cancelled"
                     if len(results) == 1:
+                        assert {began[-1]: "2"} == results
                         await run.cancel(call_id=began[0])
     finally:
         release.set()
