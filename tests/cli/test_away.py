@@ -1,6 +1,8 @@
 """What has begun, a run or a command that follows a session, while its server is away or lets it go."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,9 +15,12 @@ from notecase import NotecaseError, Retry, v1
 from notecase.client import Client
 from notecase.commands import Commands
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
-from notecase_server.cli import answering, follow, keyboard, logs, notes, screen
+from notecase_server.cli import answering, follow, keyboard, logs, notes, screen, terminal
 from notecase_server.cli.options import Given
 from notecase_server.cli.waits import Wait, caller_of
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from tests.client.proxy import Proxy
 from tests.support.server import Running, running
@@ -205,7 +210,7 @@ async def test_a_run_that_waits_is_answered_once_the_server_is_back(
         cut()
         await caller_of(client)
 
-    async def answer(commands: Commands, wait: Wait, sending: asyncio.Event) -> bool:
+    async def answer(commands: Commands, wait: Wait, sending: Callable[[bool], None]) -> bool:
         send = commands._stub.SendCommand
 
         def late(request: v1.SendCommandRequest) -> Any:
@@ -231,3 +236,32 @@ async def test_a_run_that_waits_is_answered_once_the_server_is_back(
             with pytest.raises(follow.Left, match="Who"):
                 await follower.follow()
     assert tries >= 3
+
+
+async def test_ctrl_c_ends_an_answer_that_waits_for_the_server(
+    served: Running, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt takes Ctrl-C for itself, and gives it back to nobody."""
+    monkeypatch.setattr(follow, "PATIENT", Retry(tries=20, first_delay=0.01, max_delay=0.01))
+    monkeypatch.setattr(keyboard, "hushed", lambda asks: nullcontext())
+    monkeypatch.setattr(terminal, "_drop_earlier", lambda app: None)
+    tools = [v1.Tool(name="ask_user", server=v1.ServerTool(function="ask_user"))]
+    agent = v1.Agent(llm=v1.LlmAgent(tools=tools))
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+    async with Proxy(served.address) as proxy, Client(proxy.address, retry=Retry(tries=0)) as client:
+
+        def press(request: v1.SendCommandRequest) -> Any:
+            proxy.away = True
+            proxy.cut()
+            os.kill(os.getpid(), signal.SIGINT)
+            return send(request)
+
+        send = client.runs.SendCommand
+        monkeypatch.setattr(client.runs, "SendCommand", press)
+        stream = client.run('/call ask_user {"question": "Who?"}', agent="clerk")
+        follower = follow.Follower(client, stream, patience=0)
+        follower._asks = True
+        with create_pipe_input() as keys, create_app_session(keys, DummyOutput()):
+            keys.send_text("The butler.\r")
+            with pytest.raises(follow.Left, match=r"Who\?"):
+                await follower.follow()

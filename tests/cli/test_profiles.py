@@ -107,9 +107,10 @@ async def test_a_file_with_a_token_that_others_can_read_is_not_used(tmp_path: Pa
     file.chmod(0o644)
     done = await notecase("agents", "list", env=env)
     assert (1, True) == (done.code, f"The token cannot be read from {Path.cwd() / 'token'}" in done.err)
-    file.write_text('{"profiles": {"a": {"adress": "x"}}}')
-    done = await notecase("agents", "list", env=env)
-    assert (2, True) == (done.code, "is not a profiles file" in done.err)
+    for text in ('{"profiles": {"a": {"adress": "x"}}}', "[" * 100_000):
+        file.write_text(text)
+        done = await notecase("agents", "list", env=env)
+        assert (2, True) == (done.code, "is not a profiles file" in done.err)
 
 
 async def test_a_token_file_is_found_from_any_directory_and_read_by_its_owner_alone(
@@ -138,17 +139,22 @@ async def test_a_token_file_is_found_from_any_directory_and_read_by_its_owner_al
 def test_a_printed_token_is_used_until_shortly_before_it_expires(tmp_path: Path) -> None:
     """One of an identity provider says when that is; another is used for a while."""
 
-    def token(expires: float) -> str:
-        claims = base64.urlsafe_b64encode(json.dumps({"exp": time.time() + expires}).encode()).decode()
-        return f"e30.{claims.rstrip('=')}.c2ln"
+    def of(claims: str) -> str:
+        return f"e30.{base64.urlsafe_b64encode(claims.encode()).decode().rstrip('=')}.c2ln"
 
+    def token(expires: float) -> str:
+        return of(json.dumps({"exp": time.time() + expires}))
+
+    odd = [(of(claims), True) for claims in (f'{{"exp": {"9" * 400}}}', "[" * 100_000)]
     file = tmp_path / "token"
-    for first, used in ((token(5), False), (token(3600), True), ("one", True), ("a.b.c", True)):
+    for first, used in ((token(5), False), (token(3600), True), ("one", True), ("a.b.c", True), *odd):
         printed = Printed(f"cat {file}")
         file.write_text(first)
         assert first == printed()
         file.write_text("next")
         assert (first if used else "next") == printed()
+    with pytest.raises(click.ClickException, match="The command for the token failed"):
+        Printed(r"printf '\377'")()
 
 
 def test_certificates_that_are_given_are_not_passed_over_for_plain_text(

@@ -53,27 +53,30 @@ async def test_an_agent_is_put_and_answers_in_one_line_each(client: Client, mode
 
 
 async def test_a_revision_is_asked_with_functions_that_it_does_not_have(client: Client, model: OpenAIServer) -> None:
-    """The run declares what the agent's revision does not; that of another revision says nothing of it."""
+    """The run declares what that revision does not; another program's counts as this program's newest."""
     await client.put_agent("finder", "You find things.")
-    await client.put_agent("finder", "You find things.", tools=[search])
+    for instruction in ("You find things.", "You find all things."):
+        await client.put_agent("finder", instruction, tools=[search])
+    async with Client(client.address) as other:
+        assert 4 == (await other.put_agent("finder", "You find nothing.", tools=[search])).revision
     call = tool_calls(("search", '{"what": "violin"}'))
-    model.script(*(call, reply("At the harbour.")) * 2)
-    for agent in ("finder@1", "finder@2"):
+    model.script(*(call, reply("At the harbour.")) * 5)
+    for agent in ("finder", *(f"finder@{revision}" for revision in range(1, 5))):
         assert "At the harbour." == (await client.invoke("Where is it?", agent=agent, tools=[search])).text
 
 
-async def test_a_run_that_another_process_repeats_is_the_same(
-    client: Client, served: Running, model: OpenAIServer
+async def test_a_run_that_another_process_repeats_in_a_session_is_the_same(
+    client: Client, session: str, served: Running, model: OpenAIServer
 ) -> None:
-    """Without a session, too: the run's id names that as well."""
-    model.script(reply("Once."), reply("And once."))
+    """Without a session each start is a run in a session of its own: other users may have chosen the same run_id."""
+    model.script(reply("Once."), *[reply("Apart.")] * 2)
     async with Client(served.address) as other:
-        first, again = [await one.invoke("Work", agent="detective", run_id="job-42") for one in (client, other)]
-        assert (first.run.name, 1) == (again.run.name, len(model.requests))
+        once, again = [await one.invoke("Work", session=session, run_id="job-42") for one in (client, other)]
+        assert (once.run.name, 1) == (again.run.name, len(model.requests))
         with pytest.raises(NotecaseError, match="REQUEST_ID_REUSED"):
-            await other.invoke("Play", agent="detective", run_id="job-42")
-        await other.put_agent("clerk")
-        assert first.session != (await other.invoke("Work", agent="clerk", run_id="job-42")).session
+            await other.invoke("Play", session=session, run_id="job-42")
+        apart = [await one.invoke("Work", agent="detective", run_id="job-42") for one in (client, other)]
+    assert 3 == len({session, *(one.session for one in apart)})
 
 
 async def test_an_agent_that_is_put_again_as_it_is_stays_as_it_is(client: Client) -> None:

@@ -29,9 +29,9 @@ EAGER.max_batch_delay.FromMilliseconds(0)
 
 
 @asynccontextmanager
-async def through(served: Running) -> AsyncIterator[tuple[Proxy, Client]]:
+async def through(served: Running, retry: Retry = QUICK) -> AsyncIterator[tuple[Proxy, Client]]:
     """A proxy before the server, and a client behind it."""
-    async with Proxy(served.address) as proxy, Client(proxy.address, retry=QUICK) as client:
+    async with Proxy(served.address) as proxy, Client(proxy.address, retry=retry) as client:
         yield proxy, client
 
 
@@ -468,7 +468,8 @@ async def test_another_session_of_the_same_name_is_not_followed(
 ) -> None:
     """A session that is deleted and created again is another one: neither its events nor commands to it."""
     keep = v1.WatchOptions(keep_open=True)
-    async with through(served) as (proxy, behind), behind.attach(session, 0, options=keep) as watching:
+    patient = Retry(tries=1000, first_delay=0.01, max_delay=0.05)
+    async with through(served, patient) as (proxy, behind), behind.attach(session, 0, options=keep) as watching:
         await client.put_state(session, "who", "alice")
         await anext(watching)
         proxy.away = True

@@ -152,6 +152,22 @@ async def test_how_long_a_server_is_tried_is_said_in_round_numbers(
     assert [f"It failed. Trying again, for at most {told}." for told in ("26 s", "83 minutes")] == caplog.messages
 
 
+async def test_a_warning_comes_at_the_second_failure_whatever_the_first_was(
+    slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that stops is waited for longer than the failures that are counted."""
+    down, draining = _error("UNAVAILABLE"), _error("UNAVAILABLE", "SERVER_DRAINING")
+    refused = _error("UNAUTHENTICATED", "UNAUTHENTICATED")
+    for failures in ([draining] * 3, [draining, down, down], [down, draining], [refused, down], [down, refused, down]):
+        backoff = Backoff(Retry(), renews_token=True)
+        for failure in failures:
+            await backoff.wait(failure)
+        backoff.progress()
+        await backoff.wait(down)
+    told = [message.removeprefix("It failed. Trying again, for at most ") for message in caplog.messages]
+    assert ["86 s.", "26 s.", "86 s.", "26 s.", "26 s."] == told
+
+
 async def test_a_delay_doubles_only_while_a_float_has_room(slept: list[float]) -> None:
     patience = Retry(tries=2000, first_delay=1e-300, max_delay=2)
     assert Retry(tries=10**6).longest > 4_900_000

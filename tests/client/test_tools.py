@@ -344,6 +344,41 @@ async def test_functions_that_hang_or_need_the_client_have_threads_of_their_own(
             assert not (await hanging).error
 
 
+async def test_calls_of_one_stream_in_threads_are_bounded(
+    client: Client, session: str, model: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Further calls wait. One that is cancelled has no place any more, although its thread goes on."""
+    monkeypatch.setattr(calls, "THREADS", 2)
+    release, before = threading.Event(), set(threading.enumerate())
+
+    def hang(number: int) -> None:
+        if number == 3:
+            release.set()
+        release.wait()
+
+    async def count() -> int:
+        return len([one for one in threading.enumerate() if one not in before and one.name == "notecase tool"])
+
+    each = [("hang", f'{{"number": {number}}}') for number in (1, 2, 3)]
+    model.script(tool_calls(*each, ("count", "{}")), reply("Done."))
+    began: list[str] = []
+    results: dict[str, str] = {}
+    try:
+        async with asyncio.timeout(20), client.run("Go", session=session, tools=[hang, count]) as run:
+            async for event in run:
+                if event.HasField("tool_started"):
+                    began.append(event.tool_started.call_id)
+                elif event.HasField("tool_finished"):
+                    finished = event.tool_finished
+                    results[finished.call_id] = finished.result[0].text if finished.result else "cancelled"
+                    if len(results) == 1:
+                        assert {began[-1]: "2"} == results
+                        await run.cancel(call_id=began[0])
+    finally:
+        release.set()
+    assert ["cancelled", "null", "null", "2"] == [results[call_id] for call_id in began]
+
+
 PLACE = {"session": "sessions/s", "session_uid": "u", "user": "", "run": "sessions/s/runs/r"}
 
 Alias = typing.NewType("Alias", CallContext)

@@ -18,8 +18,6 @@ class Local:
     """Functions by the names under which the agent declares them."""
     output: Kind | None = None
     """Reads the agent's replies."""
-    revision: int = 0
-    """The revision of the agent that has these tools."""
 
 
 def split(

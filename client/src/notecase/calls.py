@@ -18,6 +18,10 @@ or by the same one after a broken connection."""
 KEPT_BYTES = 64 << 20
 """How many bytes of results are kept that could not be sent."""
 
+THREADS = 64
+"""How many calls of one stream have a thread; further ones wait. With one number for all streams of a client, calls
+that hang, or that start another run and wait for it, would keep its other runs from executing any."""
+
 _SETTLED = frozenset({"CALL_NOT_PENDING", "REQUEST_ID_REUSED"})
 """The call has an outcome already: by another process that has the function too, or by a cancel."""
 
@@ -84,6 +88,7 @@ class Calls:
         self._commands = commands
         self._turns = turns
         self._failed = failed
+        self._threads = asyncio.Semaphore(THREADS)
         self._begun: set[_Key] = set()
         self._tasks: dict[str, tuple[asyncio.Task[None], _Turn]] = {}
 
@@ -124,7 +129,7 @@ class Calls:
         async with turn.lock:
             if not turn.answered:
                 if turn.result is None:
-                    turn.result = await tool.answer(call, context)
+                    turn.result = await tool.answer(call, context, self._threads)
                 await self._send(context.run, turn.result)
                 turn.answered, turn.result = True, None
 

@@ -2,7 +2,6 @@
 
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from os import PathLike
 from types import TracebackType
@@ -32,9 +31,6 @@ from notecase.waits import sentence, unanswered
 if TYPE_CHECKING:
     from notecase.content import Contents
 
-
-_SESSIONS = uuid.UUID("3a7d2c58-5b0e-4c0f-9a53-0b9d7a7c2f41")
-"""Of the ids of sessions that are made from a run_id. Another value would start the repeated work again."""
 
 DURABLE = v1.WatchOptions(durable_only=True)
 
@@ -118,6 +114,7 @@ class Client(Commands, Sessions):
         self.tenants = v1.TenantServiceStub(channel)
         self._turns = Turns()
         self._local: dict[str, Local] = {}
+        self._declared: dict[str, frozenset[str]] = {}  # functions by agents/{agent}@{revision}
         super().__init__(self.runs, self._retry)
 
     @cached_property
@@ -206,7 +203,8 @@ class Client(Commands, Sessions):
         )
         with as_written("agent.llm.", "agent."):
             put = await repeat(self._retry, lambda: self.agents.UpdateAgent(request))
-        self._local[put.name] = replace(local, revision=put.revision)
+        self._local[put.name] = local
+        self._declared[f"{put.name}@{put.revision}"] = frozenset(local.tools)
         return put
 
     async def upload(
@@ -265,9 +263,9 @@ class Client(Commands, Sessions):
 
         `said` is the user's input, as texts or messages; it may be left out if the session's history ends with
         something to answer. Without `session` a new one is created for `agent`; with it, `agent` may differ from the
-        session's own. `state` is set in the session in the same commit. With the same `run_id`, in the same session or
-        for the same agent, a start that another process repeats is the same run, and one that differs raises
-        REQUEST_ID_REUSED.
+        session's own. `state` is set in the session in the same commit. With the same `session` and `run_id`, a start
+        that another process repeats is the same run, and one that differs raises REQUEST_ID_REUSED. A `run_id` without
+        `session` does not make a start repeatable, because each start then creates a session.
 
         `tools` are functions that the model may call in this run in addition to its agent's. They are executed here
         while the stream is iterated, and so are those of `put_agent`: see `Tool`. `output` is the type of
@@ -286,9 +284,8 @@ class Client(Commands, Sessions):
         if not agent and not session:
             raise ValueError("who should answer? Name an agent, a session, or both: agent=…, session=…")
         functions = as_tools(tools)
-        base, _, revision = agent.partition("@")
-        local = self._local.get(base, Local())
-        declared = local.tools if revision in {"", str(local.revision)} else {}
+        base = agent.partition("@")[0]
+        declared = self._declared.get(agent, self._local.get(base, Local()).tools)
         start = made(
             v1.StartRun,
             session=session,
@@ -312,9 +309,8 @@ class Client(Commands, Sessions):
             start.settings.CopyFrom(settings)
         if cancel_after is not None:
             start.disconnect.CopyFrom(v1.Disconnect(cancel_after=duration("cancel_after", cancel_after)))
-        if not session:  # named here, so that a repeat finds it; by run_id, so that one of another process does, too
-            made_id = uuid.uuid5(_SESSIONS, f"{base}/{run_id}") if run_id else uuid.uuid4()
-            start.new_session.name = f"sessions/{made_id.hex}"
+        if not session:  # named here, so that a repeat finds it
+            start.new_session.name = f"sessions/{uuid.uuid4().hex}"
             start.new_session.agent = base
         first = v1.RunRequest(command_id=uuid.uuid4().hex, start=start)
         return self._follow(first, functions.values(), output, self._local)

@@ -33,8 +33,8 @@ class Retry:
     """How often and how long a client retries a call while the server cannot be reached. Delays are in seconds.
 
     The defaults outlast a server's restart: 13 to 26 seconds in all, and up to a minute before that while the server
-    lets its runs end (SERVER_DRAINING). The logger "notecase" warns at the second failure
-    in a row, which comes after `first_delay` at the latest; a connection that is restored at once causes no warning."""
+    lets its runs end (SERVER_DRAINING). The logger "notecase" warns once, at the second failure in a row, which comes
+    after `first_delay` unless the server asks for more; a connection that is restored at once causes no warning."""
 
     tries: int = 10
     """Repeats in a row, without an event of the log in between. 0: every failure is raised at once."""
@@ -76,6 +76,8 @@ class Backoff:
     def progress(self) -> None:
         """Resets the count after a success."""
         self._failures = 0
+        self._repeated = False
+        self._warned = False
         self._refused = False
         self._since = monotonic()
 
@@ -86,14 +88,17 @@ class Backoff:
         worth = self._renews and not self._refused if refused else _may_pass(error, limited)
         if self._failures >= self._retry.tries or not worth:
             raise error
-        if isinstance(error, NotecaseError) and not refused and self._failures == 1:
+        # A server that stops lets its runs go on until its grace is over, and is replaced then.
+        draining = isinstance(error, NotecaseError) and error.reason == "SERVER_DRAINING"
+        if isinstance(error, NotecaseError) and not refused and self._repeated and not self._warned:
+            self._warned = True
             told = error.message.rstrip(".") + "."
-            log.warning("%s Trying again, for at most %s.", told, _rounded(self._retry.longest), extra=self._facts())
+            longest = _rounded(self._retry.longest + (DRAIN_SECONDS if draining else 0))
+            log.warning("%s Trying again, for at most %s.", told, longest, extra=self._facts())
+        self._repeated = True
         self._refused |= refused
         # Spread out, so that the clients of a server that restarts do not come back all at once.
         delay = self._retry.delay(self._failures) * random.uniform(0.5, 1)
-        # A server that stops lets its runs go on until its grace is over, and is replaced then.
-        draining = isinstance(error, NotecaseError) and error.reason == "SERVER_DRAINING"
         if not (draining and monotonic() - self._since < DRAIN_SECONDS):
             self._failures += 1
         await asyncio.sleep(max(delay, getattr(error, "retry_after", None) or 0))

@@ -8,6 +8,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from notecase import v1
@@ -49,7 +50,8 @@ class Tool:
     that pydantic has a schema for. Arguments with a default are optional. A parameter annotated
     `notecase.CallContext` receives the call's context, with its idempotency key, and is not in the schema. The
     function is called with arguments of those types. It may be async; otherwise it runs in a daemon thread, which
-    continues even if its call is cancelled, and ends with the program.
+    continues even if its call is cancelled, but ends with the program, in the middle of what it does: the program must
+    wait for the run, or for what the function writes. At most 64 calls of a stream are in threads at once; others wait.
 
     The result is the return value: text unchanged, bytes as data, a `v1.Part` or a list of them as parts, and
     everything else as JSON: JSON values, enums, dataclasses and pydantic models. An exception, SystemExit too, becomes
@@ -99,8 +101,11 @@ class Tool:
         )
         """The declaration, for an agent or a run."""
 
-    async def answer(self, call: v1.ToolCall, context: CallContext) -> v1.ToolResult:
-        """Calls the function and returns its result or error. Raises nothing but CancelledError and Ctrl-C."""
+    async def answer(
+        self, call: v1.ToolCall, context: CallContext, threads: asyncio.Semaphore | None = None
+    ) -> v1.ToolResult:
+        """Calls the function and returns its result or error. A function that is not async waits for a place among
+        `threads`. Raises nothing but CancelledError and Ctrl-C."""
 
         def failed(text: str) -> v1.ToolResult:
             # An exception, or the arguments that it quotes, may have surrogates, which UTF-8 cannot encode.
@@ -114,7 +119,7 @@ class Tool:
             return failed(f"The arguments do not fit: {_said(error)}.")
         arguments.update(dict.fromkeys(self._context, context))
         try:
-            told = v1.ToolResult(call_id=call.call_id, result=parts_of(await self._call(arguments)))
+            told = v1.ToolResult(call_id=call.call_id, result=parts_of(await self._call(arguments, threads)))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -140,10 +145,11 @@ class Tool:
             return failed(f"The result is larger than {RESULT_BYTES} bytes.")
         return told
 
-    async def _call(self, arguments: dict[str, Any]) -> Any:
+    async def _call(self, arguments: dict[str, Any], threads: asyncio.Semaphore | None) -> Any:
         if inspect.iscoroutinefunction(self.function):
             return await self.function(**arguments)
-        returned = await _in_thread(lambda: self.function(**arguments))
+        async with threads or nullcontext():  # cancelled, this leaves its place, whatever becomes of the thread
+            returned = await _in_thread(lambda: self.function(**arguments))
         return await returned if inspect.isawaitable(returned) else returned
 
 

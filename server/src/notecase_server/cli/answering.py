@@ -1,6 +1,5 @@
 """Asks the user at the terminal what a run waits for, and sends the answer."""
 
-import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -24,9 +23,10 @@ class _Wrong(Exception):
     """What was typed cannot be sent; the message says why."""
 
 
-async def answer(commands: Commands, wait: Wait, sending: asyncio.Event) -> bool:
+async def answer(commands: Commands, wait: Wait, sending: Callable[[bool], None]) -> bool:
     """Shows what is waited for and sends the user's answer; False when the user leaves it waiting. What cannot be sent
-    is told, and asked for again. `sending` is set once the user has answered; until then this may be cancelled.
+    is told, and asked for again. `sending` is called with True once the user has answered, and with False when that
+    is refused; before the first and after the second this may be cancelled.
 
     Raises NotecaseError for any other refusal."""
     _show(wait)
@@ -36,7 +36,7 @@ async def answer(commands: Commands, wait: Wait, sending: asyncio.Event) -> bool
             if way is None:
                 return False
             command = await way(commands, wait)
-            sending.set()
+            sending(True)
             await command
             return True
         except EOFError:
@@ -49,7 +49,7 @@ async def answer(commands: Commands, wait: Wait, sending: asyncio.Event) -> bool
                 return True
             if error.reason != "INVALID_FIELD":
                 raise
-            sending.clear()
+            sending(False)
             screen.failure(error.message)
 
 

@@ -66,7 +66,8 @@ class Follower:
         self._reply = Quiet(stream) if quiet else _reply(stream, echo)
         self._held: list[v1.Event] = []  # told while the user is asked
         self._changed = asyncio.Event()
-        self._asking: tuple[Wait, asyncio.Task[bool], asyncio.Event] | None = None
+        self._asking: tuple[Wait, asyncio.Task[bool]] | None = None
+        self._sending = False  # what was asked for is answered, and the answer on its way
         self._seen: dict[str, Literal["answered", "left", "others"]] = {}  # waits, and who answers them
         self._stopping: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
@@ -155,8 +156,8 @@ class Follower:
             self._reply.show(event)
         else:
             self._held.append(event)
-            wait, task, sending = self._asking
-            if not sending.is_set() and wait.id not in {one.id for one in self._waits()}:
+            wait, task = self._asking
+            if not self._sending and wait.id not in {one.id for one in self._waits()}:
                 task.cancel()
         self._changed.set()
 
@@ -205,10 +206,15 @@ class Follower:
     async def _ask(self, wait: Wait) -> None:
         from notecase_server.cli import answering  # noqa: PLC0415  # only a terminal needs it
 
+        def sending(now: bool) -> None:
+            self._sending = now
+            if now:
+                keyboard.catch_interrupt(self._interrupt)
+
         self._reply.end()
-        sending = asyncio.Event()
+        self._sending = False
         task = asyncio.create_task(answering.answer(Commands(self._client.runs, PATIENT), wait, sending))
-        self._asking = (wait, task, sending)
+        self._asking = (wait, task)
         try:
             await asyncio.wait([task])
         finally:

@@ -95,7 +95,7 @@ def read(strict: bool = True) -> Profiles:
         return Profiles()
     except OSError as error:
         raise ProfilesError(f"{file} cannot be read: {error.strerror}.") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ProfilesError(f"{file} is not a profiles file; `notecase profiles set` writes one.") from None
     if strict and mode & 0o077 and any(one.token for one in found.profiles.values()):
         raise ProfilesError(f"{file} holds a token, and other users can read it: run `chmod 600 {file}`.")
@@ -152,7 +152,7 @@ class Printed:
                 done = subprocess.run(
                     self._command, shell=True, check=True, stdout=subprocess.PIPE, text=True, timeout=COMMAND_SECONDS
                 )
-            except (OSError, subprocess.SubprocessError) as error:
+            except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: it is not text
                 raise click.ClickException(f"The command for the token failed: {error}") from None
             self._token = done.stdout.strip()
             self._until = time.monotonic() + _usable(self._token)
@@ -164,5 +164,5 @@ def _usable(token: str) -> float:
     try:
         claims = json.loads(base64.urlsafe_b64decode(token.split(".")[1] + "=="))
         return min(FRESH_SECONDS, float(claims["exp"]) - time.time() - SPARE_SECONDS)
-    except (IndexError, ValueError, KeyError, TypeError):
+    except (IndexError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return FRESH_SECONDS
