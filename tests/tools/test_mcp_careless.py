@@ -19,7 +19,7 @@ from notecase_server.tools.toolbox import make_toolbox
 
 from tests.support.mcp_process import ROOT
 from tests.tools.calls import context
-from tests.tools.test_mcp_answers import JSON, Hostile, _http, _result, answer
+from tests.tools.test_mcp_answers import ABOUT, JSON, Hostile, _http, _result, answer
 
 T = {"name": "t", "inputSchema": {"type": "object"}}
 U = {"name": "u", "inputSchema": {"type": "object"}}
@@ -112,6 +112,17 @@ async def test_a_handshake_that_is_refused_with_any_code_leads_to_the_next_proto
         with pytest.raises(NotecaseError, match="cannot be reached"):
             await listed(box)
     assert ["initialize", "server/discover"] == methods[:2]
+
+
+async def test_a_handshake_that_lists_tools_is_one() -> None:
+    class Telling(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") != "initialize":
+                return super()._answer(asked)
+            return _http(f"Content-Type: {JSON}\r\n", _result(asked, ABOUT | {"tools": [T, {"name": "a"}]}))
+
+    async with Telling(lambda cursor: {"tools": [T, U]}).box() as box:
+        assert ["t", "u"] == await listed(box)
 
 
 async def test_a_redirect_in_the_middle_tells_no_address() -> None:
