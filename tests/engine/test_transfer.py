@@ -188,6 +188,13 @@ async def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
     assert await head_of(made_of(by_hand, v1.ExportHeader())) == 5
 
 
+async def test_keys_that_tools_once_could_set_are_read() -> None:
+    keys = ("", "k" * 257, "user")
+    change = v1.StateChanged(version=1, ops=[put(key, 1) for key in keys])
+    store = await stored(made_of(numbered(v1.Event(state_changed=change)), v1.ExportHeader()))
+    assert set(keys) == (await store.get_state(OTHER.state, keys)).entries.keys()
+
+
 @pytest.mark.parametrize(("version", "kept"), [(1, []), (2, ["i1"])])
 async def test_an_answer_that_the_first_format_remembered_is_dropped(version: int, kept: list[str]) -> None:
     """It named only a tool, and an answer holds for what a call is bound to."""
@@ -231,8 +238,6 @@ async def test_an_answer_that_the_first_format_remembered_is_dropped(version: in
         numbered(said("m1"), summarized(1, 1, previous=1)),
         numbered(*(said(f"m{number}") for number in range(9)), rewound(-1)),
         numbered(rewound(1)),
-        numbered(versioned(v1.Value(int_value=1), key="")),
-        numbered(versioned(v1.Value(int_value=1), key="k" * 257)),
         numbered(v1.Event(state_changed=v1.StateChanged(version=1, ops=[v1.StateOp(key="k")]))),
         at(10**13, said("m1")),
         at(-1, said("m1")),

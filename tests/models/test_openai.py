@@ -249,17 +249,24 @@ class TestRequest:
             [v1.Blob(media_type="image/png", size_bytes=size) for size in (MAX_CONTENT_BYTES, 1)],
         ],
     )
+    @pytest.mark.parametrize("messages", [1, 2, 3])
     async def test_content_that_cannot_be_sent_is_not_even_read(
-        self, server: OpenAIServer, provider: OpenAIProvider, blobs: list[v1.Blob]
+        self, server: OpenAIServer, provider: OpenAIProvider, blobs: list[v1.Blob], messages: int
     ) -> None:
-        """Of a kind that there is no place for, or too much of it, in the newest message of a user."""
+        """Of a kind that there is no place for, or too much of it, in the newest messages of a user: in one, in two, or
+        before one without content."""
         read: list[v1.Blob] = []
 
         async def load(blob: v1.Blob) -> bytes:
             read.append(blob)
             return b"png"
 
-        request = ask(user(*(v1.Part(blob=blob) for blob in blobs)))._replace(load=load)
+        parts = [v1.Part(blob=blob) for blob in blobs]
+        said = [user(*parts)] if messages == 1 else [user(part) for part in parts]
+        said += [user("What is it?")] if messages == 3 else []
+        for message in said:
+            message.run = "sessions/s/runs/r"
+        request = ask(user("Hello"), *said)._replace(load=load)
         assert v1.ERROR_REASON_CONTENT_UNSUPPORTED == (await failure(provider, request)).reason
         assert [] == read == server.requests
 
@@ -299,6 +306,16 @@ class TestRequest:
         assert "[audio/ogg: a, not shown][data, not shown][image/png: old, not shown]" == result["content"]
         assert "assistant" == bridge["role"]
         assert ["text", "image_url"] == [part["type"] for part in shown["content"]]
+
+    async def test_content_that_a_run_failed_for_fails_no_later_run(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        failed, said = user(data(b"x", "video/mp4", "film")), user("Then do without.")
+        failed.run, said.run = "sessions/s/runs/a", "sessions/s/runs/b"
+        server.script(reply("Hi"))
+        await pieces_of(provider, ask(failed, said))
+        (message,) = server.requests[0]["messages"]
+        assert "[video/mp4: film, not shown]\n\nThen do without." == message["content"]
 
     async def test_generation_in_full(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(reply("Hi"))

@@ -697,9 +697,21 @@ async def test_a_write_that_no_synchronous_standby_has_is_never_said_to_be_made(
     await beside.execute(f"ALTER DATABASE {database} SET synchronous_commit = on")
     store = await PostgresStore.open(url, clock)
     await create(store)
+    # What each kind needs is prepared before the time counts.
+    await add(store, said("m0"), id="zero")
+    await store.update_state(APP_STATE, [put("k", 0)])
+    rows = "SELECT (SELECT count(*) FROM events), (SELECT max(version) FROM states)"
+    before = await beside.fetchrow(rows)
+    other = await asyncpg.connect(url)
     await configure("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    # Commits wait once the checkpointer has read the setting, too.
+    waits = "SELECT wait_event = 'SyncRep' FROM pg_stat_activity WHERE pid = $1"
+    write = asyncio.create_task(other.execute("SELECT pg_logical_emit_message(true, '', '')"))
     try:
-        monkeypatch.setattr(postgres_wire, "STATEMENT_SECONDS", 0.2)
+        while not await beside.fetchval(waits, other.get_server_pid()):
+            if write.done():
+                write = asyncio.create_task(other.execute("SELECT pg_logical_emit_message(true, '', '')"))
+        monkeypatch.setattr(postgres_wire, "STATEMENT_SECONDS", 2)
         with refused("STORE_UNAVAILABLE"):
             if kind == "commit":
                 await add(store, said("m1"), id="one")
@@ -708,12 +720,14 @@ async def test_a_write_that_no_synchronous_standby_has_is_never_said_to_be_made(
         for _ in range(2):
             with refused("STORE_UNAVAILABLE"):
                 await store.find_commit(KEY, "one")
-        assert (0, 0) == await beside.fetchrow("SELECT (SELECT count(*) FROM events), (SELECT count(*) FROM states)")
+        assert before == await beside.fetchrow(rows)
     finally:
         monkeypatch.undo()
         await configure("ALTER SYSTEM RESET synchronous_standby_names", f"ALTER DATABASE {database} RESET ALL")
+    await write
+    await other.close()
     assert (kind == "commit") == (await store.find_commit(KEY, "one") is not None)
-    assert (kind == "transaction") == bool((await store.get_state(APP_STATE, ["k"])).entries)
+    assert (kind == "transaction") == ((await store.get_state(APP_STATE, ["k"])).entries["k"].value.int_value == 1)
     await store.close()
 
 

@@ -26,6 +26,7 @@ from notecase_server.store.contract import (
     Fork,
     Query,
     Quotas,
+    RunRecord,
     Scope,
     SessionKey,
     StepKey,
@@ -54,6 +55,7 @@ from tests.store.build import (
     said,
     session_key,
     start,
+    started,
 )
 from tests.support.tracing import Trace, given
 
@@ -682,9 +684,13 @@ async def test_a_session_whose_row_is_damaged_expires_by_its_column(tmp_path: Pa
     other = session_key("acme", "t")
     await create(store, ttl=Duration(seconds=60))
     await create(store, other, ttl=Duration(seconds=7200))
-    await start(store, "r1", said("m1", run="r1"))
+    agent = await store.create_agent("acme", "a", v1.Agent())
+    run = started("r1", agent=agent.name)
+    await store.commit(Commit(key=KEY, events=[run, said("m1", run="r1")], start=RunRecord(b"d", agent), claim=True))
+    await store.delete_agent("acme", "a")
     await store.close()
     with closing(sqlite3.connect(path)) as connection, connection:
+        assert [(1,)] == connection.execute("SELECT uses FROM retired_revisions").fetchall()
         assert 2 == connection.execute("UPDATE logs SET body = x'ff' WHERE epoch IS NOT NULL").rowcount
     store = await SqliteStore.open(path, clock)
     try:
@@ -699,3 +705,4 @@ async def test_a_session_whose_row_is_damaged_expires_by_its_column(tmp_path: Pa
     with closing(sqlite3.connect(path)) as connection:
         assert [("t",)] == connection.execute("SELECT session FROM sessions").fetchall()
         assert [] == connection.execute("SELECT run FROM runs").fetchall()
+        assert [] == connection.execute("SELECT uses FROM retired_revisions").fetchall()

@@ -2,7 +2,7 @@
 
 `python -m tests.support.mcp_careless FILE` adds its process id to the file, a line each. Its one tool takes `line`,
 which is its answer, with ID in the place of the request's id; bytes above 127 are written as Latin-1. With `silent` it
-answers nothing from then on.
+answers nothing from then on, and adds the line "silent" to the file.
 """
 
 import json
@@ -13,13 +13,19 @@ ABOUT = {"protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "server
 TOOLS = {"tools": [{"name": "t", "inputSchema": {"type": "object"}}]}
 
 
+def note(line: str) -> None:
+    with open(sys.argv[1], "a") as file:
+        file.write(f"{line}\n")
+
+
 def main() -> None:
-    with open(sys.argv[1], "a") as pids:
-        pids.write(f"{os.getpid()}\n")
+    note(str(os.getpid()))
     silent = False
     for line in sys.stdin:
         asked = json.loads(line)
-        silent = silent or "silent" in asked.get("params", {}).get("arguments", {})
+        if not silent and "silent" in asked.get("params", {}).get("arguments", {}):
+            silent = True
+            note("silent")
         if silent or "id" not in asked:
             continue
         result = {"initialize": ABOUT, "tools/list": TOOLS}.get(asked["method"])

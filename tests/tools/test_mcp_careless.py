@@ -19,7 +19,7 @@ from notecase_server.tools.toolbox import make_toolbox
 
 from tests.support.mcp_process import ROOT
 from tests.tools.calls import context
-from tests.tools.test_mcp_answers import JSON, Hostile, _http, _result, answer
+from tests.tools.test_mcp_answers import ABOUT, JSON, Hostile, _http, _result, answer
 
 T = {"name": "t", "inputSchema": {"type": "object"}}
 U = {"name": "u", "inputSchema": {"type": "object"}}
@@ -114,6 +114,17 @@ async def test_a_handshake_that_is_refused_with_any_code_leads_to_the_next_proto
     assert ["initialize", "server/discover"] == methods[:2]
 
 
+async def test_a_handshake_that_lists_tools_is_one() -> None:
+    class Telling(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") != "initialize":
+                return super()._answer(asked)
+            return _http(f"Content-Type: {JSON}\r\n", _result(asked, ABOUT | {"tools": [T, {"name": "a"}]}))
+
+    async with Telling(lambda cursor: {"tools": [T, U]}).box() as box:
+        assert ["t", "u"] == await listed(box)
+
+
 async def test_a_redirect_in_the_middle_tells_no_address() -> None:
     class Moved(Lists):
         def _answer(self, asked: dict[str, Any]) -> bytes:
@@ -192,7 +203,9 @@ async def test_a_program_that_hangs_is_replaced_once_it_does_not_list_its_tools(
     server = mcp.McpServer("s", settings)
     try:
         assert 1 == len(await server.functions("", ()))
-        assert "did not answer within" in (await server.call("t", {"silent": True}, context())).error
+        # A call may have been given up before it was written.
+        while "silent" not in pids.read_text():
+            assert "did not answer within" in (await server.call("t", {"silent": True}, context())).error
         with monkeypatch.context() as patch:
             patch.setattr(server, "_settings", msgspec.structs.replace(settings, connect_timeout=0.1))
             with pytest.raises(NotecaseError, match="does not list its tools"):
@@ -200,7 +213,7 @@ async def test_a_program_that_hangs_is_replaced_once_it_does_not_list_its_tools(
         assert 1 == len(await server.functions("", ()))
     finally:
         await server.close()
-    assert 2 == len(pids.read_text().split())
+    assert 2 == sum(map(str.isdigit, pids.read_text().split()))
 
 
 @pytest.mark.parametrize(

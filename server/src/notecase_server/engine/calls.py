@@ -14,7 +14,7 @@ from notecase_server.engine.questions import Questions
 from notecase_server.engine.run_log import LOST, RunLog
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import PAGE_BYTES
-from notecase_server.store.fold import RESERVED_KEYS, ops_fit
+from notecase_server.store.fold import keys_fit, ops_fit
 from notecase_server.supervisor import Tasks, is_own_end
 from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import CallContext, Outcome
@@ -155,7 +155,7 @@ class Calls:
         size = sum(op.ByteSize() for op in where.ops)
         if size > PAGE_BYTES:
             return Outcome(error=f"The tool changed {size} bytes of state; the limit is {PAGE_BYTES}."), []
-        if not ops_fit(where.ops) or any(op.key in RESERVED_KEYS for op in where.ops):
+        if not (keys_fit(where.ops) and ops_fit(where.ops)):
             return Outcome(error="The tool set a key or a value that state cannot hold."), []
         return outcome, where.ops
 

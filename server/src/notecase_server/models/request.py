@@ -148,8 +148,8 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     """Returns the request with the content that its messages refer to within them, as far as it is shown.
 
     What has no place there, and the oldest content when there is more than a request may carry, stays as it is, and
-    `body` names it. Raises CONTENT_UNSUPPORTED only where the newest message of a user has such content or too much of
-    it, before any is read."""
+    `body` names it. Raises CONTENT_UNSUPPORTED only where the newest messages of a user, which one run began with, have
+    such content or too much of it, before any is read."""
     if request.only_text:
         return request
     messages = request.messages
@@ -172,20 +172,20 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
 
 
 def _chosen(messages: Sequence[v1.Message], newest: int) -> dict[int, set[int]]:
-    """The content that a request has room for, by message: places in what `_carried` yields. The newest message of a
-    user comes first, then the others from the newest on."""
-    asked = _newest_of_user(messages)
-    held = [part.blob for part in _carried(messages[asked], False)] if asked >= 0 else []
+    """The content that a request has room for, by message: places in what `_carried` yields. The newest messages
+    of a user come first, then the others from the newest on."""
+    asked = {index: [part.blob for part in _carried(messages[index], False)] for index in _newest_of_user(messages)}
+    held = [blob for blobs in asked.values() for blob in blobs]
     for blob in held:
         _check_media_type(blob.media_type)
     if (total := sum(blob.size_bytes for blob in held)) > MAX_CONTENT_BYTES:
         raise errors.content_unsupported(
-            f"The message refers to {total} bytes of content; the model accepts at most {MAX_CONTENT_BYTES}."
+            f"The run's messages refer to {total} bytes of content; the model accepts at most {MAX_CONTENT_BYTES}."
         )
     room = MAX_CONTENT_BYTES - total
-    chosen = {asked: set(range(len(held)))} if held else {}
+    chosen = {index: set(range(len(blobs))) for index, blobs in asked.items() if blobs}
     for index in range(len(messages) - 1, -1, -1):
-        if index == asked:
+        if index in asked:
             continue
         for place, part in reversed([*enumerate(_carried(messages[index], index == newest))]):
             if not _is_taken(part.blob.media_type):
@@ -197,9 +197,17 @@ def _chosen(messages: Sequence[v1.Message], newest: int) -> dict[int, set[int]]:
     return chosen
 
 
-def _newest_of_user(messages: Sequence[v1.Message]) -> int:
-    """The index of the newest message of a user; -1 for none."""
-    return next((at for at in range(len(messages) - 1, -1, -1) if messages[at].role == v1.Message.ROLE_USER), -1)
+def _newest_of_user(messages: Sequence[v1.Message]) -> list[int]:
+    """The indices of the newest message of a user and of those before it that the same run began with. One that a run
+    without a reply began with is not among them: what cannot be shown of it would fail each later run."""
+    found: list[int] = []
+    for index in range(len(messages) - 1, -1, -1):
+        message = messages[index]
+        if message.role == v1.Message.ROLE_USER and (not found or message.run == messages[found[0]].run):
+            found.append(index)
+        elif found and message.role != v1.Message.ROLE_SYSTEM:
+            break
+    return found
 
 
 def _carried(message: v1.Message, images: bool) -> Iterator[v1.Part]:
@@ -437,7 +445,7 @@ class _Conversation:
             elif role == v1.Message.ROLE_SYSTEM:
                 if text := _text(parts, "A system message"):
                     self._say_system(text)
-            elif content := [shown for part in parts if (shown := _content(part, index != asked)) is not None]:
+            elif content := [shown for part in parts if (shown := _content(part, index not in asked)) is not None]:
                 self._say_user(self._as_text(content))
 
     def _turn(self, messages: Sequence[v1.Message]) -> int:

@@ -529,12 +529,17 @@ RESERVED_KEYS = frozenset({"user", "app"})
 """Which no key of a session's state has: templates name the other states so."""
 
 
+def keys_fit(ops: Iterable[v1.StateOp]) -> bool:
+    """Whether each key is one that a session's state may be given."""
+    return all(0 < len(op.key.encode()) <= MAX_KEY_BYTES and op.key not in RESERVED_KEYS for op in ops)
+
+
 def ops_fit(ops: Iterable[v1.StateOp]) -> bool:
-    """Whether a state can hold what each operation gives it, under that key. What is larger than a page is not looked
-    into."""
+    """Whether a state can hold what each operation gives it. What is larger than a page is not looked into, and
+    keys are not looked at: a log may have others than may be set now."""
     for op in ops:
         kind = op.WhichOneof("op")
-        if kind is None or not 0 < len(op.key.encode()) <= MAX_KEY_BYTES:
+        if kind is None:
             return False
         if kind in {"set", "append"}:
             value: v1.Value = getattr(op, kind)

@@ -5,6 +5,7 @@ nothing, in a store that cannot undo as in one that can.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, Self, TypeVar
 
@@ -16,6 +17,7 @@ from notecase_server import errors
 from notecase_server.store import answers, content, fold, past
 from notecase_server.store.contract import (
     REMEMBERED_COMMITS,
+    And,
     AuditRow,
     CommandId,
     Commit,
@@ -422,6 +424,8 @@ def _delete(tables: Tables, key: SessionKey, session: v1.Session) -> None:
 EXPIRED_LOOK = 1000
 """Expired sessions among which one is looked for whose row is damaged: it is deleted when fewer are older than it."""
 
+UNENDED = And(tuple(Compare("state", "!=", state) for state in sorted(fold.ENDED)))
+
 
 def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
     """Store.expire_session."""
@@ -430,6 +434,9 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
     except DecodeError:  # its row is damaged: the time is in a column, too
         expired = key in tables.expired(now, EXPIRED_LOOK)
         if expired:
+            with suppress(DecodeError):  # a run's row is damaged, too
+                for _, run in list(tables.runs(key.tenant, key, Query(1 + fold.MAX_QUEUED, where=UNENDED), "")):
+                    tables.drop_record(key, run.row.name)
             tables.delete_session(key)
         return expired
     if found is None or not found.session.HasField("expire_time"):

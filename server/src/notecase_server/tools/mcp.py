@@ -345,7 +345,10 @@ class _Connection:
             yield _Watched(read, self.end, self._without_wrong_tools), write
 
     def _without_wrong_tools(self, said: object) -> None:
-        """Takes out of a list of tools those that are not as the protocol has them: the library would refuse all."""
+        """Takes out of a list of tools those that are not as the protocol has them: the library would refuse all.
+        Nothing that is said in the handshake is such a list."""
+        if not self.settled.is_set() or self.over:
+            return
         message = getattr(said, "message", None)
         result = message.result if isinstance(message, types.JSONRPCResponse) else {}
         tools = result.get("tools")
