@@ -22,7 +22,8 @@ from notecase_server.serve_stores import open_store
 from notecase_server.store import copies
 from notecase_server.store.contract import Fork, SessionKey, Store
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite_tables import SESSION_ROWS, STATE_ROWS
+from notecase_server.store.sql_pieces import STATE_ROWS
+from notecase_server.store.sqlite_tables import SqliteTables
 
 from tests.e2e.driving import reason_of
 from tests.e2e.test_deletion import Swept
@@ -81,7 +82,7 @@ async def orphans(store: Any) -> set[str]:
     if isinstance(store, MemoryStore):
         return {uid for tenant in store._tables._tenants.values() for uid in tenant.deleted}
     found = {uid for (uid,) in await select(store, "SELECT uid FROM deleted_sessions")}
-    for table, *_ in SESSION_ROWS:
+    for table, *_ in SqliteTables.session_rows:
         found |= {uid for (uid,) in await select(store, f"SELECT DISTINCT uid FROM {table}")}
     for table, *_ in STATE_ROWS:
         found |= {uid for (uid,) in await select(store, f"SELECT DISTINCT id FROM {table} WHERE kind = 'session'")}

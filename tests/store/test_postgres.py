@@ -183,13 +183,13 @@ async def test_runs_that_have_not_ended_are_found_without_reading_all_others(
             FROM active_runs, generate_series(1, 1000) g"""
     )
     await beside.execute("ANALYZE runs; ANALYZE active_runs; ANALYZE sessions")
-    statements, kept = list[tuple[str, tuple[Any, ...]]](), PostgresTables._rows
+    statements, kept = list[tuple[str, tuple[Any, ...]]](), PostgresTables.rows
 
     def rows(tables: PostgresTables, statement: str, *values: Any) -> Any:
         statements.append((statement, values))
         return kept(tables, statement, *values)
 
-    monkeypatch.setattr(PostgresTables, "_rows", rows)
+    monkeypatch.setattr(PostgresTables, "rows", rows)
     (run,) = await store.idle_runs()
     assert run == (await store.active_runs(None, 100))[0]
     assert 2 == len(statements)
@@ -206,7 +206,7 @@ async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresSt
 
     def step(tables: Any) -> int:
         assert isinstance(tables, PostgresTables)
-        rows = tables._page(
+        rows = tables.page(
             "SELECT sequence, body, length(body) AS size FROM events WHERE uid = $1", "sequence", [KEY.uid], 1000
         )
         return len(rows)
@@ -790,14 +790,14 @@ async def test_a_rewind_in_a_commit_is_seen_in_the_newest_messages_that_it_retur
 async def test_what_a_quota_bounds_is_counted_once_and_then_only_at_the_bound(
     store: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted, kept = list[str](), PostgresTables._one
+    counted, kept = list[str](), PostgresTables.one
 
     def one(tables: PostgresTables, statement: str, *values: Any) -> Any:
         if "count(*) FROM sessions" in statement:
             counted.append(statement)
         return kept(tables, statement, *values)
 
-    monkeypatch.setattr(PostgresTables, "_one", one)
+    monkeypatch.setattr(PostgresTables, "one", one)
     store.quotas = Quotas(sessions=6)
     keys = [session_key("acme", f"s{number}") for number in range(9)]
     done = await asyncio.gather(*(create(store, key) for key in keys[:6]))

@@ -158,7 +158,7 @@ async def test_a_write_gives_its_rows_back_within_half_a_lease(url: str, clock: 
     await lease.take(None)
     store = await PostgresStore.open(url, clock, lease=lease)
     names = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
-    found = await store._write(lambda tables, _: [cast(Any, tables)._one(f"SHOW {name}")[0] for name in names])
+    found = await store._write(lambda tables, _: [cast(Any, tables).one(f"SHOW {name}")[0] for name in names])
     assert ["600ms"] * 3 == found
     await store.close()
 

@@ -34,7 +34,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.sqlite import CHECKPOINT_WRITES, SqliteStore
 from notecase_server.store.sqlite_schema import SCHEMA
-from notecase_server.store.sqlite_tables import COPIES
+from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.tables import Tables
 from structlog.testing import capture_logs
 
@@ -581,7 +581,9 @@ async def test_a_fork_copies_many_rows_with_a_statement_and_its_cost_grows_with_
         costs.append(trace.steps)
         inserted = Counter(sql.split()[2] for sql in given(seen) if sql.startswith("INSERT"))
         assert {"deleted_sessions": 1, "sessions": 1, "session_names": 1}.items() <= inserted.items()
-        assert {"logs", "changed_messages", "calls", "runs"} == inserted.keys() & {table.table for table in COPIES}
+        assert {"logs", "changed_messages", "calls", "runs"} == inserted.keys() & {
+            table.table for table in SqliteTables.copies
+        }
         assert max(inserted.values()) <= 1 + length * 5 * len(costs) // copies.COPY_ROWS
     assert costs[1] <= costs[0] * 2.3
     early = session_key("acme", "early")

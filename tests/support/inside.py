@@ -2,16 +2,17 @@
 
 from typing import Any, cast
 
-from notecase_server.store import sqlite_tables
 from notecase_server.store.contract import Store
 from notecase_server.store.memory import MemoryStore
+from notecase_server.store.sql_pieces import STATE_ROWS
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_tables import SqliteTables
 
 
 async def select(store: Store, statement: str) -> list[Any]:
     """Returns the rows of a statement on a store that has tables."""
     if store.kind == "postgresql":
-        return await cast(Any, store)._read(lambda tables: tables._rows(statement))  # type: ignore[no-any-return]
+        return await cast(Any, store)._read(lambda tables: tables.rows(statement))  # type: ignore[no-any-return]
     assert isinstance(store, SqliteStore)
     return store._connections.readers[0].execute(statement).fetchall()
 
@@ -19,11 +20,13 @@ async def select(store: Store, statement: str) -> list[Any]:
 def session_rows(store: Store) -> tuple[tuple[str, str, str], ...]:
     """The tables with rows of sessions and states, heads left out; with each, how a row is found and how many bytes it
     has."""
-    tables: Any = sqlite_tables
+    tables: Any = SqliteTables
     if store.kind == "postgresql":
-        from notecase_server.store import postgres_tables as tables
-    rows = (*tables.SESSION_ROWS, *tables.STATE_ROWS)
-    return tuple(("events" if table == "logs" else table, place, size) for table, place, size in rows)
+        from notecase_server.store.postgres_tables import PostgresTables
+
+        tables = PostgresTables
+    rows = (*tables.session_rows, *STATE_ROWS)
+    return tuple(("events" if table == "logs" else table, place, size) for table, place, size, *_ in rows)
 
 
 async def rows_with(store: Store, uid: str) -> set[str]:

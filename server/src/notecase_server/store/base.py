@@ -271,7 +271,7 @@ class TableStore(ABC):
 
     async def known_blobs(self, tenant: str, subject: str, user: str, digests: Collection[str]) -> set[str]:
         return await self._read(
-            lambda tables: {each for each in digests if tables.knows_blob(tenant, each, subject, user)}
+            lambda tables: {each for each in digests if tables.content.knows_blob(tenant, each, subject, user)}
         )
 
     async def touch_blob(self, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
@@ -314,7 +314,7 @@ class TableStore(ABC):
         while found := await self._read(partial(find, after=last)):
             removed += await self._write(partial(content.remove_loose, found=found, before=uploaded_before, held=held))
             last = found[-1]
-        await self._all(lambda tables, _: tables.delete_chunks(limit), limit, SWEEP)
+        await self._all(lambda tables, _: tables.content.delete_chunks(limit), limit, SWEEP)
         return removed
 
     async def _all(self, step: Callable[[Tables, int], int], limit: int, within: str = "") -> int:
@@ -328,10 +328,10 @@ class TableStore(ABC):
         return await self._write(partial(keys.add_key, row=row, once=once))
 
     async def find_key(self, key_id: str) -> KeyRow | None:
-        return await self._read(lambda tables: tables.key(key_id))
+        return await self._read(lambda tables: tables.directory.key(key_id))
 
     async def list_keys(self, tenant: str, query: Query) -> Page[v1.Key]:
-        return await self._read(lambda tables: take(tables.keys(tenant, query), query.limit))
+        return await self._read(lambda tables: take(tables.directory.keys(tenant, query), query.limit))
 
     async def rotate_key(
         self, tenant: str, key_id: str, digest: bytes, overlap: int, once: Once | None = None
@@ -343,31 +343,33 @@ class TableStore(ABC):
         await self._write(partial(keys.delete_key, tenant=tenant, key_id=key_id, once=once))
 
     async def is_keyed(self) -> bool:
-        return await self._read(lambda tables: tables.is_keyed())
+        return await self._read(lambda tables: tables.directory.is_keyed())
 
     async def know_principal(self, tenant: str, principal: v1.Principal) -> v1.Principal:
         return await self._write(partial(principals.know, tenant=tenant, principal=principal), PRINCIPALS)
 
     async def get_principal(self, tenant: str, principal_id: str) -> v1.Principal | None:
-        return await self._read(lambda tables: tables.principal(tenant, names.principal(principal_id)))
+        return await self._read(lambda tables: tables.directory.principal(tenant, names.principal(principal_id)))
 
     async def add_audit(self, rows: Sequence[AuditRow]) -> None:
         await self._write(partial(steps.add_audit, rows=rows), AUDIT)
 
     async def list_audit(self, tenant: str, query: Query) -> Page[v1.AuditEntry]:
-        return await self._read(lambda tables: take(tables.audit(tenant, query), query.limit))
+        return await self._read(lambda tables: take(tables.directory.audit(tenant, query), query.limit))
 
     async def forget_audit(self, before: int) -> int:
-        return await self._all(lambda tables, _: tables.forget_audit(before, FORGET_BATCH), FORGET_BATCH, SWEEP)
+        return await self._all(
+            lambda tables, _: tables.directory.forget_audit(before, FORGET_BATCH), FORGET_BATCH, SWEEP
+        )
 
     async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
         return await self._write(partial(tenants.create_tenant, tenant=tenant, display_name=display_name, once=once))
 
     async def get_tenant(self, tenant: str) -> v1.Tenant | None:
-        return await self._read(lambda tables: tables.tenant(tenant))
+        return await self._read(lambda tables: tables.directory.tenant(tenant))
 
     async def list_tenants(self, query: Query) -> Page[v1.Tenant]:
-        return await self._read(lambda tables: take(tables.tenants(query), query.limit))
+        return await self._read(lambda tables: take(tables.directory.tenants(query), query.limit))
 
     async def set_tenant_state(
         self, tenant: str, state: v1.Tenant.State.ValueType, once: Once | None = None

@@ -4,7 +4,6 @@ As in `steps`, a step writes only when nothing can be refused any more.
 """
 
 from collections.abc import Container, Iterable, Sequence
-from itertools import islice
 from typing import TypeVar
 
 from notecase import v1
@@ -35,7 +34,7 @@ def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], lis
             each = copied  # noqa: PLW2901 - the caller's own is not changed
             for blob in references(each):
                 sha256 = blob.name.removeprefix(PREFIX)
-                row = tables.blob(tenant, sha256)
+                row = tables.content.blob(tenant, sha256)
                 if row is None:
                     raise errors.not_found("blob", blob.name)
                 blob.size_bytes = blobs[sha256] = row.size
@@ -54,50 +53,50 @@ def refer_entry(tables: Tables, scope: Scope, key: str, entry: v1.StateEntry | N
 
 def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes, quotas: Quotas) -> None:
     """Store.put_blob."""
-    row = tables.blob(tenant, sha256)
+    row = tables.content.blob(tenant, sha256)
     if row is None:
         require_content(tables, quotas, tenant)
-        row = BlobRow(tables.new_content(), len(data))
+        row = BlobRow(tables.content.new_content(), len(data))
         _add_pieces(tables, row.content, 0, data)
-    tables.put_blob(tenant, subject, sha256, row, now)
+    tables.content.put_blob(tenant, subject, sha256, row, now)
 
 
 def _add_pieces(tables: Tables, content: int, start: int, data: bytes) -> None:
     for at in range(0, len(data), CHUNK_BYTES):
-        tables.add_chunk(content, start + at, data[at : at + CHUNK_BYTES])
+        tables.content.add_chunk(content, start + at, data[at : at + CHUNK_BYTES])
 
 
 def get_blob(tables: Tables, tenant: str, sha256: str) -> v1.Blob | None:
     """Store.get_blob."""
-    row = tables.blob(tenant, sha256)
+    row = tables.content.blob(tenant, sha256)
     return None if row is None else v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=row.size)
 
 
 def list_blobs(tables: Tables, tenant: str, query: Query) -> Page[v1.Blob]:
     """Store.list_blobs."""
-    page = take(tables.blobs(tenant, query), query.limit)
+    page = take(tables.content.blobs(tenant, query), query.limit)
     return Page([v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size) for sha256, size in page.rows], page.next)
 
 
 def touch_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
     """Store.touch_blob."""
-    row = tables.blob(tenant, sha256)
+    row = tables.content.blob(tenant, sha256)
     if row is not None:
-        tables.put_blob(tenant, subject, sha256, row, now)
+        tables.content.put_blob(tenant, subject, sha256, row, now)
     return get_blob(tables, tenant, sha256)
 
 
 def read_blob(tables: Tables, tenant: str, sha256: str, offset: int) -> bytes:
     """Store.read_blob."""
-    row = tables.blob(tenant, sha256)
+    row = tables.content.blob(tenant, sha256)
     if row is None:
         raise errors.not_found("blob", f"{PREFIX}{sha256}")
-    return tables.chunk(row.content, offset)
+    return tables.content.chunk(row.content, offset)
 
 
 def get_upload(tables: Tables, tenant: str, upload_id: str) -> v1.Upload | None:
     """Store.get_upload."""
-    row = tables.upload(tenant, upload_id)
+    row = tables.content.upload(tenant, upload_id)
     return None if row is None else _told(upload_id, row)
 
 
@@ -111,7 +110,7 @@ def _told(upload_id: str, row: UploadRow) -> v1.Upload:
 
 
 def _upload(tables: Tables, tenant: str, upload_id: str) -> UploadRow:
-    row = tables.upload(tenant, upload_id)
+    row = tables.content.upload(tenant, upload_id)
     if row is None:
         raise errors.not_found("upload", upload_id)
     return row
@@ -121,15 +120,15 @@ def open_upload(
     tables: Tables, tenant: str, upload_id: str, expire_time: int, quotas: Quotas, size: int = 0
 ) -> v1.Upload:
     """Store.open_upload."""
-    row = tables.upload(tenant, upload_id)
+    row = tables.content.upload(tenant, upload_id)
     if row is None:
         require_upload(tables, quotas, tenant)
     if row is None or (not row.sha256 and size > row.size):
         require_content(tables, quotas, tenant, size - row.size if row else size)
     if row is None:
-        row = UploadRow(tables.new_content(), 0, expire_time, "")
+        row = UploadRow(tables.content.new_content(), 0, expire_time, "")
     row = row if row.sha256 else row._replace(expire_time=expire_time)
-    tables.put_upload(tenant, upload_id, row)
+    tables.content.put_upload(tenant, upload_id, row)
     return _told(upload_id, row)
 
 
@@ -140,12 +139,12 @@ def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: by
         raise errors.upload_offset_mismatch(upload_id, row.size)
     require_content(tables, quotas, tenant)
     _add_pieces(tables, row.content, offset, data)
-    tables.put_upload(tenant, upload_id, row._replace(size=offset + len(data)))
+    tables.content.put_upload(tenant, upload_id, row._replace(size=offset + len(data)))
 
 
 def read_upload(tables: Tables, tenant: str, upload_id: str, offset: int) -> bytes:
     """Store.read_upload."""
-    return tables.chunk(_upload(tables, tenant, upload_id).content, offset)
+    return tables.content.chunk(_upload(tables, tenant, upload_id).content, offset)
 
 
 def complete_upload(
@@ -156,35 +155,35 @@ def complete_upload(
     if row.size != size or row.sha256 not in {"", sha256}:
         raise errors.upload_offset_mismatch(upload_id, row.size)
     if not row.sha256:
-        stored = tables.blob(tenant, sha256)
+        stored = tables.content.blob(tenant, sha256)
         if stored is not None:
-            tables.discard(row.content)
-        tables.put_blob(tenant, subject, sha256, stored or BlobRow(row.content, size), now)
-        tables.put_upload(tenant, upload_id, row._replace(sha256=sha256))
+            tables.content.discard(row.content)
+        tables.content.put_blob(tenant, subject, sha256, stored or BlobRow(row.content, size), now)
+        tables.content.put_upload(tenant, upload_id, row._replace(sha256=sha256))
     return v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size)
 
 
 def drop_upload(tables: Tables, tenant: str, upload_id: str, if_bytes: int | None) -> None:
     """Store.drop_upload."""
-    row = tables.upload(tenant, upload_id)
+    row = tables.content.upload(tenant, upload_id)
     if row is not None and not row.sha256 and if_bytes in {None, row.size}:
-        tables.discard(row.content)
-        tables.delete_upload(tenant, upload_id)
+        tables.content.discard(row.content)
+        tables.content.delete_upload(tenant, upload_id)
 
 
 def expire_uploads(tables: Tables, now: int, limit: int) -> int:
     """At most `limit` of them; returns how many."""
-    expired = list(islice(tables.expired_uploads(now), limit))
+    expired = tables.content.expired_uploads(now, limit)
     for tenant, upload_id, row in expired:
         if not row.sha256:
-            tables.discard(row.content)
-        tables.delete_upload(tenant, upload_id)
+            tables.content.discard(row.content)
+        tables.content.delete_upload(tenant, upload_id)
     return len(expired)
 
 
 def find_loose(tables: Tables, before: int, after: tuple[str, str], limit: int) -> list[tuple[str, str]]:
     """Blobs that nothing may need, at most `limit` of them, by tenant and digest."""
-    return list(islice(tables.loose_blobs(before, after), limit))
+    return tables.content.loose_blobs(before, after, limit)
 
 
 def remove_loose(
@@ -193,9 +192,9 @@ def remove_loose(
     """Those of the blobs found that nothing needs still; returns how many."""
     removed = 0
     for tenant, sha256 in found:
-        row = tables.blob(tenant, sha256)
-        if row is not None and (tenant, sha256) not in held and tables.is_loose(tenant, sha256, before):
-            tables.delete_blob(tenant, sha256)
-            tables.discard(row.content)
+        row = tables.content.blob(tenant, sha256)
+        if row is not None and (tenant, sha256) not in held and tables.content.is_loose(tenant, sha256, before):
+            tables.content.delete_blob(tenant, sha256)
+            tables.content.discard(row.content)
             removed += 1
     return removed

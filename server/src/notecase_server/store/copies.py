@@ -177,7 +177,7 @@ def references(restore: Restore) -> Iterator[Row]:
 
 
 def _refer(tables: Tables, key: SessionKey, sha256: str, sequence: int, size: int) -> None:
-    row = tables.blob(key.tenant, sha256)
+    row = tables.content.blob(key.tenant, sha256)
     if row is None:
         raise errors.not_found("blob", f"blobs/{sha256}")
     if row.size != size:

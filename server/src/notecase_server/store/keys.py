@@ -12,7 +12,7 @@ from notecase_server.store.tenants import known_tenant
 def add_key(tables: Tables, now: int, row: KeyRow, once: Once | None) -> v1.Key:
     """Store.add_key."""
     recall(tables, once)
-    if tables.count_keys(row.tenant) >= MAX_KEYS:
+    if tables.directory.count_keys(row.tenant) >= MAX_KEYS:
         raise errors.quota_exceeded("key", MAX_KEYS, "in a tenant")
     if row.tenant:
         known_tenant(tables, now, row.tenant)
@@ -21,7 +21,7 @@ def add_key(tables: Tables, now: int, row: KeyRow, once: Once | None) -> v1.Key:
     made.name = names.key(row.key_id)
     made.create_time.FromMicroseconds(now)
     remember(tables, once, made, now)
-    tables.put_key(row._replace(key=made))
+    tables.directory.put_key(row._replace(key=made))
     return made
 
 
@@ -34,7 +34,7 @@ def rotate_key(
     row.key.rotate_time.FromMicroseconds(now)
     row.key.overlap_end_time.FromMicroseconds(now + overlap)
     remember(tables, once, row.key, now)
-    tables.put_key(row._replace(digest=digest, former=row.digest))
+    tables.directory.put_key(row._replace(digest=digest, former=row.digest))
     return row.key
 
 
@@ -43,11 +43,11 @@ def delete_key(tables: Tables, now: int, tenant: str, key_id: str, once: Once | 
     recall(tables, once)
     _existing(tables, tenant, key_id)
     remember(tables, once, None, now)
-    tables.delete_key(key_id)
+    tables.directory.delete_key(key_id)
 
 
 def _existing(tables: Tables, tenant: str, key_id: str) -> KeyRow:
-    row = tables.key(key_id)
+    row = tables.directory.key(key_id)
     if row is None or row.tenant != tenant:
         raise errors.not_found("key", names.key(key_id))
     return row

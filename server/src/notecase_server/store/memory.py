@@ -5,7 +5,7 @@ import threading
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -15,12 +15,10 @@ from notecase_server import errors
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import (
     AGENT_COLUMNS,
-    AUDIT_COLUMNS,
     RUN_COLUMNS,
     SESSION_COLUMNS,
     ActiveRun,
     Clock,
-    KeyRow,
     Once,
     Query,
     Scope,
@@ -28,21 +26,20 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.lists import Found, Position, matches
-from notecase_server.store.steps import copied
+from notecase_server.store.memory_content import MemoryContent
+from notecase_server.store.memory_directory import MemoryDirectory
+from notecase_server.store.memory_rows import AgentRows, RequestRow, RunRow, SessionRows, StateRows, TenantRows
 from notecase_server.store.stretches import Stretch, last_of, marked, superseded_at
 from notecase_server.store.tables import (
     Applied,
     Batch,
-    BlobRow,
-    CommitRow,
+    Changes,
     EventRow,
     Kept,
     Piece,
     Recorded,
-    Saving,
     SessionRow,
     Tables,
-    UploadRow,
 )
 
 T = TypeVar("T")
@@ -85,148 +82,76 @@ class MemoryStore(TableStore):
             self._tables = _MemoryTables()
 
 
-@dataclass(slots=True)
-class _Run:
-    body: bytes
-    digest: bytes
-    create_time: int
-    agent: bytes | None
-    """Until it has ended."""
-    deaths: int = 0
-    released: bool = False
-
-
-@dataclass(slots=True)
-class _Session:
-    name: str
-    body: bytes = b""
-    epoch: int = 0
-    create_time: int = 0
-    commits: tuple[CommitRow, ...] = ()
-    expire_time: int | None = None
-    events: list[bytes] = field(default_factory=list)
-    """Sequence 1 first."""
-    messages: dict[str, bytes] = field(default_factory=dict)
-    order: list[tuple[int, str, str]] = field(default_factory=list)
-    """The sequence, id and run of each message, ascending."""
-    stretches: list[Stretch] = field(default_factory=list)
-    """Ascending."""
-    changes: list[int] = field(default_factory=list)
-    """The sequences of events that tell the past."""
-    changed: dict[str, int] = field(default_factory=dict)
-    """The last sequence that changed a message, by its id, for those that were changed at all."""
-    runs: dict[str, _Run] = field(default_factory=dict)
-    started: list[tuple[int, str, str]] = field(default_factory=list)
-    """The create_time, uid and id of each run, ascending."""
-    calls: dict[str, str] = field(default_factory=dict)
-    commands: dict[str, Applied] = field(default_factory=dict)
-
-    def message(self, body: bytes) -> v1.Message:
-        message = v1.Message.FromString(body)
-        return marked(message, superseded_at(self.stretches, message.sequence))
-
-
-@dataclass(slots=True)
-class _State:
-    version: int = 0
-    entries: dict[str, bytes] = field(default_factory=dict)
-    keys: list[str] = field(default_factory=list)
-    """Ascending."""
-
-
-@dataclass(slots=True)
-class _Agent:
-    last_revision: int = 0
-    revisions: dict[int, bytes] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Blob:
-    row: BlobRow
-    upload_time: int
-    references: set[tuple[Scope, str]] = field(default_factory=set)
-    uploaders: set[str] = field(default_factory=set)
-
-
-@dataclass(slots=True)
-class _Request:
-    recorded: Recorded
-    create_time: int
-
-
-@dataclass(slots=True)
-class _Tenant:
-    sessions: dict[str, _Session] = field(default_factory=dict)
-    """By uid."""
-    deleted: dict[str, tuple[str, _Session]] = field(default_factory=dict)
-    """By uid: the user of each session that does not exist, and the rows that it has all the same: what is left of a
-    deleted one, or what is there of a copy."""
-    names: dict[str, str] = field(default_factory=dict)
-    """The uid of the session that has a name."""
-    created: list[tuple[int, str]] = field(default_factory=list)
-    """The create_time and uid of each session, ascending."""
-    started: list[tuple[int, str, str]] = field(default_factory=list)
-    """Of all runs: see _Session.started."""
-    states: dict[tuple[str, str], _State] = field(default_factory=dict)
-    agents: dict[str, _Agent] = field(default_factory=dict)
-    requests: dict[tuple[str, str, str], _Request] = field(default_factory=dict)
-    """By subject, RPC and id."""
-    blobs: dict[str, _Blob] = field(default_factory=dict)
-    uploads: dict[str, UploadRow] = field(default_factory=dict)
-    principals: dict[str, bytes] = field(default_factory=dict)
-    audit: list[tuple[int, v1.AuditEntry]] = field(default_factory=list)
-    """By number."""
-    references: defaultdict[tuple[Scope, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
-    """By whom: the digests, each with the first event that refers to it."""
-
-
 TABLES_COPIED = 7
 """References, events, stretches, messages, calls, runs and entries: what holds content comes first."""
 
 
-class _MemoryTables(Saving):
+class _MemoryTables:
     """Tables in dicts, a tree for each tenant. They hold serialized bytes, so that nobody's changes reach them."""
 
     def __init__(self) -> None:
-        self._tenants: defaultdict[str, _Tenant] = defaultdict(_Tenant)
-        self._contents: dict[int, dict[int, bytes]] = {}
-        """The pieces of each by where they start."""
-        self._last_content = 0
-        self._discarded: list[int] = []
-        self._keys: dict[str, KeyRow] = {}
-        self._keyed = False
-        self._last_audit = 0
-        self._known: dict[str, bytes] = {}
-        """Tenants by id, where there is a row."""
+        self._tenants: defaultdict[str, TenantRows] = defaultdict(TenantRows)
+        self.content = MemoryContent(self._tenants)
+        self.directory = MemoryDirectory(self._tenants)
 
-    def _session(self, key: SessionKey) -> _Session | None:
+    def _session(self, key: SessionKey) -> SessionRows | None:
         return self._tenants[key.tenant].sessions.get(key.uid)
 
-    def _rows(self, tenant: str, uid: str) -> _Session | None:
+    def _rows(self, tenant: str, uid: str) -> SessionRows | None:
         """The rows of a session or of a copy, if there are any."""
         rows = self._tenants[tenant]
         return rows.sessions.get(uid) or (rows.deleted[uid][1] if uid in rows.deleted else None)
 
-    def _existing(self, key: SessionKey) -> _Session:
+    def _existing(self, key: SessionKey) -> SessionRows:
         """The rows of a session or of a copy, one of which there is."""
         rows = self._rows(key.tenant, key.uid)
         assert rows is not None
         return rows
 
-    def _state(self, scope: Scope) -> _State:
+    def _state(self, scope: Scope) -> StateRows:
         """The state, an empty one where nobody wrote to it."""
-        return self._tenants[scope.tenant].states.get((scope.kind, scope.id)) or _State()
+        return self._tenants[scope.tenant].states.get((scope.kind, scope.id)) or StateRows()
 
-    def _agent(self, tenant: str, agent_id: str) -> _Agent:
+    def _agent(self, tenant: str, agent_id: str) -> AgentRows:
         """The agent, one without revisions where there never was one."""
-        return self._tenants[tenant].agents.get(agent_id) or _Agent()
+        return self._tenants[tenant].agents.get(agent_id) or AgentRows()
+
+    def save(self, changes: Changes) -> None:
+        key = changes.key
+        (self.add_session if changes.made else self.put_session)(key, changes.session)
+        self.add_events(key, changes.events)
+        if changes.command is not None:
+            command_id, applied = changes.command
+            self._existing(key).commands[command_id] = applied
+        self.add_stretches(key, changes.stretches)
+        self.add_messages(key, changes.messages)
+        self.put_calls(key, changes.calls)
+        for message in changes.changed_messages:
+            self.put_message(key, message)
+        for run, record in changes.runs:
+            self.add_run(key, run, record.digest)
+            if run.name not in changes.ended:
+                self._existing(key).runs[run.name].agent = record.agent.SerializeToString()
+        for run, moved in changes.changed_runs:
+            self.put_run(key, run, moved)
+        for run, _ in changes.changed_runs:
+            if run.name in changes.ended:
+                self.drop_record(key, run.name)
+        for name, deaths in changes.deaths.items():
+            self.put_record(key, name, deaths, released=False)
+        for scope, version in changes.versions.items():
+            self.put_version(scope, version)
+        for scope, name, entry in changes.entries:
+            self.put_entry(scope, name, entry)
+        for sha256, sequence in changes.references.items():
+            self.refer(key.state, "", sha256, sequence)
 
     def request(self, once: Once) -> Recorded | None:
         found = self._tenants[once.tenant].requests.get((once.subject, once.rpc, once.request_id))
         return found.recorded if found else None
 
     def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
-        made = _Request(Recorded(once.digest, response, about, owner), now)
+        made = RequestRow(Recorded(once.digest, response, about, owner), now)
         self._tenants[once.tenant].requests[once.subject, once.rpc, once.request_id] = made
 
     def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
@@ -268,9 +193,6 @@ class _MemoryTables(Saving):
         session = self._session(key)
         return session.commands.get(command_id) if session else None
 
-    def add_command(self, key: SessionKey, command_id: str, applied: Applied) -> None:
-        self._existing(key).commands[command_id] = applied
-
     def named_session(self, tenant: str, session: str) -> str:
         return self._tenants[tenant].names.get(session, "")
 
@@ -292,9 +214,9 @@ class _MemoryTables(Saving):
         return row, {name: v1.Run.FromString(kept.runs[name].body) for name in runs if name in kept.runs}
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
-        self._bind(key, row, _Session(key.session))
+        self._bind(key, row, SessionRows(key.session))
 
-    def _bind(self, key: SessionKey, row: SessionRow, rows: _Session) -> None:
+    def _bind(self, key: SessionKey, row: SessionRow, rows: SessionRows) -> None:
         tenant, rows.create_time = self._tenants[key.tenant], row.session.create_time.ToMicroseconds()
         tenant.sessions[key.uid] = rows
         tenant.names[key.session] = key.uid
@@ -355,7 +277,7 @@ class _MemoryTables(Saving):
         return True
 
     def begin_copy(self, key: SessionKey, user: str) -> None:
-        self._tenants[key.tenant].deleted[key.uid] = (user, _Session(key.session))
+        self._tenants[key.tenant].deleted[key.uid] = (user, SessionRows(key.session))
 
     def is_copy(self, key: SessionKey) -> bool:
         return key.uid in self._tenants[key.tenant].deleted
@@ -434,7 +356,7 @@ class _MemoryTables(Saving):
                 self._put_run(key, place, replace(old.runs[place]))
             case 6:
                 states = self._tenants[key.tenant].states
-                state = states.setdefault(("session", key.uid), _State())
+                state = states.setdefault(("session", key.uid), StateRows())
                 if (body := self._state(source.state).entries.get(place)) is not None:
                     state.entries[place] = body
                     state.keys.append(place)
@@ -549,9 +471,9 @@ class _MemoryTables(Saving):
 
     def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None:
         created = run.create_time.ToMicroseconds()
-        self._put_run(key, run.name, _Run(run.SerializeToString(), digest, created, None))
+        self._put_run(key, run.name, RunRow(run.SerializeToString(), digest, created, None))
 
-    def _put_run(self, key: SessionKey, run: str, row: _Run) -> None:
+    def _put_run(self, key: SessionKey, run: str, row: RunRow) -> None:
         session, place = self._existing(key), (row.create_time, key.uid, run)
         session.runs[run] = row
         insort(session.started, place)
@@ -559,9 +481,6 @@ class _MemoryTables(Saving):
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         self._existing(key).runs[run.name].body = run.SerializeToString()
-
-    def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
-        self._existing(key).runs[run.name].agent = agent.SerializeToString()
 
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._existing(key).runs[run].agent = None
@@ -574,17 +493,12 @@ class _MemoryTables(Saving):
         started = rows.started if session is None else of_session.started if of_session else []
         for position in _before(started, query.after):
             _, uid, name = position
-            if uid not in rows.sessions or (user and self._user(tenant, uid) != user):
+            if uid not in rows.sessions or (user and rows.user_of(uid) != user):
                 continue
             body = rows.sessions[uid].runs[name].body
             found = v1.Run.FromString(body)
             if matches(query.where, found, RUN_COLUMNS):
                 yield SessionKey(tenant, rows.sessions[uid].name, uid), Found(position, found, len(body))
-
-    def _user(self, tenant: str, uid: str) -> str:
-        """Of a session; empty where there is none."""
-        row = self._tenants[tenant].sessions.get(uid)
-        return v1.Session.FromString(row.body).user if row else ""
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
         session = self._session(key)
@@ -627,7 +541,7 @@ class _MemoryTables(Saving):
 
     def put_version(self, scope: Scope, version: int) -> None:
         states = self._tenants[scope.tenant].states
-        states.setdefault((scope.kind, scope.id), _State()).version = version
+        states.setdefault((scope.kind, scope.id), StateRows()).version = version
 
     def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
         state = self._state(scope)
@@ -638,7 +552,7 @@ class _MemoryTables(Saving):
 
     def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
         states = self._tenants[scope.tenant].states
-        state = states.setdefault((scope.kind, scope.id), _State())
+        state = states.setdefault((scope.kind, scope.id), StateRows())
         if entry is None:
             if state.entries.pop(key, None) is not None:
                 _remove(state.keys, key)
@@ -669,7 +583,7 @@ class _MemoryTables(Saving):
         return None if body is None else v1.Agent.FromString(body)
 
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
-        row = self._tenants[tenant].agents.setdefault(agent_id, _Agent())
+        row = self._tenants[tenant].agents.setdefault(agent_id, AgentRows())
         row.last_revision = agent.revision
         row.revisions[agent.revision] = agent.SerializeToString()
 
@@ -697,76 +611,6 @@ class _MemoryTables(Saving):
             if query.after is None or (revision,) < query.after:
                 yield Found((revision,), v1.Agent.FromString(rows[revision]), len(rows[revision]))
 
-    def new_content(self) -> int:
-        self._last_content += 1
-        self._contents[self._last_content] = {}
-        return self._last_content
-
-    def add_chunk(self, content: int, start: int, data: bytes) -> None:
-        self._contents[content][start] = bytes(data)
-
-    def chunk(self, content: int, offset: int) -> bytes:
-        pieces = self._contents[content]
-        starts = list(pieces)
-        place = bisect_right(starts, offset) - 1
-        return pieces[starts[place]][offset - starts[place] :] if place >= 0 else b""
-
-    def discard(self, content: int) -> None:
-        self._discarded.append(content)
-
-    def delete_chunks(self, limit: int) -> int:
-        deleted = 0
-        while self._discarded and deleted < limit:
-            pieces = self._contents[self._discarded[-1]]
-            gone = min(len(pieces), limit - deleted)
-            for _ in range(gone):
-                pieces.popitem()
-            deleted += max(gone, 1)
-            if not pieces:
-                del self._contents[self._discarded.pop()]
-        return deleted
-
-    def blob(self, tenant: str, sha256: str) -> BlobRow | None:
-        found = self._tenants[tenant].blobs.get(sha256)
-        return found.row if found else None
-
-    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
-        rows = self._tenants[tenant].blobs
-        for sha256 in sorted(rows):
-            if query.after is None or (sha256,) > query.after:
-                yield Found((sha256,), (sha256, rows[sha256].row.size), len(sha256))
-
-    def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
-        blob = self._tenants[tenant].blobs.setdefault(sha256, _Blob(row, now))
-        blob.upload_time = now
-        blob.uploaders.add(subject)
-
-    def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
-        found = self._tenants[tenant].blobs.get(sha256)
-        return found is not None and subject in found.uploaders
-
-    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
-        found = self._tenants[tenant].blobs.get(sha256)
-        return found is not None and (
-            subject in found.uploaders
-            or any(
-                user == (f"users/{scope.id}" if scope.kind == "user" else self._user(tenant, scope.id))
-                for scope, _ in found.references
-                if scope.kind != "app"
-            )
-        )
-
-    def delete_blob(self, tenant: str, sha256: str) -> None:
-        del self._tenants[tenant].blobs[sha256]
-
-    def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
-        found = self._tenants[tenant].blobs.get(sha256)
-        return found is not None and found.upload_time < before and not found.references
-
-    def loose_blobs(self, before: int, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
-        places = sorted((tenant, sha256) for tenant, rows in self._tenants.items() for sha256 in rows.blobs)
-        return (place for place in places if place > after and self.is_loose(*place, before))
-
     def refers(self, scope: Scope, key: str, sha256: str) -> bool:
         return sha256 in self._tenants[scope.tenant].references.get((scope, key), ())
 
@@ -788,117 +632,17 @@ class _MemoryTables(Saving):
         for sha256 in tenant.references.pop((scope, key), ()):
             tenant.blobs[sha256].references.discard((scope, key))
 
-    def key(self, key_id: str) -> KeyRow | None:
-        row = self._keys.get(key_id)
-        return row._replace(key=copied(row.key)) if row else None
-
-    def put_key(self, row: KeyRow) -> None:
-        self._keys[row.key_id] = row._replace(key=copied(row.key))
-        self._keyed = True
-
-    def delete_key(self, key_id: str) -> None:
-        del self._keys[key_id]
-
-    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]:
-        mine = ((row.key.create_time.ToMicroseconds(), row.key) for row in self._keys.values() if row.tenant == tenant)
-        for create_time, key in sorted(mine, key=lambda row: (row[0], row[1].name), reverse=True):
-            if query.after is None or (create_time, key.name) < query.after:
-                yield Found((create_time, key.name), copied(key), key.ByteSize())
-
-    def principal(self, tenant: str, name: str) -> v1.Principal | None:
-        body = self._tenants[tenant].principals.get(name)
-        return v1.Principal.FromString(body) if body is not None else None
-
-    def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
-        return next((row for row in self._principals(tenant) if _who(row) == _who(principal)), None)
-
-    def add_principal(self, tenant: str, principal: v1.Principal) -> None:
-        self._tenants[tenant].principals[principal.name] = principal.SerializeToString()
-
-    def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
-        bound = [row.name for row in self._principals(tenant) if row.user == user][:limit]
-        for name in bound:
-            del self._tenants[tenant].principals[name]
-        return bool(bound)
-
-    def _principals(self, tenant: str) -> Iterator[v1.Principal]:
-        return map(v1.Principal.FromString, self._tenants[tenant].principals.values())
-
-    def add_audit(self, tenant: str, entry: v1.AuditEntry) -> None:
-        self._last_audit += 1
-        self._tenants[tenant].audit.append((self._last_audit, copied(entry)))
-
-    def audit(self, tenant: str, query: Query) -> Iterator[Found[v1.AuditEntry]]:
-        for number, entry in reversed(self._tenants[tenant].audit):
-            behind = query.after is None or (number,) < query.after
-            if behind and matches(query.where, entry, AUDIT_COLUMNS):
-                yield Found((number,), copied(entry), entry.ByteSize())
-
-    def forget_audit(self, before: int, limit: int) -> int:
-        forgotten = 0
-        for rows in self._tenants.values():
-            old = bisect_left(rows.audit, before, key=lambda row: row[1].create_time.ToMicroseconds())
-            gone = min(old, limit - forgotten)
-            del rows.audit[:gone]
-            forgotten += gone
-        return forgotten
-
-    def tenant(self, tenant: str) -> v1.Tenant | None:
-        body = self._known.get(tenant)
-        return None if body is None else v1.Tenant.FromString(body)
-
-    def put_tenant(self, tenant: str, row: v1.Tenant) -> None:
-        self._known[tenant] = row.SerializeToString()
-
-    def delete_tenant(self, tenant: str) -> None:
-        self._known.pop(tenant, None)
-
-    def tenants(self, query: Query) -> Iterator[Found[v1.Tenant]]:
-        for tenant in sorted(self._known):
-            row = v1.Tenant.FromString(self._known[tenant])
-            if query.after is None or (row.name,) > query.after:
-                yield Found((row.name,), row, len(self._known[tenant]))
-
-    def has_data(self, tenant: str) -> bool:
-        rows = self._tenants[tenant]
-        return bool(rows.sessions or rows.states or rows.agents or rows.blobs or rows.uploads)
-
     def has_deleted_sessions(self, tenant: str) -> bool:
         return bool(self._tenants[tenant].deleted)
 
     def erase_rows(self, tenant: str, limit: int) -> bool:
-        rows = self._tenants.pop(tenant, _Tenant())
+        rows = self._tenants.pop(tenant, TenantRows())
         kept = [*(blob.row.content for blob in rows.blobs.values())]
         kept += [upload.content for upload in rows.uploads.values() if not upload.sha256]
         for content in kept:
-            self.discard(content)
-        mine = [key_id for key_id, row in self._keys.items() if row.tenant == tenant]
-        for key_id in mine:
-            del self._keys[key_id]
-        return bool(
-            mine or kept or rows.states or rows.agents or rows.requests or rows.uploads or rows.principals or rows.audit
-        )
-
-    def count_keys(self, tenant: str) -> int:
-        return sum(row.tenant == tenant for row in self._keys.values())
-
-    def is_keyed(self) -> bool:
-        return self._keyed
-
-    def upload(self, tenant: str, upload_id: str) -> UploadRow | None:
-        return self._tenants[tenant].uploads.get(upload_id)
-
-    def put_upload(self, tenant: str, upload_id: str, row: UploadRow) -> None:
-        self._tenants[tenant].uploads[upload_id] = row
-
-    def delete_upload(self, tenant: str, upload_id: str) -> None:
-        del self._tenants[tenant].uploads[upload_id]
-
-    def expired_uploads(self, now: int) -> Iterator[tuple[str, str, UploadRow]]:
-        for tenant, rows in self._tenants.items():
-            for upload_id, row in list(rows.uploads.items()):
-                if row.expire_time <= now:
-                    yield tenant, upload_id, row
+            self.content.discard(content)
+        others = (rows.states, rows.agents, rows.requests, rows.uploads, rows.principals, rows.audit)
+        return self.directory.erase_keys(tenant) or bool(kept) or any(others)
 
 
 def _before(rows: Sequence[P], after: Position | None) -> Iterator[P]:
@@ -912,16 +656,12 @@ def _behind(last: Any, rows: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]
     return sorted(row for row in rows if last is None or row[0] > last)
 
 
-def _who(principal: v1.Principal) -> tuple[str, str, int]:
-    return principal.user, principal.subject, principal.role
-
-
 def _remove(rows: list[Any], row: Any) -> None:
     """From a list in order, in which it is."""
     del rows[bisect_left(rows, row)]
 
 
-def _active(key: SessionKey, session: _Session, row: _Run) -> ActiveRun:
+def _active(key: SessionKey, session: SessionRows, row: RunRow) -> ActiveRun:
     run, agent = v1.Run.FromString(row.body), v1.Agent.FromString(row.agent or b"")
     return ActiveRun(key, run, agent, session.epoch, row.deaths, row.released)
 

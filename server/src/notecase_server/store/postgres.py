@@ -21,8 +21,8 @@ from notecase_server.store.postgres_commit import CommitTables
 from notecase_server.store.postgres_database import Access, Database, connect, raise_fence
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_locks import Locks
-from notecase_server.store.postgres_tables import Counts, PostgresTables, WritingTables
-from notecase_server.store.postgres_tallies import CountedAloneError, Tallies
+from notecase_server.store.postgres_tables import PostgresTables, WritingTables
+from notecase_server.store.postgres_tallies import CountedAloneError, Counts, Tallies
 from notecase_server.store.postgres_wire import (
     GUARD,
     LOST,

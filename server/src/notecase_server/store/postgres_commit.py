@@ -21,15 +21,12 @@ from notecase_server.store.postgres_tables import (
     MESSAGES,
     PUT_SESSION,
     PUT_VERSION,
-    REWIND,
     SESSION_CHANGES,
-    Counts,
     PostgresTables,
     held_calls,
-    message_row,
     session_changes,
-    session_row,
 )
+from notecase_server.store.postgres_tallies import Counts
 from notecase_server.store.postgres_wire import (
     GUARD,
     LOCK_BOUND,
@@ -40,6 +37,7 @@ from notecase_server.store.postgres_wire import (
     uncancelled,
     unescaped,
 )
+from notecase_server.store.sql import REWIND, message_row, session_row
 from notecase_server.store.steps import copied
 from notecase_server.store.stretches import superseded_at
 from notecase_server.store.tables import Applied, Changes, Recorded, SessionRow
@@ -160,7 +158,7 @@ class CommitTables(PostgresTables):
         wanted = dict(self._wanted())
         key = self._commit.key
         values = [key.tenant, key.uid, *(value for values in wanted.values() for value in values)]
-        fence, body, epoch, commits, self._xmin, *found = self._one(_reading(tuple(wanted)), *values)
+        fence, body, epoch, commits, self._xmin, *found = self.one(_reading(tuple(wanted)), *values)
         if fence != self._fence:
             raise Fenced
         self._read = dict(zip(wanted, found, strict=True))
@@ -226,7 +224,7 @@ class CommitTables(PostgresTables):
         for sequence, own, event, rewind, size in self._read["newest"]:
             yield Found((sequence,), message_row(own, event, rewind), size)
 
-    def _do(self, statement: str, *values: Any) -> int:
+    def do(self, statement: str, *values: Any) -> int:
         self._write(statement, values)
         return 0
 

@@ -6,6 +6,7 @@ has come to its bound.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from notecase_server.store.contract import Quotas
 from notecase_server.store.tables import Kept
@@ -39,3 +40,23 @@ class Tallies:
         """Takes note of what is about to be added."""
         if (kind, tenant) in self._most:
             self._most[kind, tenant] += amount
+
+
+@dataclass(slots=True)
+class Counts:
+    """What is known of how much there is, for one step."""
+
+    quotas: Quotas
+    tallies: Tallies
+    alone: bool
+    """No other write is under way."""
+    asked: set[tuple[Kept, str]] = field(default_factory=set)
+    """What the step compares with a quota."""
+
+    def add(self, kind: Kept, tenant: str) -> None:
+        """Takes note of one more. Raises CountedAloneError when writes of other sessions have reached the bound since
+        this step asked for the count."""
+        asked = (kind, tenant) in self.asked
+        if asked and not self.alone and self.tallies.below(kind, tenant, self.quotas) is None:
+            raise CountedAloneError
+        self.tallies.added(kind, tenant)

@@ -8,9 +8,9 @@ from notecase_server.store.tables import Tables
 
 def know(tables: Tables, now: int, tenant: str, principal: v1.Principal) -> v1.Principal:
     """Store.know_principal."""
-    known = tables.principal_like(tenant, principal)
+    known = tables.directory.principal_like(tenant, principal)
     if known is None:
         known = copied(principal)
         known.create_time.FromMicroseconds(now)
-        tables.add_principal(tenant, known)
+        tables.directory.add_principal(tenant, known)
     return known

@@ -292,7 +292,7 @@ def add_audit(tables: Tables, now: int, rows: Sequence[AuditRow]) -> None:
     for row in rows:
         entry = copied(row.entry)
         entry.create_time.FromMicroseconds(now)
-        tables.add_audit(row.tenant, entry)
+        tables.directory.add_audit(row.tenant, entry)
 
 
 def existing(tables: Tables, key: SessionKey) -> SessionRow:
@@ -468,7 +468,7 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
     scope = Scope(tenant, "user", user.removeprefix("users/"))
     if not tables.delete_rows(scope, Batch(SWEEP_ROWS, SWEEP_BYTES)):
         return False
-    if tables.delete_principals(tenant, user, SWEEP_ROWS):
+    if tables.directory.delete_principals(tenant, user, SWEEP_ROWS):
         return False
     remember(tables, once, None, now)
     return True

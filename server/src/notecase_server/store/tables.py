@@ -156,48 +156,128 @@ class Changes:
     """By digest, the first event of the log that refers to the blob."""
 
 
-class Saving:
-    """Carries changes out row by row, for tables that lie in this process: it costs nothing to ask them often."""
+class Content(Protocol):
+    """Uploads and blobs, with the pieces that they consist of."""
 
-    def save(self: "Tables", changes: Changes) -> None:
-        key = changes.key
-        (self.add_session if changes.made else self.put_session)(key, changes.session)
-        self.add_events(key, changes.events)
-        if changes.command is not None:
-            self.add_command(key, *changes.command)
-        if changes.stretches:
-            self.add_stretches(key, changes.stretches)
-        if changes.messages:
-            self.add_messages(key, changes.messages)
-        if changes.calls:
-            self.put_calls(key, changes.calls)
-        for message in changes.changed_messages:
-            self.put_message(key, message)
-        for run, record in changes.runs:
-            self.add_run(key, run, record.digest)
-            if run.name not in changes.ended:
-                self.add_record(key, run, record.agent)
-        for run, moved in changes.changed_runs:
-            self.put_run(key, run, moved)
-        for run, _ in changes.changed_runs:
-            if run.name in changes.ended:
-                self.drop_record(key, run.name)
-        for name, deaths in changes.deaths.items():
-            self.put_record(key, name, deaths, released=False)
-        for scope, version in changes.versions.items():
-            self.put_version(scope, version)
-        for scope, name, entry in changes.entries:
-            self.put_entry(scope, name, entry)
-        for sha256, sequence in changes.references.items():
-            self.refer(key.state, "", sha256, sequence)
+    def new_content(self) -> int:
+        """A number under which content can be kept."""
+        ...
+
+    def add_chunk(self, content: int, start: int, data: bytes) -> None: ...
+
+    def chunk(self, content: int, offset: int) -> bytes:
+        """What follows from `offset` on in the piece that holds it; empty beyond the last."""
+        ...
+
+    def discard(self, content: int) -> None:
+        """Gives content up; `delete_chunks` removes it."""
+        ...
+
+    def delete_chunks(self, limit: int) -> int:
+        """Removes at most `limit` pieces of what was given up, and returns how many; content without any counts as a
+        piece."""
+        ...
+
+    def blob(self, tenant: str, sha256: str) -> BlobRow | None: ...
+
+    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
+        """Digests and sizes."""
+        ...
+
+    def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
+        """Records that `subject` uploaded it, just now."""
+        ...
+
+    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
+        """Whether that subject uploaded it, or a session or the state of that user refers to it."""
+        ...
+
+    def delete_blob(self, tenant: str, sha256: str) -> None: ...
+
+    def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
+        """Whether there is such a blob, last uploaded before that time, and nothing refers to it."""
+        ...
+
+    def loose_blobs(self, before: int, after: tuple[str, str], limit: int) -> list[tuple[str, str]]:
+        """At most `limit` of those blobs by tenant and digest, ascending, after that one."""
+        ...
+
+    def upload(self, tenant: str, upload_id: str) -> UploadRow | None: ...
+
+    def put_upload(self, tenant: str, upload_id: str, row: UploadRow) -> None: ...
+
+    def delete_upload(self, tenant: str, upload_id: str) -> None: ...
+
+    def expired_uploads(self, now: int, limit: int) -> list[tuple[str, str, UploadRow]]:
+        """At most `limit` of them with tenant and id, in no order."""
+        ...
+
+
+class Directory(Protocol):
+    """Keys, principals, tenants and the audit."""
+
+    def key(self, key_id: str) -> KeyRow | None: ...
+
+    def put_key(self, row: KeyRow) -> None:
+        """Adds a key, or replaces it."""
+        ...
+
+    def delete_key(self, key_id: str) -> None: ...
+
+    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]: ...
+
+    def count_keys(self, tenant: str) -> int: ...
+
+    def is_keyed(self) -> bool:
+        """Whether there was ever a key."""
+        ...
+
+    def principal(self, tenant: str, name: str) -> v1.Principal | None: ...
+
+    def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
+        """The one of that subject, role and user."""
+        ...
+
+    def add_principal(self, tenant: str, principal: v1.Principal) -> None: ...
+
+    def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
+        """Removes at most `limit` that are bound to "users/{user}"; returns whether there were any."""
+        ...
+
+    def add_audit(self, tenant: str, entry: v1.AuditEntry) -> None: ...
+
+    def audit(self, tenant: str, query: Query) -> Iterator[Found[v1.AuditEntry]]: ...
+
+    def forget_audit(self, before: int, limit: int) -> int:
+        """Drops at most `limit` entries made before that time, and returns how many it dropped."""
+        ...
+
+    def tenant(self, tenant: str) -> v1.Tenant | None: ...
+
+    def put_tenant(self, tenant: str, row: v1.Tenant) -> None: ...
+
+    def delete_tenant(self, tenant: str) -> None: ...
+
+    def tenants(self, query: Query) -> Iterator[Found[v1.Tenant]]: ...
+
+    def has_data(self, tenant: str) -> bool:
+        """Whether the tenant has a session, a state, an agent, a blob or an upload."""
+        ...
 
 
 class Tables(Protocol):
-    """Rows within one transaction. What a read hands out is a copy; what is missing is None, 0 or nothing.
+    """Rows within one transaction: those of sessions, states and agents, and in two parts all others.
 
-    The iterators of lists are lazy, in the order the contract gives the list, and hold what matches the query and comes
-    after its position; they may go on beyond its limit. They end with the transaction.
+    What a read hands out is a copy; what is missing is None, 0 or nothing. The iterators of lists are lazy, in the
+    order the contract gives the list, and hold what matches the query and comes after its position; they may go on
+    beyond its limit. They end with the transaction.
     """
+
+    @property
+    def content(self) -> Content: ...
+
+    @property
+    def directory(self) -> Directory: ...
 
     def save(self, changes: Changes) -> None: ...
 
@@ -223,8 +303,6 @@ class Tables(Protocol):
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None: ...
 
-    def add_command(self, key: SessionKey, command_id: str, applied: Applied) -> None: ...
-
     def named_session(self, tenant: str, session: str) -> str:
         """The uid of the session that has this name, or empty."""
         ...
@@ -242,10 +320,6 @@ class Tables(Protocol):
 
     def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
         """A session with those of the named runs that exist, as `run` has them."""
-        ...
-
-    def add_session(self, key: SessionKey, row: SessionRow) -> None:
-        """Gives it its name, too."""
         ...
 
     def put_session(self, key: SessionKey, row: SessionRow) -> None:
@@ -277,7 +351,7 @@ class Tables(Protocol):
         ...
 
     def bind_copy(self, key: SessionKey, row: SessionRow) -> None:
-        """As add_session, of a copy that was begun: the rows that were written are now the session's."""
+        """Adds the session of a copy that was begun, with its name: the rows that were written are now its."""
         ...
 
     def rows_to_copy(self, source: SessionKey, at: int, after: Piece, batch: Batch) -> list[Piece]:
@@ -356,10 +430,6 @@ class Tables(Protocol):
         """`moved` says that its state is another than before."""
         ...
 
-    def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
-        """Makes a run one of those that have not ended, at work with that agent. A copy has none."""
-        ...
-
     def drop_record(self, key: SessionKey, run: str) -> None:
         """Makes it one of the others: it has ended, or its session is about to be deleted."""
         ...
@@ -428,53 +498,6 @@ class Tables(Protocol):
 
     def revisions(self, tenant: str, agent_id: str, query: Query) -> Iterator[Found[v1.Agent]]: ...
 
-    def new_content(self) -> int:
-        """A number under which content can be kept."""
-        ...
-
-    def add_chunk(self, content: int, start: int, data: bytes) -> None: ...
-
-    def chunk(self, content: int, offset: int) -> bytes:
-        """What follows from `offset` on in the piece that holds it; empty beyond the last."""
-        ...
-
-    def discard(self, content: int) -> None:
-        """Gives content up; `delete_chunks` removes it."""
-        ...
-
-    def delete_chunks(self, limit: int) -> int:
-        """Removes at most `limit` pieces of what was given up, and returns how many; content without any counts as a
-        piece."""
-        ...
-
-    def blob(self, tenant: str, sha256: str) -> BlobRow | None: ...
-
-    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
-        """Digests and sizes."""
-        ...
-
-    def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
-        """Records that `subject` uploaded it, just now."""
-        ...
-
-    def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
-        """Whether that subject uploaded it."""
-        ...
-
-    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
-        """Whether that subject uploaded it, or a session or the state of that user refers to it."""
-        ...
-
-    def delete_blob(self, tenant: str, sha256: str) -> None: ...
-
-    def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
-        """Whether there is such a blob, last uploaded before that time, and nothing refers to it."""
-        ...
-
-    def loose_blobs(self, before: int, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
-        """Those blobs by tenant and digest, ascending, after that one."""
-        ...
-
     def refers(self, scope: Scope, key: str, sha256: str) -> bool: ...
 
     def content_bytes(self, key: SessionKey, until: int) -> int:
@@ -491,58 +514,6 @@ class Tables(Protocol):
 
     def drop_references(self, scope: Scope, key: str) -> None: ...
 
-    def upload(self, tenant: str, upload_id: str) -> UploadRow | None: ...
-
-    def put_upload(self, tenant: str, upload_id: str, row: UploadRow) -> None: ...
-
-    def delete_upload(self, tenant: str, upload_id: str) -> None: ...
-
-    def expired_uploads(self, now: int) -> Iterator[tuple[str, str, UploadRow]]:
-        """With tenant and id, in no order."""
-        ...
-
-    def key(self, key_id: str) -> KeyRow | None: ...
-
-    def put_key(self, row: KeyRow) -> None:
-        """Adds a key, or replaces it."""
-        ...
-
-    def delete_key(self, key_id: str) -> None: ...
-
-    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]: ...
-
-    def principal(self, tenant: str, name: str) -> v1.Principal | None: ...
-
-    def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
-        """The one of that subject, role and user."""
-        ...
-
-    def add_principal(self, tenant: str, principal: v1.Principal) -> None: ...
-
-    def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
-        """Removes at most `limit` that are bound to "users/{user}"; returns whether there were any."""
-        ...
-
-    def add_audit(self, tenant: str, entry: v1.AuditEntry) -> None: ...
-
-    def audit(self, tenant: str, query: Query) -> Iterator[Found[v1.AuditEntry]]: ...
-
-    def forget_audit(self, before: int, limit: int) -> int:
-        """Drops at most `limit` entries made before that time, and returns how many it dropped."""
-        ...
-
-    def tenant(self, tenant: str) -> v1.Tenant | None: ...
-
-    def put_tenant(self, tenant: str, row: v1.Tenant) -> None: ...
-
-    def delete_tenant(self, tenant: str) -> None: ...
-
-    def tenants(self, query: Query) -> Iterator[Found[v1.Tenant]]: ...
-
-    def has_data(self, tenant: str) -> bool:
-        """Whether the tenant has a session, a state, an agent, a blob or an upload."""
-        ...
-
     def has_deleted_sessions(self, tenant: str) -> bool:
         """Whether rows of deleted sessions, or of copies, may be left."""
         ...
@@ -550,10 +521,4 @@ class Tables(Protocol):
     def erase_rows(self, tenant: str, limit: int) -> bool:
         """Removes at most `limit` rows of each table that holds rows of the tenant outside of its sessions, itself left
         out; returns whether there were any."""
-        ...
-
-    def count_keys(self, tenant: str) -> int: ...
-
-    def is_keyed(self) -> bool:
-        """Whether there was ever a key."""
         ...

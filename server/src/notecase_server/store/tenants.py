@@ -17,7 +17,7 @@ SUSPENDED, DELETING = v1.Tenant.STATE_SUSPENDED, v1.Tenant.STATE_DELETING
 def create_tenant(tables: Tables, now: int, tenant: str, display_name: str, once: Once | None) -> v1.Tenant:
     """Store.create_tenant."""
     recall(tables, once)
-    if tables.tenant(tenant) is not None:
+    if tables.directory.tenant(tenant) is not None:
         raise errors.already_exists("tenant", names.tenant(tenant))
     made = _known(tables, now, tenant, display_name)
     remember(tables, once, made, now)
@@ -26,13 +26,13 @@ def create_tenant(tables: Tables, now: int, tenant: str, display_name: str, once
 
 def known_tenant(tables: Tables, now: int, tenant: str) -> v1.Tenant:
     """Returns a tenant, which is made known if it was not."""
-    return tables.tenant(tenant) or _known(tables, now, tenant, "")
+    return tables.directory.tenant(tenant) or _known(tables, now, tenant, "")
 
 
 def _known(tables: Tables, now: int, tenant: str, display_name: str) -> v1.Tenant:
     made = v1.Tenant(name=names.tenant(tenant), display_name=display_name, state=v1.Tenant.STATE_ACTIVE)
     made.create_time.FromMicroseconds(now)
-    tables.put_tenant(tenant, made)
+    tables.directory.put_tenant(tenant, made)
     return made
 
 
@@ -41,14 +41,14 @@ def set_tenant_state(
 ) -> v1.Tenant:
     """Store.set_tenant_state."""
     recall(tables, once)
-    row = tables.tenant(tenant)
-    if row is None and state == SUSPENDED and tables.has_data(tenant):
+    row = tables.directory.tenant(tenant)
+    if row is None and state == SUSPENDED and tables.directory.has_data(tenant):
         row = _known(tables, now, tenant, "")
     if row is None:
         raise errors.not_found("tenant", names.tenant(tenant))
     if row.state not in {state, DELETING}:
         row.state = state
-        tables.put_tenant(tenant, row)
+        tables.directory.put_tenant(tenant, row)
     remember(tables, once, row, now)
     return row
 
@@ -59,5 +59,5 @@ def erase_tenant(tables: Tables, now: int, tenant: str) -> bool:
         return False
     if tables.erase_rows(tenant, ERASED_ROWS):
         return False
-    tables.delete_tenant(tenant)
+    tables.directory.delete_tenant(tenant)
     return True
