@@ -18,7 +18,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.models.pieces import BASE64_BYTES
-from notecase_server.models.request import MAX_CONTENT_BYTES
+from notecase_server.models.request_content import MAX_CONTENT_BYTES
 
 from tests.support.openai_server import (
     DONE,
