@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tests.e2e.driving import reason_of, said
 from tests.support import postgres
 from tests.support.freezing import Freezing
 from tests.support.openai_server import OpenAIServer, reply
+from tests.support.polling import until
 from tests.support.server import Spawned
 
 LEASE = 3.0
@@ -36,17 +37,9 @@ def free_port() -> int:
         return port
 
 
-async def _until(true: Callable[[], bool]) -> None:
-    """Waits for another process."""
-    while True:
-        if true():
-            return
-        await asyncio.sleep(0.02)
-
-
 async def logged(log: Path, what: str) -> str:
     """Waits for a line of a server's log that has these words, and returns it."""
-    await _until(lambda: log.exists() and what in log.read_text())
+    await until(lambda: log.exists() and what in log.read_text())
     return next(line for line in log.read_text().splitlines() if what in line)
 
 

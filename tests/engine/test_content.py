@@ -104,7 +104,7 @@ async def test_content_ends_where_it_was_said_to_end(contents: Contents, said: v
     first = v1.UploadBlobRequest(blob=said, chunk=b"abc")
     rest = v1.UploadBlobRequest(chunk=b"def", last=not said.size_bytes)
     more = v1.UploadBlobRequest(chunk=b"ghi")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         blob = await contents.upload("acme", first, endless(first, rest, more))
     assert await contents.load("acme", blob) == b"abcdef"
 
