@@ -1,9 +1,10 @@
 """One server at a time owns a PostgreSQL store: others wait, one that is silent is replaced, and can do no harm."""
 
 import asyncio
+import random
 import socket
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ async def store() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
+    """Finds a port at which nothing listens, below those that Linux gives away meanwhile (from 32768 on)."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as taken, suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 async def logged(log: Path, what: str) -> str:
