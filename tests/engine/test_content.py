@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -209,14 +209,14 @@ async def test_a_drain_ends_uploads_and_keeps_what_has_come(contents: Contents, 
 async def test_a_large_value_of_state_becomes_json_in_a_thread(
     contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, plain = list[str](), values._shown
+    names, plain = list[str](), values.plain
 
-    def seen(value: v1.Value) -> object:
+    def seen(value: v1.Value, content: Callable[[v1.Value], str]) -> object:
         if value.HasField("list_value"):
             names.append(threading.current_thread().name)
-        return plain(value)
+        return plain(value, content)
 
-    monkeypatch.setattr(values, "_shown", seen)
+    monkeypatch.setattr(values, "plain", seen)
     state = {key: v1.Value(list_value=v1.ValueList(values=[v1.Value(int_value=1)] * n)) for key, n in SIZES.items()}
     parts = [v1.Part(state_key=key) for key in SIZES]
     kept = await contents.parts(KEY, parts, state)

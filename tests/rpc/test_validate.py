@@ -21,6 +21,7 @@ from tests.support.server import running
 
 EMPTY = v1.Value()
 NOTHING = v1.Value(null_value=NULL_VALUE)
+NO_TOOLS: Any = None
 
 
 def values(one: v1.Value, number: int) -> v1.Value:
@@ -92,7 +93,7 @@ TOO_MANY = {
     "tools": (lambda check: validate.tools(check, "tools", [v1.Tool()] * 129), "tools"),
     "bytes of an agent": (
         lambda check: validate.agent(
-            check, v1.Agent(llm=v1.LlmAgent(instruction="{%" * 600_000, tools=[v1.Tool()])), [], None
+            check, v1.Agent(llm=v1.LlmAgent(instruction="{%" * 600_000, tools=[v1.Tool()])), [], NO_TOOLS
         ),
         "agent",
     ),

@@ -289,7 +289,7 @@ class _Conversation:
         profile = self._profile
         nothing = _NOTHING[profile.empty_content]
         reasoning = self._reasoning(message) if with_reasoning else {}
-        made = reasoning | {"role": "assistant"} | ({"content": text or None} if text or refusal else nothing)
+        made: Json = reasoning | {"role": "assistant"} | ({"content": text or None} if text or refusal else nothing)
         if refusal:
             made["refusal"] = refusal
         for group in [calls] if profile.calls == "many" or not calls else [[call] for call in calls]:

@@ -325,7 +325,7 @@ class Check:
                         if item.WhichOneof("kind") in PLAIN:
                             self.visited += 1
                         else:
-                            at = key if kind == "list_value" else repr(key[:80])
+                            at = repr(key[:80]) if isinstance(key, str) else key
                             self._explain(f"{field}[{at}]", item, depth + 1)
 
     def blob(self, field: str, blob: v1.Blob) -> None:
