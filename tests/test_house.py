@@ -571,6 +571,7 @@ def files() -> Iterator[Path]:
     """The checkout's own text files: not what is generated on this machine, nor what git keeps."""
     for folder, below, names in os.walk(ROOT):
         below[:] = [name for name in below if name not in MADE_HERE and (name == ".ci" or not name.startswith("."))]
+        names[:] = [name for name in names if name != ".git"]  # a file where the checkout is a linked worktree
         yield from (Path(folder, name) for name in names if Path(name).suffix in TEXT)
 
 

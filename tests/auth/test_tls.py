@@ -21,6 +21,7 @@ from notecase_server.serve import now
 from structlog.testing import capture_logs
 
 from tests.support.authority import Authority, Pair
+from tests.support.polling import until
 from tests.support.server import running
 
 INFO = v1.GetServerInfoRequest()
@@ -83,10 +84,13 @@ async def test_a_certificate_that_changes_is_served_without_a_restart(
         await served.info.GetServerInfo(INFO)
         renewed = authority.issue()
         renewed.write(tmp_path)
-        while await served_certificate(served.server.port) != certificate(renewed):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+
+        async def changed() -> bool:
+            return await served_certificate(served.server.port) == certificate(renewed)
+
+        await until(changed)
         await served.info.GetServerInfo(INFO)
-        await info(served.address, grpc.ssl_channel_credentials(authority.cert))
+        assert "memory" == (await info(served.address, grpc.ssl_channel_credentials(authority.cert))).store
 
 
 async def test_a_broken_certificate_leaves_the_old_one_and_is_told_once(

@@ -13,6 +13,7 @@ from notecase_server.store.sqlite import SqliteStore
 
 from tests.cli.command import COMMAND, notecase, spawn
 from tests.store.build import ManualClock
+from tests.support.polling import until
 from tests.support.server import Spawned
 
 WRITERS = 3
@@ -57,8 +58,7 @@ async def test_a_store_is_copied_while_its_server_writes(spawned: Spawned, tmp_p
     store = f"sqlite:{tmp_path / 'store.db'}"
     async with grpc.aio.insecure_channel(spawned.address) as channel:
         writers = [asyncio.create_task(appended(channel, f"s{number}", heads)) for number in range(WRITERS)]
-        while len(heads) < WRITERS or min(heads.values()) < 20:
-            await asyncio.wait(writers, timeout=0.01)
+        await until(lambda: len(heads) == WRITERS and min(heads.values()) >= 20)
         for number in range(3):
             before = dict(heads)
             process = await spawn(*COMMAND, "backup", "--store", store, str(tmp_path / f"copy{number}.db"))

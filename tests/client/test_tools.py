@@ -364,7 +364,7 @@ async def test_calls_of_one_stream_in_threads_are_bounded(
     began: list[str] = []
     results: dict[str, str] = {}
     try:
-        async with asyncio.timeout(20), client.run("Go", session=session, tools=[hang, count]) as run:
+        async with asyncio.timeout(60), client.run("Go", session=session, tools=[hang, count]) as run:
             async for event in run:
                 if event.HasField("tool_started"):
                     began.append(event.tool_started.call_id)

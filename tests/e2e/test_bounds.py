@@ -17,8 +17,8 @@ from notecase_server.rpc.caller import Caller, caller
 from notecase_server.rpc.run import MAX_RESULTS, Results
 
 from tests.e2e.driving import detail_of, fields_of, reason_of, said
-from tests.rpc.test_gate import until
 from tests.support.http2 import Deaf
+from tests.support.polling import until
 from tests.support.server import Running, Spawned, running
 
 Call = Callable[[Running, int], Awaitable[object]]
@@ -524,14 +524,7 @@ async def test_memory_that_callers_leave_behind_is_given_back(tmp_path: Path) ->
                 for _ in range(12):
                     deaf = await stack.enter_async_context(Deaf(server.address))
                     await deaf.call(LIST_MESSAGES, page.SerializeToString(), times=30)
-                await eventually(lambda: process.memory_info().rss > before + (200 << 20))
-            await eventually(lambda: process.memory_info().rss < before + (20 << 20))
+                await until(lambda: process.memory_info().rss > before + (200 << 20))
+            await until(lambda: process.memory_info().rss < before + (20 << 20))
     finally:
         assert await server.stop() == 0
-
-
-async def eventually(reached: Callable[[], bool]) -> None:
-    """Waits for what another process does. Raises TimeoutError after a minute."""
-    async with asyncio.timeout(60):
-        while not reached():  # noqa: ASYNC110
-            await asyncio.sleep(0.1)

@@ -203,7 +203,7 @@ async def test_who_asked_for_a_halt_is_answered_although_the_worker_dies_of_it(
             raise RuntimeError("a defect")
 
     store.before = break_down
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         async with running(store, providers_of(model)) as served:
             await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent())))
             created = v1.CreateSessionRequest(session_id="case", session=v1.Session(agent="agents/clerk"))
@@ -211,7 +211,7 @@ async def test_who_asked_for_a_halt_is_answered_although_the_worker_dies_of_it(
             run = await started(served, "sessions/case")
             await until(served, run, lambda event: event.HasField("block_delta"))
             with pytest.raises(grpc.aio.AioRpcError) as told:
-                await served.runs.CancelRun(v1.CancelRunRequest(name=run.name), timeout=10)
+                await served.runs.CancelRun(v1.CancelRunRequest(name=run.name), timeout=60)
             assert reason_of(told.value) == reason
             found = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name))
             assert found.state == (v1.Run.STATE_FAILED if end else v1.Run.STATE_SUCCEEDED)

@@ -40,7 +40,7 @@ Fields = Mapping[str, Any]
 STATE = f"{SESSION}/state"
 APP = "app/state"
 TENANTS = ("default", "other")
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which what is waited for will not come."""
 
 

@@ -1,9 +1,10 @@
 """One server at a time owns a PostgreSQL store: others wait, one that is silent is replaced, and can do no harm."""
 
 import asyncio
+import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.e2e.driving import reason_of, said
 from tests.support import postgres
 from tests.support.freezing import Freezing
 from tests.support.openai_server import OpenAIServer, reply
+from tests.support.polling import until
 from tests.support.server import Spawned
 
 LEASE = 3.0
@@ -30,23 +32,17 @@ async def store() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
-
-
-async def _until(true: Callable[[], bool]) -> None:
-    """Waits for another process."""
+    """Finds a port at which nothing listens, below those that Linux gives away meanwhile (from 32768 on)."""
     while True:
-        if true():
-            return
-        await asyncio.sleep(0.02)
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as taken, suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            return port
 
 
 async def logged(log: Path, what: str) -> str:
     """Waits for a line of a server's log that has these words, and returns it."""
-    await _until(lambda: log.exists() and what in log.read_text())
+    await until(lambda: log.exists() and what in log.read_text())
     return next(line for line in log.read_text().splitlines() if what in line)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -104,7 +104,7 @@ async def test_content_ends_where_it_was_said_to_end(contents: Contents, said: v
     first = v1.UploadBlobRequest(blob=said, chunk=b"abc")
     rest = v1.UploadBlobRequest(chunk=b"def", last=not said.size_bytes)
     more = v1.UploadBlobRequest(chunk=b"ghi")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         blob = await contents.upload("acme", first, endless(first, rest, more))
     assert await contents.load("acme", blob) == b"abcdef"
 
@@ -209,14 +209,14 @@ async def test_a_drain_ends_uploads_and_keeps_what_has_come(contents: Contents, 
 async def test_a_large_value_of_state_becomes_json_in_a_thread(
     contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names, plain = list[str](), values._shown
+    names, plain = list[str](), values.plain
 
-    def seen(value: v1.Value) -> object:
+    def seen(value: v1.Value, content: Callable[[v1.Value], str]) -> object:
         if value.HasField("list_value"):
             names.append(threading.current_thread().name)
-        return plain(value)
+        return plain(value, content)
 
-    monkeypatch.setattr(values, "_shown", seen)
+    monkeypatch.setattr(values, "plain", seen)
     state = {key: v1.Value(list_value=v1.ValueList(values=[v1.Value(int_value=1)] * n)) for key, n in SIZES.items()}
     parts = [v1.Part(state_key=key) for key in SIZES]
     kept = await contents.parts(KEY, parts, state)

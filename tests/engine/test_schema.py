@@ -107,9 +107,7 @@ async def test_a_schema_that_never_ends_is_given_up_and_the_next_reply_is_judged
     schemas: Schemas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(schema, "SECONDS", 0.3)
-    began = time.monotonic()
     assert "within 0.3 seconds" in await schemas.problem(doubling(64), "{}")
-    assert time.monotonic() - began < schema.START_SECONDS
     assert await schemas.problem(text(PERSON), '{"name": "Ada"}') == ""
 
 
@@ -278,14 +276,21 @@ def test_what_is_behind_a_fence_is_left_out_unless_another_one_is_in_it(reply: s
     assert left == "".join(given) + unfenced.end()
 
 
-@pytest.mark.parametrize("begun", ['{"a": 1}', "```json\n{}\n```\n"])
+@pytest.mark.parametrize("begun", ['{"a": 1}', "```json\n{}", "```json\n{}\n```\n"])
 def test_what_is_held_back_is_counted_and_each_piece_is_copied_once(begun: str) -> None:
-    """Half a minute of the processor's time, were it copied with each piece."""
-    unfenced = Unfenced()
+    """It takes about as long as what is given out at once, and a hundred times as long were it copied with each
+    piece."""
+
+    def seconds(unfenced: Unfenced, piece: str) -> float:
+        began = time.process_time()
+        for _ in range(20_000):
+            unfenced.feed(piece)
+        return time.process_time() - began
+
+    plain, unfenced = Unfenced(), Unfenced()
+    plain.feed('{"a": 1}')
     unfenced.feed(begun)
-    before, began = unfenced.held, time.process_time()
-    for _ in range(100_000):
-        assert not unfenced.feed("\n")
-    assert 100_000 == unfenced.held - before
-    assert time.process_time() - began < 5
+    before = unfenced.held
+    assert seconds(unfenced, "\n") < 30 * seconds(plain, "x")
+    assert 20_000 == unfenced.held - before
     assert not unfenced.end()

@@ -77,11 +77,8 @@ class Left(NamedTuple):
     async def settled(cls, before: "Left") -> dict[str, int]:
         """What there is more of than before by more than MOST_LEFT, once calls that were cut have come to their ends,
         for which grpc takes its time."""
-        grown = dict[str, int]()
-        for _ in range(100):
-            grown = cls.now().grown(before, MOST_LEFT)
-            if not grown:
-                break
+        end = time.monotonic() + PATIENCE
+        while (grown := cls.now().grown(before, MOST_LEFT)) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         return grown
 

@@ -116,7 +116,7 @@ class TestTooMuch:
         caught = await failure(provider)
         assert (MODEL_ERROR, "bad_thing") == (caught.reason, caught.metadata["code"])
         assert ": The pump is broken. xxx" in caught.message
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await server.received[0].left.wait()
 
     @pytest.mark.parametrize("status", [400, 500])

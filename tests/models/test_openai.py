@@ -18,7 +18,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.models.pieces import BASE64_BYTES
-from notecase_server.models.request import MAX_CONTENT_BYTES
+from notecase_server.models.request_content import MAX_CONTENT_BYTES
 
 from tests.support.openai_server import (
     DONE,
@@ -86,7 +86,7 @@ async def failure(provider: Provider, request: ModelRequest | None = None) -> No
 
 async def client_left(server: OpenAIServer) -> None:
     """Waits until the first request's client is gone. The time-out is for a test that would wait in vain."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await server.received[0].left.wait()
 
 
@@ -538,7 +538,7 @@ class TestLeaving:
         await provider.close()
         await provider.close()
         with pytest.raises(NotecaseError) as caught:
-            await asyncio.wait_for(waiting, 30)
+            await asyncio.wait_for(waiting, 60)
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.value.reason
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await failure(provider)).reason
 

@@ -1,6 +1,5 @@
 """The gate: how many calls are open, and how much waits for a reader, of all callers and of each connection."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from structlog.testing import capture_logs
 
 from tests.e2e.driving import detail_of, reason_of, said
 from tests.support.http2 import Deaf
+from tests.support.polling import until
 from tests.support.server import Running, running
 
 GET_STATE = "/notecase.v1.StateService/GetState"
@@ -46,12 +46,6 @@ async def refusal(call: Awaitable[object]) -> grpc.aio.AioRpcError:
     with pytest.raises(grpc.aio.AioRpcError) as found:
         await call
     return found.value
-
-
-async def until(come: Callable[[], bool]) -> None:
-    """Looks again and again: grpc tells nobody when it is done with a call."""
-    while not come():  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
 
 
 def reasons(lines: Lines) -> list[str]:

@@ -12,13 +12,16 @@ from google.protobuf.struct_pb2 import NULL_VALUE
 from notecase import v1
 from notecase.v1 import agent_pb2, blob_pb2, message_pb2, run_pb2, server_pb2, session_pb2, state_pb2
 from notecase_server.errors import NotecaseError
-from notecase_server.rpc.validate import LIST_PRICE, MAX_PARTS, MAX_VALUES, MAX_VIOLATIONS, Check
+from notecase_server.rpc import validate
+from notecase_server.rpc.check import LIST_PRICE, MAX_VALUES, MAX_VIOLATIONS, Check
+from notecase_server.rpc.validate import MAX_PARTS
 
 from tests.e2e.driving import fields_of, reason_of
 from tests.support.server import running
 
 EMPTY = v1.Value()
 NOTHING = v1.Value(null_value=NULL_VALUE)
+NO_TOOLS: Any = None
 
 
 def values(one: v1.Value, number: int) -> v1.Value:
@@ -41,17 +44,19 @@ FLOODS = {
         "value", v1.Value(map_value=v1.ValueMap(values={f"{n}": EMPTY for n in range(9000)}))
     ),
     "lists of nothing in a list": lambda check: check.value("value", values(values(EMPTY, 50), 200)),
-    "operations without keys": lambda check: check.ops("ops", [v1.StateOp()] * 1000, session=True),
-    "state under bad keys": lambda check: check.first_state("state", {"x" * 300 + str(n): EMPTY for n in range(1000)}),
-    "empty parts": lambda check: check.messages(
-        "m", [v1.Message(parts=[v1.Part()] * 1000)] * 2, [v1.Message.ROLE_USER]
+    "operations without keys": lambda check: validate.ops(check, "ops", [v1.StateOp()] * 1000, session=True),
+    "state under bad keys": lambda check: validate.first_state(
+        check, "state", {"x" * 300 + str(n): EMPTY for n in range(1000)}
     ),
-    "messages without parts or role": lambda check: check.messages(
-        "m", [v1.Message(role=v1.Message.ROLE_ASSISTANT)] * 100, [v1.Message.ROLE_USER]
+    "empty parts": lambda check: validate.messages(
+        check, "m", [v1.Message(parts=[v1.Part()] * 1000)] * 2, [v1.Message.ROLE_USER]
     ),
-    "tools without anything": lambda check: check.tools("tools", [v1.Tool()] * 128),
-    "the result of a tool": lambda check: check.command(
-        v1.RunRequest(tool_result=v1.ToolResult(call_id="c", result=[v1.Part()] * 1000))
+    "messages without parts or role": lambda check: validate.messages(
+        check, "m", [v1.Message(role=v1.Message.ROLE_ASSISTANT)] * 100, [v1.Message.ROLE_USER]
+    ),
+    "tools without anything": lambda check: validate.tools(check, "tools", [v1.Tool()] * 128),
+    "the result of a tool": lambda check: validate.command(
+        check, v1.RunRequest(tool_result=v1.ToolResult(call_id="c", result=[v1.Part()] * 1000))
     ),
 }
 
@@ -64,28 +69,31 @@ def test_the_look_ends_at_the_budget(flood: Any) -> None:
 
 
 TOO_MANY = {
-    "operations": (lambda check: check.ops("ops", [v1.StateOp()] * 1001, session=True), "ops"),
+    "operations": (lambda check: validate.ops(check, "ops", [v1.StateOp()] * 1001, session=True), "ops"),
     "bytes of operations": (
-        lambda check: check.ops("ops", [v1.StateOp(key="", set=values(EMPTY, 300_000))] * 2, session=True),
+        lambda check: validate.ops(check, "ops", [v1.StateOp(key="", set=values(EMPTY, 300_000))] * 2, session=True),
         "ops",
     ),
-    "keys of first state": (lambda check: check.first_state("state", {str(n): EMPTY for n in range(1001)}), "state"),
-    "bytes of first state": (lambda check: check.first_state("state", {"": values(EMPTY, 600_000)}), "state"),
-    "messages": (lambda check: check.messages("m", [v1.Message()] * 101, []), "m"),
+    "keys of first state": (
+        lambda check: validate.first_state(check, "state", {str(n): EMPTY for n in range(1001)}),
+        "state",
+    ),
+    "bytes of first state": (lambda check: validate.first_state(check, "state", {"": values(EMPTY, 600_000)}), "state"),
+    "messages": (lambda check: validate.messages(check, "m", [v1.Message()] * 101, []), "m"),
     "parts of a message": (
-        lambda check: check.messages("m", [v1.Message(parts=[v1.Part()] * (MAX_PARTS + 1))], []),
+        lambda check: validate.messages(check, "m", [v1.Message(parts=[v1.Part()] * (MAX_PARTS + 1))], []),
         "m[0].parts",
     ),
     "parts of a result": (
-        lambda check: check.command(
-            v1.RunRequest(tool_result=v1.ToolResult(call_id="c", result=[v1.Part()] * (MAX_PARTS + 1)))
+        lambda check: validate.command(
+            check, v1.RunRequest(tool_result=v1.ToolResult(call_id="c", result=[v1.Part()] * (MAX_PARTS + 1)))
         ),
         "tool_result.result",
     ),
-    "tools": (lambda check: check.tools("tools", [v1.Tool()] * 129), "tools"),
+    "tools": (lambda check: validate.tools(check, "tools", [v1.Tool()] * 129), "tools"),
     "bytes of an agent": (
-        lambda check: check.agent_body(
-            v1.Agent(llm=v1.LlmAgent(instruction="{%" * 600_000, tools=[v1.Tool()])), [], None
+        lambda check: validate.agent(
+            check, v1.Agent(llm=v1.LlmAgent(instruction="{%" * 600_000, tools=[v1.Tool()])), [], NO_TOOLS
         ),
         "agent",
     ),

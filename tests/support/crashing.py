@@ -70,11 +70,12 @@ async def linger(context: CallContext) -> str:
 
 @tool
 async def cling(context: CallContext) -> str:
-    """Comes to the gate, and does not stop when it is asked to."""
-    await _announce(context)
+    """Comes to the gate, and does not stop when it is asked to, not even on its way there."""
+    arrival = asyncio.ensure_future(_announce(context))
     while True:
         with suppress(asyncio.CancelledError):
-            await asyncio.sleep(3600)
+            await asyncio.shield(arrival)
+            await asyncio.Event().wait()
 
 
 @tool

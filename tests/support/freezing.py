@@ -5,7 +5,6 @@ With `--at transaction` as first arguments that is inside of the transaction of 
 its COMMIT; with `--at commit` between the reading and the writing of the next commit.
 """
 
-import asyncio
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from notecase_server import cli
 from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.postgres_commit import CommitTables
 
+from tests.support.polling import until
 from tests.support.server import Spawned
 
 FREEZE = "FREEZING_FILE"
@@ -79,10 +79,7 @@ class Freezing(Spawned):
 
     async def frozen(self) -> None:
         """Returns once it has stopped itself."""
-        while True:
-            if _state(self.process.pid) == "T":
-                return
-            await asyncio.sleep(0.01)
+        await until(lambda: _state(self.process.pid) == "T")
 
     async def end(self) -> int:
         """Returns the exit code once it has ended by itself."""

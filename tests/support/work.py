@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from notecase_server.rpc.caller import caller
-from notecase_server.rpc.validate import Check
+from notecase_server.rpc.check import Check
 from notecase_server.store.sqlite_tables import SqliteTables
 
 from tests.support.server import Running

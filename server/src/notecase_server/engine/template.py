@@ -47,6 +47,7 @@ from liquid.utils import ReadOnlyChainMap
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine.values import plain
 from notecase_server.errors import NotecaseError
 
 MAX_SOURCE: Final = 64 << 10
@@ -483,22 +484,7 @@ class _State(dict[str, object]):
     def _plain(self, value: v1.Value) -> object:
         if value.WhichOneof("kind") in {"list_value", "map_value"}:
             self._charge(value.ByteSize())
-        return _plain(value)
-
-
-def _plain(value: v1.Value) -> object:
-    match value.WhichOneof("kind"):
-        case "list_value":
-            return [_plain(item) for item in value.list_value.values]
-        case "map_value":
-            return {key: _plain(item) for key, item in value.map_value.values.items()}
-        case "bytes_value" | "blob_value":
-            return ""
-        case None | "null_value":
-            return None
-        case kind:
-            plain: object = getattr(value, kind)
-            return plain
+        return plain(value, lambda _: "")
 
 
 class _Context(RenderContext):

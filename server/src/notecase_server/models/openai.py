@@ -33,7 +33,8 @@ from notecase_server.models.contract import Delta, Media, ModelRequest, Returned
 from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
 from notecase_server.models.profiles import ROWS, Profile, Profiles, Row
-from notecase_server.models.request import body, is_large, loaded, returns_data
+from notecase_server.models.request import body, is_large, returns_data
+from notecase_server.models.request_content import loaded
 from notecase_server.models.wire import BROKEN, Answer, Wire
 
 log = structlog.get_logger(__name__)

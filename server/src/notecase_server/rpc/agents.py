@@ -12,9 +12,10 @@ from notecase_server import errors
 from notecase_server.engine import template
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc import filter as filters
+from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import MAX_SCHEMA_BYTES, Check
 from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, masked, merge, once
-from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
 from notecase_server.store.contract import AgentStore, Answer
 
 AGENT_FILTER: Mapping[str, filters.FieldKind] = {
@@ -37,7 +38,7 @@ class Agents(v1.AgentServiceServicer):
     async def CreateAgent(self, request: v1.CreateAgentRequest, context: Any) -> v1.Agent:
         check = checked(request)
         check.chosen_id("agent_id", request.agent_id)
-        check.agent_body(request.agent, self.desk.providers, self.desk.toolbox)
+        validate.agent(check, request.agent, self.desk.providers, self.desk.toolbox)
         await self._judge(check, request.agent)
         check.done()
         agent_id = request.agent_id or self.desk.new_id()
@@ -89,7 +90,7 @@ class Agents(v1.AgentServiceServicer):
             edited = v1.Agent() if newest is None else copied(newest)
             merge(mask, request.agent, edited)
             body = Check(most=sys.maxsize)  # what is outside of the mask is left out below, and counts for nothing
-            body.agent_body(edited, self.desk.providers, self.desk.toolbox)
+            validate.agent(body, edited, self.desk.providers, self.desk.toolbox)
             whole = agent_id and not stale and (newest is not None or request.allow_missing)
             check.within(body, ["agent"] if whole else [f"agent.{path}" for path in mask.paths])
             check.done()

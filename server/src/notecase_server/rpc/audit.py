@@ -8,8 +8,8 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import Desk, listed, named_tenant, require_known
-from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import And, AuditStore, Compare, PrincipalStore, TenantStore
 
 FILTER: Mapping[str, filters.FieldKind] = {

@@ -7,9 +7,10 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import Desk
-from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import BlobStore
 
 
@@ -21,7 +22,7 @@ class Blobs(v1.BlobServiceServicer):
     async def UploadBlob(self, request: AsyncIterator[v1.UploadBlobRequest], context: Any) -> v1.Blob:
         first = await anext(request, v1.UploadBlobRequest())
         check = Check()
-        check.upload(first)
+        validate.upload(check, first)
         check.done()
         who = caller.get()
         if first.upload_id:
@@ -83,10 +84,10 @@ async def _frames(
 ) -> AsyncIterator[v1.UploadBlobRequest]:
     """All frames of an upload. INVALID_FIELD for a chunk that is too large."""
     check = Check()
-    check.chunk(first)
+    validate.chunk(check, first)
     check.done()
     yield first
     async for frame in others:
-        check.chunk(frame)
+        validate.chunk(check, frame)
         check.done()
         yield frame

@@ -20,9 +20,9 @@ from notecase_server.engine.schema import Schemas
 from notecase_server.engine.sessions import Sessions
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import audit_row, caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.pages import ListRequest, Pages
 from notecase_server.rpc.run import Streams
-from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import Answer, AuditRow, Once, Query, RequestStore, SessionKey, TenantStore
 from notecase_server.tools.contract import Toolbox
 

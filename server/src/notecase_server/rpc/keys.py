@@ -8,8 +8,8 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.auth.keys import Keys
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named_tenant, once, require_known
-from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import Answer, KeyStore, TenantStore
 
 MAX_OVERLAP = 30 * 24 * 60 * 60
@@ -29,8 +29,7 @@ class KeysService(v1.KeyServiceServicer):
     async def CreateKey(self, request: v1.CreateKeyRequest, context: Any) -> v1.CreateKeyResponse:
         check = checked(request)
         tenant = named_tenant(check, request.tenant)
-        check.text("key.display_name", request.key.display_name)
-        check.choice("key", request.key, "role")
+        check.fields("key", request.key, "display_name", "role", "expire_time")
         role = request.key.role
         if tenant:
             fine = v1.Key.ROLE_VIEWER <= role <= v1.Key.ROLE_ADMIN
@@ -41,7 +40,6 @@ class KeysService(v1.KeyServiceServicer):
             check.user("key.user", request.key.user)
             bound = role in {v1.Key.ROLE_VIEWER, v1.Key.ROLE_USER}
             check(bound, "key.role", "must be ROLE_VIEWER or ROLE_USER when the key has a user")
-        check.time("key.expire_time", request.key.expire_time)
         check.done()
         answer = Answer("made_key")
         repeat = await once(request, answer)

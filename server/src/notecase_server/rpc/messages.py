@@ -7,9 +7,10 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine.content import MAX_APPENDED_BYTES
 from notecase_server.engine.opening import incoming
+from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, once
-from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
 from notecase_server.store.contract import Answer, Commit, History
 
@@ -47,7 +48,7 @@ class Messages(v1.MessageServiceServicer):
         parent = check.session("parent", request.parent)
         check(len(request.messages) > 0, "messages", "is empty")
         roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
-        check.messages("messages", request.messages, roles)
+        validate.messages(check, "messages", request.messages, roles)
         await check.settled(request)
         answer = Answer("messages")
         repeat = await once(request, answer)

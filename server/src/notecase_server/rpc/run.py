@@ -18,9 +18,10 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
+from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.refusals import Refusals
-from notecase_server.rpc.validate import Check
 from notecase_server.rpc.watch import Cursor, Pace
 from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, SessionKey
 from notecase_server.store.fold import ENDED
@@ -107,7 +108,7 @@ class Streams:
         check = Check()
         if first.command_id:
             check.token_id("command_id", first.command_id)
-        check.start("start", first.start)
+        validate.start(check, "start", first.start)
         await check.settled(first)
         user = caller.get().user
         started = await self._runs.admission.start(tenant, claimed(first.start, user), await _caused(first), user)
@@ -130,7 +131,7 @@ class Streams:
         field: str = "",
     ) -> "Place":
         check = Check()
-        session_id, run_id = check.watch(field, name, after or 0, options, if_session_uid)
+        session_id, run_id = validate.watch(check, field, name, after or 0, options, if_session_uid)
         check.done()
         key, session = await self._sessions.find(tenant, session_id, if_session_uid, caller.get().user)
         live = self._sessions.seen(key, session)
@@ -243,12 +244,12 @@ class Streams:
         """Tells the check what is wrong with a command in the session of that id."""
         check.token_id("command_id", frame.command_id)
         if frame.HasField("start"):
-            check.start("start", frame.start)
+            validate.start(check, "start", frame.start)
             if session:
                 same = frame.start.session == names.session(session)
                 check(same, "start.session", f"this is {names.session(session)}; name it")
         else:
-            check.command(frame)
+            validate.command(check, frame)
 
     async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
         """Carries out one command in a session, which `check` found right; `run_id` is the run that is meant, "" the

@@ -10,10 +10,11 @@ from notecase_server.auth import rights
 from notecase_server.errors import NotecaseError
 from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
+from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import Desk, caused_by, checked, listed
 from notecase_server.rpc.run import claimed
-from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
 from notecase_server.store.contract import ANSWER_BYTES, Answer, Page, Replayed, RunStore
 
@@ -42,7 +43,7 @@ class RunsService(v1.RunServiceServicer):
 
     async def Invoke(self, request: v1.InvokeRequest, context: Any) -> v1.InvokeResponse:
         check = checked(request)
-        check.start("start", request.start)
+        validate.start(check, "start", request.start)
         timeout = check.seconds("timeout", request)
         await check.settled(request)
         try:
@@ -62,7 +63,7 @@ class RunsService(v1.RunServiceServicer):
 
     async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
         check = checked(request)
-        check.start("start", request.start)
+        validate.start(check, "start", request.start)
         await check.settled(request)
         who, caused = caller.get(), await caused_by(request, Answer("started"))
         started = await self.runs.admission.start(who.tenant, claimed(request.start, who.user), caused, who.user)
@@ -104,7 +105,7 @@ class RunsService(v1.RunServiceServicer):
     async def CancelRun(self, request: v1.CancelRunRequest, context: Any) -> v1.Run:
         check = checked(request)
         session, run = check.run("name", request.name)
-        check.cancel("cancel", request.cancel)
+        validate.cancel(check, "cancel", request.cancel)
         check.done()
         answer = Answer("run", run)
         caused = await caused_by(request, answer)

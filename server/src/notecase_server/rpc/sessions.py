@@ -15,7 +15,9 @@ from notecase_server.auth import rights
 from notecase_server.engine import transfer
 from notecase_server.engine.arrivals import Arrival
 from notecase_server.rpc import filter as filters
+from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import (
     LARGE_BYTES,
     NOTHING,
@@ -28,7 +30,6 @@ from notecase_server.rpc.desk import (
     masked,
     once,
 )
-from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import (
     PAGE_BYTES,
     AgentStore,
@@ -75,8 +76,8 @@ class SessionsService(v1.SessionServiceServicer):
     async def CreateSession(self, request: v1.CreateSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
         check.chosen_id("session_id", request.session_id)
-        check.new_session("session", request.session)
-        check.first_state("state", request.state)
+        validate.new_session(check, "session", request.session)
+        validate.first_state(check, "state", request.state)
         await check.settled(request)
         request.session.user = request.session.user or caller.get().user
         repeat = await once(request, SESSION)
@@ -116,7 +117,7 @@ class SessionsService(v1.SessionServiceServicer):
         mask = masked(check, request.update_mask, request.session, SESSION_FIELDS, by_name=["remembered"])
         check(not any("." in path for path in mask.paths), "update_mask", "names a part of a field; name all of it")
         labels = any(path.partition(".")[0] == "labels" for path in mask.paths)
-        check.session_body("session", request.session, labels)
+        validate.session(check, "session", request.session, labels)
         if labels:
             check.needs(rights.LABELS, "session.labels")
         check.done()
@@ -144,7 +145,7 @@ class SessionsService(v1.SessionServiceServicer):
     async def CompactSession(self, request: v1.CompactSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
         session = check.session("name", request.name)
-        check.kept("keep_recent", request.keep_recent)
+        validate.kept(check, "keep_recent", request.keep_recent)
         if request.agent:
             check.agent("agent", request.agent)
         check.done()
@@ -158,7 +159,7 @@ class SessionsService(v1.SessionServiceServicer):
         at_sequence = request.at_sequence if request.HasField("at_sequence") else None
         check(request.at_sequence >= 0, "at_sequence", "is negative")
         check.chosen_id("session_id", request.session_id)
-        check.new_session("session", request.session)
+        validate.new_session(check, "session", request.session)
         check(not request.session.user, "session.user", "must not be set: a fork has the user of its source")
         check.done()
         caused = await caused_by(request, SESSION)
@@ -225,7 +226,7 @@ class SessionsService(v1.SessionServiceServicer):
             async with self.desk.patiently():
                 restore = await transfer.read(file, key)
             check = Check()
-            check.session_body("header", restore.session)
+            validate.session(check, "header", restore.session)
             if check.violations:
                 raise errors.import_invalid("has an invalid header")
             await transfer.keep_content(self.desk.contents, file, restore)

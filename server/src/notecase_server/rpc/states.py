@@ -7,10 +7,11 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.auth import rights
+from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import LARGE_BYTES, Desk, checked, listed, once
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
-from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
 from notecase_server.store.contract import PAGE_BYTES, Answer, Once, Scope, SessionKey, StateStore
 
@@ -62,7 +63,7 @@ class States(v1.StateServiceServicer):
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
         _require_right(check, scope)
-        check.ops("ops", request.ops, scope.kind == "session")
+        validate.ops(check, "ops", request.ops, scope.kind == "session")
         await check.settled(request)
         if_version = request.if_version if request.HasField("if_version") else None
         answer = Answer("state", request.name)

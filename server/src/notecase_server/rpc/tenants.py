@@ -12,8 +12,8 @@ from notecase_server.auth.tenants import Tenants
 from notecase_server.engine.takeout import Position, Takeout, TakeoutStore
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, once
-from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import Answer, AuditStore
 
 TENANT = Answer("tenant")

@@ -1,0 +1,156 @@
+"""Tools, their calls and JSON Schemas in the shapes that Chat Completions servers take."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+from notecase import v1
+
+from notecase_server.models.contract import Tool
+
+Json = dict[str, Any]
+
+_MAPS_OF_SCHEMAS = frozenset({"properties", "$defs", "definitions", "patternProperties", "dependentSchemas"})
+_LISTS_OF_SCHEMAS = frozenset({"anyOf", "allOf", "oneOf", "prefixItems"})
+_SCHEMAS = frozenset(
+    {
+        *("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"),
+        *("unevaluatedItems", "unevaluatedProperties"),
+    }
+)
+"""Keywords that hold schemas, in the three ways in which they do."""
+
+_NAME = re.compile(r"[^a-zA-Z0-9_-]")
+_NINE = re.compile(r"[a-zA-Z0-9]{9}")
+_LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+@lru_cache(1024)
+def declared(tool: Tool, schemas: str, without: tuple[str, ...]) -> Json:
+    """Returns a tool as a request declares it. `schemas` and `without` as in Profile."""
+    function: Json = {"name": tool_name(tool.name)}
+    if tool.description:
+        function["description"] = tool.description
+    function["parameters"] = shaped(tool.parameters or "{}", schemas, without, parameters=True)
+    if schemas == "strict":
+        function["strict"] = True
+    return {"type": "function", "function": function}
+
+
+@lru_cache(1024)
+def shaped(text: str, schemas: str, without: tuple[str, ...], parameters: bool = False) -> msgspec.Raw:
+    """Returns a schema in the shape that servers take: parameters are an object with `properties`, a list says of what.
+    One with a number that no double holds, or nested by the hundred, stays as it is written."""
+    try:
+        schema = _decoded(text)
+        if parameters and isinstance(schema, dict):
+            schema = {name: value for name, value in schema.items() if _is_meant(name, value)}
+            if not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
+                schema.setdefault("type", "object")
+                schema.setdefault("properties", {})
+        return msgspec.Raw(msgspec.json.encode(_shaped(schema, schemas == "strict", without)))
+    except (ValueError, RecursionError):
+        return msgspec.Raw(text.encode())
+
+
+def _decoded(text: str) -> Any:
+    """Reads NaN and Infinity, too: Python's own writer, by which a schema may have come, has them, and JSON does not.
+    Raises ValueError."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return json.loads(text, parse_constant=lambda _: None)
+
+
+def _is_meant(keyword: str, value: Any) -> bool:
+    """Whether a keyword has a value that can be its own. Servers in Go and PHP write null or a list for what is empty
+    in them."""
+    if value is None:
+        return keyword in {"default", "const"}
+    if keyword in _MAPS_OF_SCHEMAS:
+        return isinstance(value, dict)
+    if keyword in _LISTS_OF_SCHEMAS or keyword in {"required", "enum"}:
+        return isinstance(value, list)
+    return keyword not in _SCHEMAS or bool(value) or not isinstance(value, list)
+
+
+def _shaped(schema: Any, strict: bool, without: Sequence[str]) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    made: Json = {}
+    for name, value in schema.items():
+        if name in without or not _is_meant(name, value):
+            continue
+        if name in _MAPS_OF_SCHEMAS:
+            made[name] = {key: _shaped(inner, strict, without) for key, inner in value.items()}
+        elif name in _LISTS_OF_SCHEMAS:
+            made[name] = [_shaped(inner, strict, without) for inner in value]
+        else:
+            made[name] = _shaped(value, strict, without) if name in _SCHEMAS else value
+    types = made.get("type")
+    types = types if isinstance(types, list) else [types]
+    if "array" in types and "prefixItems" not in made:
+        made.setdefault("items", {})
+    if strict and ("object" in types or "properties" in made):
+        made |= {"additionalProperties": False, "required": list(made.setdefault("properties", {}))}
+    return made
+
+
+def loosen(made: Json, messages: Sequence[v1.Message]) -> None:
+    """Takes a request's choice among tools out when it has no tools, and ends a forced choice with the result of the
+    call that it forced: otherwise the model could never speak."""
+    if not made.get("tools"):
+        del made["tool_choice"]
+        return
+    choice, name = made["tool_choice"], ""
+    forced = choice in ("required", "any")
+    if isinstance(choice, dict):
+        function, allowed = choice.get("function"), choice.get("allowed_tools", choice)
+        name = str((function if isinstance(function, dict) else choice).get("name") or "")
+        forced = bool(name) or (isinstance(allowed, dict) and allowed.get("mode") in ("required", "any"))
+    if forced and any(not name or tool_name(call.tool) == name for call in _calls_of_turn(messages)):
+        limited = isinstance(choice, dict) and isinstance(choice.get("allowed_tools"), dict)
+        made["tool_choice"] = choice | {"allowed_tools": allowed | {"mode": "auto"}} if limited else "auto"
+
+
+def _calls_of_turn(messages: Sequence[v1.Message]) -> Iterator[v1.ToolCall]:
+    for message in reversed(messages):
+        if message.role == v1.Message.ROLE_USER:
+            return
+        yield from (part.tool_call for part in message.parts if part.HasField("tool_call"))
+
+
+def tool_name(tool: str) -> str:
+    """Returns a name that providers take. A model may have called what no tool can be named, and a provider refuses the
+    history that says so."""
+    return _NAME.sub("_", tool)[:64] or "_"
+
+
+def arguments(text: str) -> str:
+    """Returns a call's arguments as the model wrote them. Some servers parse the history's arguments and refuse all of
+    it for one call that was cut off, so that what is not a JSON object is put into one."""
+    if not text:
+        return "{}"
+    try:
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError):
+        return msgspec.json.encode({"malformed": text}).decode()
+    return text
+
+
+def is_nine(call_id: str) -> bool:
+    """Whether an id is 9 letters and digits, which every server takes."""
+    return _NINE.fullmatch(call_id) is not None
+
+
+@lru_cache(4096)
+def made_id(call_id: str) -> str:
+    """Returns an id of 9 letters and digits for a call that the provider did not make, the same each time."""
+    number = int.from_bytes(hashlib.sha256(call_id.encode()).digest()[:8], "big")
+    return "".join(_LETTERS[number // 62**place % 62] for place in range(9))
