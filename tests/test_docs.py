@@ -99,7 +99,7 @@ def test_the_events_of_the_page_are_logged_with_their_levels() -> None:
     """A line for each call of the log in the source; `exception` has the level error."""
     logged = dict[str, str]()
     for path in (ROOT / "server" / "src").rglob("*.py"):
-        for level, event in re.findall(r'log\.(info|warning|error|exception)\(\s*"(\w+)"', path.read_text()):
+        for level, event in re.findall(r'log\.(info|warning|error|exception|critical)\(\s*"(\w+)"', path.read_text()):
             logged[event] = level.replace("exception", "error")
     page = (ROOT / "docs" / "operate.md").read_text().partition("## Monitoring")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+?) \| (\w+) \|", page, re.MULTILINE)

@@ -391,10 +391,11 @@ def page_token_invalid() -> NotecaseError:
     )
 
 
-def too_large(what: str, size: int, limit: int) -> NotecaseError:
+def too_large(what: str, size: int, limit: int, advice: str = "") -> NotecaseError:
+    """`advice` is a sentence about what to send instead."""
     return NotecaseError(
         v1.ERROR_REASON_PAYLOAD_TOO_LARGE,
-        f"{what} has {counted(size, 'byte')}; the server accepts at most {limit}.",
+        f"{what} has {counted(size, 'byte')}; the server accepts at most {limit}. {advice}".rstrip(),
         metadata={"size": size, "limit": limit},
         quota=f"{what}: at most {counted(limit, 'byte')}",
     )
@@ -430,7 +431,8 @@ def quota_exceeded(noun: str, limit: int, where: str) -> NotecaseError:
     """What an operator lets be kept, which is there until something is deleted or the operator allows more."""
     return NotecaseError(
         v1.ERROR_REASON_QUOTA_EXCEEDED,
-        f"The operator of this server allows {counted(limit, noun)} {where}, and there are as many.",
+        f"The operator of this server allows {counted(limit, noun)} {where}, and there are as many already; delete "
+        "some, or ask the operator for more.",
         metadata={"limit": limit},
         quota=f"{noun}s {where}: {limit}",
     )
@@ -541,7 +543,7 @@ def template_error(message: str, field: str = "agent.llm.instruction") -> Noteca
 def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SEQUENCE_AHEAD,
-        f"Sequence {asked} is after the end of the log, which is {last_sequence}.",
+        f"Sequence {asked} is after the end of the log, whose last sequence is {last_sequence}.",
         metadata={"last_sequence": last_sequence},
     )
 

@@ -83,6 +83,13 @@ def failure(text: str) -> None:
     click.secho(harmless(text), err=True, fg="red")
 
 
+_LISTED_BY = {
+    "AGENT_NOT_FOUND": "`notecase agents list` lists those that exist.",
+    "SESSION_NOT_FOUND": "`notecase sessions list` lists those that exist.",
+}
+"""The command that shows what could have been named, by the reason of the error."""
+
+
 def sentence(error: NotecaseError, server: str) -> str:
     """Says what went wrong, in the service's own words where the error is the service's."""
     if error.reason == "UNAUTHENTICATED":
@@ -95,7 +102,7 @@ def sentence(error: NotecaseError, server: str) -> str:
             f"`notecase approve` and `notecase answer` answer, and `notecase runs cancel {run}` stops it."
         )
     if error.reason:
-        return harmless(error.message)
+        return f"{harmless(error.message)} {_LISTED_BY.get(error.reason, '')}".rstrip()
     if error.code.name == "UNAVAILABLE":
         return unreachable(server, one_line(error.message, 400))
     return f"{server} does not answer as a notecase server does ({error.code.name}: {one_line(error.message, 200)})."

@@ -137,7 +137,8 @@ class _Parser:
             kind = self._fields[name]
         else:
             known = ", ".join(sorted(self._fields)).replace("labels", "labels.KEY")
-            raise self._wrong(f"unknown field; known are {known}", field)
+            advice = "; ':' is not supported, write =" if ":" in name else ""
+            raise self._wrong(f"unknown field; known are {known}{advice}", field)
         operator = self._take()
         if operator.kind != "operator":
             raise self._wrong("expected one of = != < <= > >=", operator)

@@ -55,7 +55,8 @@ class Decoder:
     async def __call__(self, frame: bytes) -> Any:
         """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD, and what the judge raises."""
         if len(frame) > self._most:
-            raise errors.too_large("The request", len(frame), self._most)
+            advice = "Upload large content (UploadBlob), and refer to it."
+            raise errors.too_large("The request", len(frame), self._most, advice)
         try:
             message = self._parse(frame)
         except DecodeError:
