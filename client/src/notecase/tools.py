@@ -214,7 +214,7 @@ def parts_of(returned: Any) -> list[v1.Part]:
 
 
 def _sendable(returned: Any) -> list[v1.Part]:
-    """As `parts_of`, for a developer who looks for what the function did wrong."""
+    """Converts as `parts_of` does. Raises TypeError, which names the type of a result that cannot be sent."""
     try:
         return parts_of(returned)
     except (TypeError, ValueError) as error:
