@@ -81,7 +81,7 @@ _KEYWORDS = frozenset({"AND", "OR", "NOT"})
 
 
 class _Parser:
-    """Reads tokens from the left; each method takes what it stands for, and leaves `token` after it."""
+    """Reads tokens from the left. Each method reads one construct, and leaves `token` after it."""
 
     def __init__(self, text: str, fields: Mapping[str, FieldKind]) -> None:
         self._text = text
@@ -205,7 +205,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _microseconds(text: str) -> int | None:
-    """Since 1970; what is finer is cut off. None when it is no time."""
+    """Returns microseconds since 1970, truncated, or None if the text is not a time."""
     if not _RFC_3339.fullmatch(text.upper()):
         return None
     try:
