@@ -234,7 +234,7 @@ def not_found(kind: str, name: str) -> NotecaseError:
 
 
 def no_run(session: str) -> NotecaseError:
-    """A command needs a run under way and names none. `session` is the session's whole name."""
+    """A command needs an active run and names none. `session` is the session's full name."""
     return NotecaseError(
         v1.ERROR_REASON_RUN_NOT_FOUND,
         f"{session} has no run under way; start one, or name the run that you mean.",

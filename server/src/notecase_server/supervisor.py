@@ -219,7 +219,7 @@ class Supervisor:
         task.add_done_callback(lambda _: self._done(place))
 
     def is_at(self, name: str, about: object) -> bool:
-        """Returns whether a duty of that name is under way about that."""
+        """Returns whether a duty of that name is running for that subject."""
         return (name, about) in self._duties
 
     def _done(self, place: tuple[str, object]) -> None:

@@ -239,8 +239,8 @@ class _Chat:
             self._tell("")
 
     async def _show_history(self, session: v1.Session) -> None:
-        """Shows the last messages, except those of the run under way, which its stream shows. The arrow keys recall all
-        that the user said in a page."""
+        """Shows the last messages, except those of the active run, which its stream shows. The arrow keys recall what
+        the user said in that page."""
         request = v1.ListMessagesRequest(parent=session.name, order_by="sequence desc")
         page = (await self._client.messages.ListMessages(request)).messages
         past = [message for message in page if not message.run or message.run != session.active_run]

@@ -29,8 +29,8 @@ from notecase_server.store.contract import ActiveRun, SessionKey
 log = structlog.get_logger()
 
 TAKEOVER_BATCH = 32
-"""Runs set to work before others get a turn: at most so many turn to the providers at once. Those that wait for people
-or callers do not count."""
+"""Runs that a takeover starts before a pause: so many call the providers at once. Runs that wait for people or callers
+do not count."""
 
 RAMP_SECONDS = 0.2
 """Between two batches of a takeover."""
@@ -175,8 +175,8 @@ class Upkeep:
     # ---- what follows when a worker has gone home
 
     def settle(self, worker: Worker) -> None:
-        """Restarts a run without a worker, arms its timers, or starts the next queued run. Nothing of a session that is
-        gone, or by a worker that has lost its run: whoever has it now sees to it."""
+        """Restarts a run without a worker, arms its timers, or starts the next queued run. Does nothing for a deleted
+        session, and when the worker has lost its run to another process."""
         if self._roster.draining or worker.lost or worker.log.live.deleted:
             return
         run_log = worker.log

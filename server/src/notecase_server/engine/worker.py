@@ -118,7 +118,7 @@ class Worker:
 
     @property
     def _rests(self) -> bool:
-        """Whether all that is under way is tools that wait for a person's answer. A stop does not wait for people."""
+        """Whether only tools that wait for a person's answer are running. A stop does not wait for people."""
         return self.log.run.state == WAITING and bool(self._calls) and not self._draining
 
     @property
