@@ -232,7 +232,7 @@ class Speechless(Exception):
         (ToolFailure("x\udcff"), "{}", "x?"),
         (ValueError("x\udcff"), "{}", "ValueError: x?"),
         (Speechless(), "{}", "Speechless"),
-        (None, "{}", "TypeError: the result, a str, cannot be sent: "),
+        (None, "{}", "TypeError: the result, of type str, cannot be sent: "),
         (None, r'{"\udcff": 1}', "The arguments do not fit: "),
         (None, r'{"word": 1, "\udcff": 1}', "The arguments do not fit: "),
     ],
@@ -458,8 +458,8 @@ def test_results_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) ->
     ("made", "told"),
     [
         ("x" * 10_000_000, "larger than 524288 bytes"),
-        (object(), "an object, cannot be sent"),
-        (float("nan"), "a float, cannot be sent"),
+        (object(), "of type object, cannot be sent"),
+        (float("nan"), "of type float, cannot be sent"),
     ],
     ids=["10 MB", "no-JSON", "nan"],
 )

@@ -218,7 +218,7 @@ def _sendable(returned: Any) -> list[v1.Part]:
     try:
         return parts_of(returned)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"the result, a {type(returned).__name__}, cannot be sent: {error}") from error
+        raise TypeError(f"the result, of type {type(returned).__name__}, cannot be sent: {error}") from error
 
 
 def _said(error: BaseException) -> str:
