@@ -139,7 +139,7 @@ async def test_the_mcp_server_of_the_guide_is_called(tmp_path: Path) -> None:
     (listed,) = blocks("docs/guide.md", "json")
     (tmp_path / "servers.json").write_text(listed)
     clock = read_mcp_servers(tmp_path / "servers.json")["clock"]
-    here = msgspec.structs.replace(clock, command=sys.executable, cwd=str(tmp_path))
+    here = msgspec.structs.replace(clock, command=sys.executable, cwd=str(tmp_path), connect_timeout=300.0)
     async with running(toolbox=make_toolbox((), {"clock": here})) as served, served.client() as client:
         await client.put_agent("keeper", tools=[{"name": "clock", "mcp": {"server": "clock"}}])
         reply = await client.invoke("/call clock_now", agent="keeper")
