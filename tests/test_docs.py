@@ -5,14 +5,23 @@ import asyncio
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 from notecase import v1
 from notecase_server.cli import main
 from notecase_server.errors import CATALOG
+from notecase_server.rpc.agents import AGENT_FILTER
+from notecase_server.rpc.audit import FILTER as AUDIT_FILTER
+from notecase_server.rpc.filter import parse
+from notecase_server.rpc.runs import RUN_FILTER
+from notecase_server.rpc.sessions import SESSION_FILTER
+from notecase_server.tools.mcp_settings import read_mcp_servers
+from notecase_server.tools.toolbox import make_toolbox
 
 from docs.tools import errors
 from tests.cli.test_docs import commands
@@ -20,6 +29,7 @@ from tests.support.server import running
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+CLIENTS = [ROOT / "client" / "go" / "README.md", ROOT / "client" / "typescript" / "README.md"]
 CHANGING = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{13}-(?=\d)"
     r'|(?<=")[0-9a-f]{8}-(?=\d+")|(?<="next_page_token": ")[^"]+|(?<=": ")\d+(\.\d+)?s'
@@ -90,7 +100,7 @@ def test_the_events_of_the_page_are_logged_with_their_levels() -> None:
     """A line for each call of the log in the source; `exception` has the level error."""
     logged = dict[str, str]()
     for path in (ROOT / "server" / "src").rglob("*.py"):
-        for level, event in re.findall(r'log\.(info|warning|error|exception)\(\s*"(\w+)"', path.read_text()):
+        for level, event in re.findall(r'log\.(info|warning|error|exception|critical)\(\s*"(\w+)"', path.read_text()):
             logged[event] = level.replace("exception", "error")
     page = (ROOT / "docs" / "operate.md").read_text().partition("## Monitoring")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.+?) \| (\w+) \|", page, re.MULTILINE)
@@ -121,6 +131,41 @@ async def execute(program: str, page: str, address: str) -> None:
     names: dict[str, Any] = {}
     exec(compile(source.replace("127.0.0.1:7420", address), page, "exec"), names)
     await names["main"]()
+
+
+async def test_the_mcp_server_of_the_guide_is_called(tmp_path: Path) -> None:
+    (program,) = [one for one in blocks("docs/guide.md", "python") if one.startswith("# clock_mcp.py")]
+    (tmp_path / "clock_mcp.py").write_text(program)
+    (listed,) = blocks("docs/guide.md", "json")
+    (tmp_path / "servers.json").write_text(listed)
+    clock = read_mcp_servers(tmp_path / "servers.json")["clock"]
+    here = msgspec.structs.replace(clock, command=sys.executable, cwd=str(tmp_path), connect_timeout=300.0)
+    async with running(toolbox=make_toolbox((), {"clock": here})) as served, served.client() as client:
+        await client.put_agent("keeper", tools=[{"name": "clock", "mcp": {"server": "clock"}}])
+        reply = await client.invoke("/call clock_now", agent="keeper")
+    assert re.search(r"clock_now gave: \d{4}-\d\d-\d\dT[\d:]+\+00:00", reply.text)
+
+
+async def test_the_template_of_the_guide_reads_each_scope() -> None:
+    (source,) = blocks("docs/guide.md", "liquid")
+    async with running() as served, served.client() as client:
+        await client.put_agent("detective", source)
+        await client.put_state("app", "policy", "Be brief.")
+        session = await client.create_session("detective", state={"case": "The violin", "clues": ["a bow", "a key"]})
+        reply = await client.invoke("Hello.", session=session)
+    told = "The case: The violin. The client is your client.\nHouse rules: Be brief.\n- a bow\n- a key"
+    assert told in reply.text
+
+
+async def test_the_filters_of_the_guide_are_taken_and_its_fields_are_those_that_exist() -> None:
+    page = (ROOT / "docs" / "guide.md").read_text().partition("## Lists and filters")[2].partition("\n## ")[0]
+    shown = re.findall(r"^\| `List(\w+)` \| (.+) \|$", page, re.MULTILINE)
+    fields = {kind: set(re.findall(r"`([\w.]+)`", told)) for kind, told in shown}
+    known = {"Sessions": SESSION_FILTER, "Runs": RUN_FILTER, "Agents": AGENT_FILTER, "AuditEntries": AUDIT_FILTER}
+    assert fields == {kind: {name.replace("labels", "labels.KEY") for name in taken} for kind, taken in known.items()}
+    (examples,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    for example in examples.splitlines():
+        assert parse(example, SESSION_FILTER)
 
 
 async def test_the_python_of_the_first_steps_runs(capfd: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +217,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *CLIENTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
     broken = []
     for target in LINK.findall(prose(page)):

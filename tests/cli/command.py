@@ -27,6 +27,12 @@ CONTROL = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[=>])|\r")
 """What a terminal obeys and does not show."""
 
 
+def missing(name: str) -> str:
+    """What a command says of a session or an agent that does not exist, by its name."""
+    collection = name.partition("/")[0]
+    return f"There is no {collection[:-1]} {name!r}. `notecase {collection} list` lists those that exist."
+
+
 class Done(NamedTuple):
     """A command that has ended."""
 

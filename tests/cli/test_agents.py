@@ -12,7 +12,7 @@ import pytest
 from notecase import Client, NotecaseError, v1
 from notecase_server.cli import applying, manifest
 
-from tests.cli.command import notecase, terminal
+from tests.cli.command import missing, notecase, terminal
 from tests.support.server import Running
 
 TEAM = """\
@@ -249,4 +249,4 @@ async def test_an_agent_is_created_edited_and_deleted(served: Running, tmp_path:
     assert (2, True) == (done.code, "add --yes" in done.err)
     assert (0, "", "") == await notecase("agents", "delete", "tutor", "--yes", env=env)
     done = await notecase("agents", "show", "tutor", env=env)
-    assert (1, "Error: There is no agent 'agents/tutor'.\n") == (done.code, done.err)
+    assert (1, f"Error: {missing('agents/tutor')}\n") == (done.code, done.err)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from notecase import v1
 
-from tests.cli.command import COMMAND, notecase, spawn, terminal
+from tests.cli.command import COMMAND, missing, notecase, spawn, terminal
 from tests.client.proxy import Proxy
 from tests.support.server import Running
 
@@ -220,10 +220,8 @@ async def test_words_cannot_command_the_terminal(served: Running, agent: v1.Agen
 
 async def test_what_is_missing_is_a_sentence_and_exit_code_1(served: Running) -> None:
     there = {"NOTECASE_ADDRESS": served.address}
-    assert (1, "", "Error: There is no session 'sessions/none'.\n") == await notecase(
-        "chat", "--session", "none", env=there
-    )
-    assert (1, "", "Error: There is no agent 'agents/none'.\n") == await notecase("chat", "--agent", "none", env=there)
+    assert (1, "", f"Error: {missing('sessions/none')}\n") == await notecase("chat", "--session", "none", env=there)
+    assert (1, "", f"Error: {missing('agents/none')}\n") == await notecase("chat", "--agent", "none", env=there)
     done = await notecase("chat", said="Hello\n", env=there)
     assert 1 == done.code
     assert done.err.startswith("Error: There is no agent yet;")

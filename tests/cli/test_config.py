@@ -462,6 +462,11 @@ async def test_a_provider_is_tried_out_with_one_question(tmp_path: Path, answer:
 async def test_a_provider_that_the_file_does_not_have_is_told_with_those_that_it_has(tmp_path: Path) -> None:
     path = written(tmp_path, '[[provider]]\nname = "main"\nkind = "offline"\n')
     done = await notecase("providers", "test", "mian", env={"NOTECASE_CONFIG": str(path)})
-    assert (1, "Error: There is no provider 'mian'; there are main.\n") == (done.code, done.err)
+    assert (1, "Error: There is no provider 'mian', only main.\n") == (done.code, done.err)
+    done = await notecase("providers", "test", "openai")
+    assert (1, True) == (
+        done.code,
+        done.err.startswith("Error: There is no provider 'openai', only offline. Set OPENAI_"),
+    )
     done = await notecase("providers", "test", "offline")
     assert (0, "model: offline") == (done.code, done.out.splitlines()[0])

@@ -13,7 +13,7 @@ from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.sessions import sessions
 from notecase_server.engine.summary import KEEP_RECENT
 
-from tests.cli.command import COMMAND, Done, notecase, spawn
+from tests.cli.command import COMMAND, Done, missing, notecase, spawn
 from tests.support.server import Running
 
 
@@ -155,7 +155,7 @@ async def test_what_is_run_is_text_or_the_run_itself(served: Running, case: v1.S
     done = await command("run -o json", "/fail error")
     assert (1, "STATE_FAILED") == (done.code, json.loads(done.out)["state"])
     done = await command("run --session none", "Hello")
-    assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
+    assert (1, f"Error: {missing('sessions/none')}\n") == (done.code, done.err)
     (agents,) = json.loads((await command("agents list -o json")).out)
     assert "agents/detective" == agents["name"]
 
@@ -183,9 +183,8 @@ async def test_the_beginning_of_an_id_is_enough(served: Running, case: v1.Sessio
     assert (0, "") == (done.code, done.err)
     assert {"n": 1} == json.loads((await command(f"state get sessions/{first}")).out)
     for words in ("sessions delete c0ffee01 --yes", "sessions show c0ffe", "sessions show none"):
-        missing = f"Error: There is no session 'sessions/{words.split()[2]}'.\n"
         done = await command(words)
-        assert (1, missing) == (done.code, done.err)
+        assert (1, f"Error: {missing(f'sessions/{words.split()[2]}')}\n") == (done.code, done.err)
     (run,) = json.loads((await command("runs list case -o json")).out)
     which = run["name"].rpartition("/")[2]
     shown = await command(f"runs show case/{which[:8]}")
@@ -209,7 +208,7 @@ async def test_an_id_that_a_caller_chose_is_not_found_by_its_beginning(
         begun = id_[:-1]
         for words in ("state put {} n 1", "runs cancel {}", "sessions rewind {} --to 1", "approve {}"):
             done = await command(words.format(begun))
-            assert (1, f"Error: There is no session 'sessions/{begun}'.\n") == (done.code, done.err)
+            assert (1, f"Error: {missing(f'sessions/{begun}')}\n") == (done.code, done.err)
         assert 1 == (await command(f"runs cancel {id_}/first-1")).code
         run = await served.runs.GetRun(v1.GetRunRequest(name=f"{session.name}/runs/first-12"))
         assert v1.Run.STATE_CANCELLED != run.state

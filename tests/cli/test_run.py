@@ -11,7 +11,7 @@ from notecase import Client, NotecaseError, Retry, v1
 from notecase_server.cli import follow, piped, run
 from notecase_server.cli.connection import Exit, Refusal
 
-from tests.cli.command import COMMAND, notecase, spawn
+from tests.cli.command import COMMAND, missing, notecase, spawn
 from tests.client.proxy import Proxy
 from tests.support.server import Running
 
@@ -187,9 +187,9 @@ async def test_where_a_session_s_agent_was_deleted_another_may_answer(served: Ru
     )
     await served.agents.DeleteAgent(v1.DeleteAgentRequest(name=agent.name))
     done = await notecase("run", "Hello", "--session", "case", env=there)
-    assert (1, "Error: There is no agent 'agents/detective'. --agent chooses another.\n") == (done.code, done.err)
+    assert (1, f"Error: {missing('agents/detective')} --agent chooses another.\n") == (done.code, done.err)
     done = await notecase("chat", "--session", "case", said="Hello", env=there)
-    assert (1, "There is no agent 'agents/detective'. `notecase chat --agent` chooses another.\n") == (
+    assert (1, f"{missing('agents/detective')} `notecase chat --agent` chooses another.\n") == (
         done.code,
         done.err,
     )

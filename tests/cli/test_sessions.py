@@ -5,7 +5,7 @@ import re
 import pytest
 from notecase import v1
 
-from tests.cli.command import notecase, terminal
+from tests.cli.command import missing, notecase, terminal
 from tests.support.server import Running
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -120,9 +120,9 @@ async def test_a_server_that_is_not_there_is_told_in_a_sentence(command: list[st
 
 async def test_what_does_not_exist_is_told_in_the_service_s_words(served: Running) -> None:
     done = await notecase("sessions", "show", "none", "--server", served.address)
-    assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
+    assert (1, f"Error: {missing('sessions/none')}\n") == (done.code, done.err)
     done = await notecase("agents", "show", "none@2", "--server", served.address)
-    assert (1, "Error: There is no agent 'agents/none@2'.\n") == (done.code, done.err)
+    assert (1, f"Error: {missing('agents/none@2')}\n") == (done.code, done.err)
 
 
 async def test_names_and_messages_cannot_command_the_terminal(served: Running, agent: v1.Agent) -> None:

@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 from notecase import Client, v1
 
-from tests.cli.command import COMMAND, notecase, spawn, terminal
+from tests.cli.command import COMMAND, missing, notecase, spawn, terminal
 from tests.client.proxy import Proxy
 from tests.support.server import Running, Spawned
 
@@ -189,7 +189,7 @@ async def test_what_the_server_refuses_is_told_in_its_words(served: Running, val
 async def test_a_session_that_is_not_there_is_a_sentence(served: Running) -> None:
     for command in (["get", "none"], ["put", "none", "k", "1"], ["watch", "none"]):
         done = await notecase("state", *command, "--server", served.address)
-        assert (1, "", "Error: There is no session 'sessions/none'.\n") == done
+        assert (1, "", f"Error: {missing('sessions/none')}\n") == done
 
 
 async def test_changes_of_all_three_scopes_are_told_as_they_come(served: Running, client: Client, case: str) -> None:
@@ -255,7 +255,7 @@ async def test_a_watch_ends_with_its_session(served: Running, client: Client, ca
     await process.stderr.readline()
     await client.sessions.DeleteSession(v1.DeleteSessionRequest(name=case))
     out, err = await process.communicate()
-    assert (1, b"", b"Error: There is no session 'sessions/case'.\n") == (process.returncode, out, err)
+    assert (1, b"", f"Error: {missing('sessions/case')}\n".encode()) == (process.returncode, out, err)
 
 
 async def test_at_a_terminal_state_is_a_table_and_changes_are_read_by_people(

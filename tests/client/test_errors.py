@@ -10,6 +10,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc import aio
 from notecase import Client, NotecaseError, Resource, Retry, Violation, v1
 
+from tests.support.server import running
+
 _KEY = "grpc-status-details-bin"
 
 
@@ -104,7 +106,12 @@ def test_the_error_of_a_run_is_the_same_exception() -> None:
 
 @pytest.mark.parametrize(
     ("reason", "cure"),
-    [("RUN_ACTIVE", 'on_busy="queue"'), ("UNAUTHENTICATED", "With a client certificate: unset NOTECASE_TOKEN")],
+    [
+        ("RUN_ACTIVE", 'on_busy="queue"'),
+        ("UNAUTHENTICATED", "With a client certificate: unset NOTECASE_TOKEN"),
+        ("AGENT_NOT_FOUND", "put_agent(…) creates"),
+        ("SESSION_NOT_FOUND", "list_sessions() lists"),
+    ],
 )
 def test_an_error_says_what_to_do_in_python(reason: str, cure: str) -> None:
     """The service's words stay in `message`, for programs that show them elsewhere."""
@@ -148,6 +155,16 @@ async def test_a_server_that_is_not_there_is_told_by_every_kind_of_call() -> Non
     assert [error.code for error in raised] == [grpc.StatusCode.UNAVAILABLE] * 5
     assert [error.reason for error in raised] == [""] * 5
     assert all(isinstance(error.__cause__, aio.AioRpcError) for error in raised)
+
+
+async def test_a_request_that_the_server_does_not_receive_is_an_error_with_a_way_out() -> None:
+    """Above 16 MiB the transport refuses it, before the server can give a reason."""
+    async with running() as served, served.client() as client:
+        with pytest.raises(
+            NotecaseError, match=r"20000\d+ bytes; the server receives at most 16777216\. Upload"
+        ) as raised:
+            await client.invoke("." * 20_000_000, agent="detective")
+    assert (grpc.StatusCode.RESOURCE_EXHAUSTED, "") == (raised.value.code, raised.value.reason)
 
 
 def test_a_synchronous_stub_is_decoded_alike() -> None:

@@ -323,10 +323,10 @@ async def test_of_a_failure_the_model_reads_the_text_alone(caplog: pytest.LogCap
 @pytest.mark.parametrize(
     ("returned", "told"),
     [
-        (float("nan"), "ValueError: "),
-        (iter([1]), "TypeError: a list_iterator is not JSON"),
-        (threading.Lock(), "TypeError: a lock is not JSON"),
-        (Thing, "TypeError: a type is not JSON"),
+        (float("nan"), "TypeError: the result, of type float, cannot be sent: "),
+        (iter([1]), "TypeError: the result, of type list_iterator, cannot be sent: a list_iterator is not JSON"),
+        (threading.Lock(), "TypeError: the result, of type lock, cannot be sent: a lock is not JSON"),
+        (Thing, "TypeError: the result, of type type, cannot be sent: a type is not JSON"),
     ],
     ids=["nan", "iterator", "lock", "class"],
 )

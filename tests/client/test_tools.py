@@ -232,7 +232,7 @@ class Speechless(Exception):
         (ToolFailure("x\udcff"), "{}", "x?"),
         (ValueError("x\udcff"), "{}", "ValueError: x?"),
         (Speechless(), "{}", "Speechless"),
-        (None, "{}", "UnicodeEncodeError: "),
+        (None, "{}", "TypeError: the result, of type str, cannot be sent: "),
         (None, r'{"\udcff": 1}', "The arguments do not fit: "),
         (None, r'{"word": 1, "\udcff": 1}', "The arguments do not fit: "),
     ],
@@ -456,7 +456,11 @@ def test_results_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     ("made", "told"),
-    [("x" * 10_000_000, "larger than 524288 bytes"), (object(), "TypeError"), (float("nan"), "ValueError")],
+    [
+        ("x" * 10_000_000, "larger than 524288 bytes"),
+        (object(), "of type object, cannot be sent"),
+        (float("nan"), "of type float, cannot be sent"),
+    ],
     ids=["10 MB", "no-JSON", "nan"],
 )
 async def test_a_result_that_cannot_be_had_is_for_the_model(

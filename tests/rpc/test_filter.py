@@ -86,7 +86,11 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
         ("colour = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
         ("labels = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
         ("labels. = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
-        ("user:ada", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
+        (
+            "user:ada",
+            "unknown field; known are activity, create_time, labels.KEY, user; ':' is not supported, write = "
+            "(character 1)",
+        ),
         ("user", "expected one of = != < <= > >= (character 5)"),
         ("user = a AND", "expected a field (character 13)"),
         ("user = a OR OR user = b", "expected a field (character 13)"),

@@ -22,11 +22,16 @@ _REASONS = {number: name.removeprefix("ERROR_REASON_") for name, number in v1.Er
 
 
 _HINTS = {
+    "AGENT_NOT_FOUND": "In Python: put_agent(…) creates an agent, list_agents() lists them.",
+    "SESSION_NOT_FOUND": "In Python: create_session(…) creates a session, list_sessions() lists them.",
     "RUN_ACTIVE": 'In Python: on_busy="queue", "interrupt" or "rollback" for run and invoke; attach(…), cancel(…).',
     "UNAUTHENTICATED": "In Python: Client(token=…), or the variable NOTECASE_TOKEN. With a client certificate: unset "
     "NOTECASE_TOKEN.",
 }
 """What to do in Python, by reason: the service's messages name calls of the API."""
+
+_OVERSIZED = re.compile(r"Received message larger than max \((\d+) vs\. (\d+)\)")
+"""What grpc's server says of a request that it does not even receive."""
 
 _CLIENT_TOOL = re.compile(r"(start\.)?client_tools\[\d+\]\.name")
 
@@ -103,6 +108,11 @@ class NotecaseError(Exception):
                 found = "it speaks HTTP/1" if "http1" in decoded.message else "it does not speak HTTP/2"
                 return cls(decoded.code, "", f"{address} is not a gRPC server: {found}")
             return cls(decoded.code, "", f"{address} cannot be reached: {_cause(decoded.message)}")
+        oversized = _OVERSIZED.search(decoded.message)
+        if oversized and not decoded.reason and not decoded.message.startswith("CLIENT"):
+            size, most = oversized.groups()
+            limit = f"The request has {size} bytes; the server receives at most {most}."
+            return cls(decoded.code, "", f"{limit} Upload large content, and refer to it.")
         return decoded
 
     @classmethod

@@ -119,7 +119,7 @@ class Tool:
             return failed(f"The arguments do not fit: {_said(error)}.")
         arguments.update(dict.fromkeys(self._context, context))
         try:
-            told = v1.ToolResult(call_id=call.call_id, result=parts_of(await self._call(arguments, threads)))
+            told = v1.ToolResult(call_id=call.call_id, result=_sendable(await self._call(arguments, threads)))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -211,6 +211,14 @@ def parts_of(returned: Any) -> list[v1.Part]:
             return [v1.Part(data=v1.InlineData(data=bytes(returned), media_type="application/octet-stream"))]
         case _:
             return [v1.Part(text=dump(returned))]
+
+
+def _sendable(returned: Any) -> list[v1.Part]:
+    """Converts as `parts_of` does. Raises TypeError, which names the type of a result that cannot be sent."""
+    try:
+        return parts_of(returned)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the result, of type {type(returned).__name__}, cannot be sent: {error}") from error
 
 
 def _said(error: BaseException) -> str:

@@ -1,10 +1,10 @@
-"""The C library's share of the memory: what it holds for later is not our callers'."""
+"""Limits the memory that the C library keeps after it was freed."""
 
 import ctypes
 
 ARENAS = 2
-"""Heaps that all threads share. By default glibc makes eight for each CPU, and what is free in one is of no use to the
-threads of another: a server under load held 12 MiB more. Python's threads allocate one at a time anyway."""
+"""Heaps that all threads share. By default glibc creates eight for each CPU, and threads cannot use the free memory of
+another heap: a server under load held 12 MiB more. Python's threads allocate one at a time anyway."""
 
 _M_ARENA_MAX = -8  # from malloc.h
 
@@ -13,7 +13,7 @@ _libc = ctypes.CDLL(None)
 
 def share_arenas() -> None:
     """Bounds the heaps of this process. Call it before threads are started."""
-    mallopt = getattr(_libc, "mallopt", None)  # other C libraries have no arenas, or bound them
+    mallopt = getattr(_libc, "mallopt", None)  # other C libraries have no arenas, or limit them
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, ARENAS)
 

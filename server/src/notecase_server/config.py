@@ -1,4 +1,4 @@
-"""The settings of a server, and the only reader of the environment beside the command line's own options."""
+"""Defines the settings of a server, and reads the environment, as only the options of the command line do besides."""
 
 import logging
 import os
@@ -28,14 +28,14 @@ class ProviderSettings:
     name: str
     """What agents call it."""
     kind: Literal["openai", "offline"] = "openai"
-    """`offline` is the built-in provider, which heeds none of the others but `max_concurrent` and the breaker's."""
+    """`offline` is the built-in provider, which uses only `max_concurrent` and the settings of the breaker."""
     api_key: str = field(default="none", repr=False)
     base_url: str | None = None
     default_model: str = DEFAULT_MODEL
     profile: str = ""
     """The name of a built-in profile, a JSON object of overrides, or the path of a file with one."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Sent with every request besides the provider's own."""
+    """Sent with every request, in addition to the provider's own headers."""
     connect_timeout: float = 10.0
     first_timeout: float = 600.0
     idle_timeout: float = 300.0
@@ -56,7 +56,7 @@ OFFLINE = ProviderSettings(name="offline", kind="offline")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything a server is told."""
+    """The settings of a server."""
 
     listen: str
     """HOST:PORT: TLS where `tls` is set, and plain text otherwise."""
@@ -73,7 +73,7 @@ class Settings:
     """A file for `read_issuers`."""
     listed_principals: Mapping[str, Principal] = field(default_factory=dict)
     listed_issuers: tuple[IssuerSettings, ...] = ()
-    """Those of the configuration file, instead of a file of their own."""
+    """Those of the configuration file, in place of a separate file."""
     behind_tls_proxy: str = ""
     """The only other machines that are served, for `read_networks`, since they do TLS; empty where none does."""
     auth: Literal["auto", "keys"] = "auto"
@@ -87,7 +87,7 @@ class Settings:
     store_password_file: Path | None = None
     """The password of that URL, read again for each connection."""
     store_connections: int = 10
-    """Connections to PostgreSQL at most, besides the one of the lease."""
+    """The most connections to PostgreSQL, in addition to the one for the lease."""
     store_lease: float = 10.0
     """Seconds after which a server that does not renew its lease of a PostgreSQL store is taken for dead."""
     no_wait: bool = False
@@ -95,7 +95,7 @@ class Settings:
     no_migrate: bool = False
     """Refuse a PostgreSQL store of an older schema."""
     no_prepared: bool = False
-    """Prepare no statements in PostgreSQL, even if its pooler keeps them."""
+    """Do not use prepared statements in PostgreSQL, even if its pooler supports them."""
     max_runs: int = 1000
     max_calls: int = 10_000
     max_connections: int = 10_000
@@ -114,11 +114,11 @@ class Settings:
     max_tenant_blob_bytes: int = 0
     max_uploads: int = 0
     max_requests: int = 0
-    """From max_sessions on, 0 is no bound. docs/limits.md says what each of these bounds."""
+    """From max_sessions on, 0 means no limit. docs/limits.md describes each limit."""
     audit_days: int = 90
-    """How long entries of the audit are kept; 0 is for ever."""
+    """How long audit entries are kept. 0: they are not deleted."""
     grace: float = 10.0
-    """Seconds that runs and streams have to come to rest when the server stops."""
+    """Seconds that runs and streams have to reach a stopping point when the server stops."""
     providers: tuple[ProviderSettings, ...] = ()
     """The first is the default; without any there is the built-in one, `offline`."""
     tools: tuple[str, ...] = ()
@@ -155,7 +155,8 @@ class Settings:
 
 
 def admin_key_from_environment() -> str:
-    """NOTECASE_ADMIN_KEY, which is no option since other users of the machine see those. Empty for none."""
+    """Returns NOTECASE_ADMIN_KEY, or "" if it is not set. It is not an option, because other users of the machine can
+    see options."""
     return os.environ.get("NOTECASE_ADMIN_KEY", "")
 
 
@@ -202,9 +203,8 @@ def _unprotected(settings: Settings) -> Iterator[Mistake]:
 
 
 def providers_from_environment() -> tuple[ProviderSettings, ...]:
-    """OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL, the names that every tool of that field reads, and the built-in
-    provider behind it. None when neither a key nor an address is set; a server at an address of one's own often wants
-    no key."""
+    """Returns the provider that OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL describe, and the built-in one after
+    it. Returns none if neither the key nor the address is set; a self-hosted endpoint often needs no key."""
     api_key = os.environ.get("OPENAI_API_KEY", "")
     base_url = os.environ.get("OPENAI_BASE_URL") or None
     if not api_key and not base_url:
@@ -226,7 +226,7 @@ def configure_logging(form: Literal["console", "json"], level: str) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # Both leave out the values of local variables: they are messages, notes and keys.
+    # Both leave out the values of local variables, which contain messages, state and keys.
     tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
     console: structlog.typing.Processor = PlainRenderer()
     if sys.stderr.isatty():
@@ -242,7 +242,7 @@ def configure_logging(form: Literal["console", "json"], level: str) -> None:
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request to an MCP server
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request to an MCP server
     foreign = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],

@@ -46,7 +46,7 @@ KEYS: Mapping[str, str] = {
 """The key of each option, by the option's name."""
 
 SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "api-key", "x-api-key"})
-"""Headers whose values never stand in the file."""
+"""Headers whose values may not be in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +66,9 @@ class ConfigFile:
 
 
 def read_config(path: Path, complaint: Callable[[str, object], str]) -> ConfigFile:
-    """Reads a file and the secrets that it names. `complaint` says what is wrong with an option's value, given the
-    option's name, or nothing. Raises SettingsError for a file that cannot be read or is not TOML; all other mistakes
-    are in what is returned."""
+    """Reads a file and the secrets that it names. `complaint` takes an option's name and value, and returns what is
+    wrong with the value, or "". Raises SettingsError for a file that cannot be read or is not TOML; all other mistakes
+    are in the result."""
     top = load(path, "--config", toml=True)
     secrets = _Secrets()
     options = dict(_options(top, complaint))
@@ -134,7 +134,7 @@ def _options(top: Table, complaint: Callable[[str, object], str]) -> Iterator[tu
 
 
 class _Secrets:
-    """Fetches what the file names as secret, and does not hold."""
+    """Reads the secrets that the file refers to but does not contain."""
 
     def __init__(self) -> None:
         self.exposed: list[Path] = []

@@ -1,7 +1,7 @@
-"""Every failure a caller can be told of: one exception, a stable reason each, and nothing internal in its words.
+"""Defines every failure that a caller can receive: one exception with a stable reason and a message without internals.
 
-`CATALOG` gives each reason its google.rpc code and, where trying again can help, how long to wait. The functions below
-are the only way a failure is made, so a message is written once.
+`CATALOG` maps each reason to its google.rpc code and, where a retry can help, to the time to wait. The functions below
+are the only way to make a failure, so each message is written once.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -87,7 +87,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
 
 
 class NotecaseError(Exception):
-    """A failure that a caller is told of, in full: all it holds reaches the client."""
+    """A failure that is sent to the caller in full."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class NotecaseError(Exception):
         self.repeats: int | None = None
         """How often a repeat of the model call that failed so is worth it; None leaves that to its reason."""
         self.usage: v1.Usage | None = None
-        """What a model call took that failed so, as far as its provider told."""
+        """What the failed model call consumed, as far as its provider reported it."""
         self.cause = ""
         """Why, for the server's log alone: no client receives it."""
 
@@ -205,7 +205,7 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
 
 
 def issuer_unavailable() -> NotecaseError:
-    """Whether a token is valid cannot be said while there are no keys of its issuer."""
+    """The token cannot be verified without keys of its issuer."""
     return NotecaseError(
         v1.ERROR_REASON_ISSUER_UNAVAILABLE,
         "The token cannot be verified because its issuer's keys cannot be fetched at present; try again shortly.",
@@ -219,7 +219,7 @@ def tenant_suspended() -> NotecaseError:
 
 
 def bound_to_user(role: str, fields: Iterable[str] = ()) -> NotecaseError:
-    """As `role_missing`, for a caller that may not because it is bound to a user, and whatever its role."""
+    """As `role_missing`, for a caller that is bound to a user and therefore lacks the right, whatever its role."""
     needs = f"needs a credential that is not bound to a user and has at least the role {role.lower()}"
     found = [Violation(field, needs) for field in fields]
     named = ", ".join(violation.field for violation in found[:3])
@@ -234,7 +234,7 @@ def not_found(kind: str, name: str) -> NotecaseError:
 
 
 def no_run(session: str) -> NotecaseError:
-    """A command needs a run under way and names none. `session` is the session's whole name."""
+    """A command needs an active run and names none. `session` is the session's full name."""
     return NotecaseError(
         v1.ERROR_REASON_RUN_NOT_FOUND,
         f"{session} has no run under way; start one, or name the run that you mean.",
@@ -267,7 +267,7 @@ def blob_corrupt(problem: str) -> NotecaseError:
 
 
 def blob_cut(committed_bytes: int, size: int, resumable: bool) -> NotecaseError:
-    """The stream ended before the content did. `size` is what was said of it, 0 for nothing."""
+    """The stream ended before the content did. `size` is the announced size, or 0."""
     end = f"ends at byte {committed_bytes} {f'of {size}' if size else 'without a sign that it is complete'}"
     return NotecaseError(
         v1.ERROR_REASON_BLOB_CORRUPT,
@@ -370,7 +370,7 @@ def queue_full(limit: int) -> NotecaseError:
 
 
 def tool_error(message: str) -> NotecaseError:
-    """A tool that a run needs cannot be had at all; a tool that fails is data for the model."""
+    """A tool that a run needs is not available. A call that fails is data for the model instead."""
     return NotecaseError(v1.ERROR_REASON_TOOL_ERROR, message)
 
 
@@ -391,10 +391,11 @@ def page_token_invalid() -> NotecaseError:
     )
 
 
-def too_large(what: str, size: int, limit: int) -> NotecaseError:
+def too_large(what: str, size: int, limit: int, advice: str = "") -> NotecaseError:
+    """`advice` is a sentence about what to send instead."""
     return NotecaseError(
         v1.ERROR_REASON_PAYLOAD_TOO_LARGE,
-        f"{what} has {counted(size, 'byte')}; the server accepts at most {limit}.",
+        f"{what} has {counted(size, 'byte')}; the server accepts at most {limit}. {advice}".rstrip(),
         metadata={"size": size, "limit": limit},
         quota=f"{what}: at most {counted(limit, 'byte')}",
     )
@@ -427,10 +428,11 @@ def unread_stream() -> NotecaseError:
 
 
 def quota_exceeded(noun: str, limit: int, where: str) -> NotecaseError:
-    """What an operator lets be kept, which is there until something is deleted or the operator allows more."""
+    """The operator's limit on stored data is reached, until something is deleted or the limit is raised."""
     return NotecaseError(
         v1.ERROR_REASON_QUOTA_EXCEEDED,
-        f"The operator of this server allows {counted(limit, noun)} {where}, and there are as many.",
+        f"The operator of this server allows {counted(limit, noun)} {where}, and there are as many already; delete "
+        "some, or ask the operator for more.",
         metadata={"limit": limit},
         quota=f"{noun}s {where}: {limit}",
     )
@@ -449,7 +451,7 @@ def content_quota_exceeded(limit: int, stored: int, uploading: int, more: int) -
 
 
 def too_busy(what: str) -> NotecaseError:
-    """The server has no room for it just now, through no fault of this call; `what` is what it cannot do."""
+    """The server has no room at present, through no fault of this call. `what` is what it cannot do."""
     return NotecaseError(v1.ERROR_REASON_RATE_LIMITED, f"The server is too busy to {what}; try again shortly.")
 
 
@@ -468,7 +470,7 @@ def draining() -> NotecaseError:
 
 
 def cut() -> NotecaseError:
-    """The server stopped before the call was done, and nobody can say how much of it was."""
+    """The server stopped before the call was done, and it is not known how much of it was carried out."""
     return NotecaseError(
         v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and has cut this call off; repeat it shortly."
     )
@@ -480,15 +482,15 @@ UNKNOWN = "it is not known whether this call was carried out. Repeat it with the
 
 
 def store_unavailable(full: bool = False) -> NotecaseError:
-    """The store's own words stay in the server's log; that its disk is `full` is told."""
+    """The store's own words are only in the server's log. `full` says that its disk is full."""
     problem = "The disk of the store is full" if full else "The store is unavailable at present"
     return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; {UNCHANGED}")
 
 
 @contextmanager
 def unsure() -> Iterator[None]:
-    """For what follows a write whose answer was lost, or that is one of several: STORE_UNAVAILABLE says there that
-    nobody knows what was written."""
+    """Marks a STORE_UNAVAILABLE in the block as one after which it is not known what was written: the answer of a write
+    was lost, or the write is one of several."""
     try:
         yield
     except NotecaseError as error:
@@ -498,7 +500,7 @@ def unsure() -> Iterator[None]:
 
 
 def owner_died(session: str, deaths: int) -> NotecaseError:
-    """A run that every process at work on it died of, or with."""
+    """Every process that worked on the run died."""
     told = (
         f"The server's process died {deaths} times in a row during this run of sessions/{session}, without progress"
         " in between."
@@ -507,7 +509,7 @@ def owner_died(session: str, deaths: int) -> NotecaseError:
 
 
 def worker_lost(session: str) -> NotecaseError:
-    """What worked on a run broke before it carried out what was asked of it."""
+    """The worker of a run was lost before it carried out a command."""
     return NotecaseError(
         v1.ERROR_REASON_OWNER_LOST,
         f"The run of sessions/{session} lost its worker and is being restarted; try again.",
@@ -524,7 +526,8 @@ def owner_lost(session: str) -> NotecaseError:
 
 
 def model_error(message: str, **metadata: object) -> NotecaseError:
-    """The provider refused, or answered with something that is no reply; a repeat would end the same."""
+    """The provider refused the request, or answered with something that is not a reply. A retry would end the same
+    way."""
     return NotecaseError(v1.ERROR_REASON_MODEL_ERROR, message, metadata=metadata)
 
 
@@ -541,7 +544,7 @@ def template_error(message: str, field: str = "agent.llm.instruction") -> Noteca
 def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SEQUENCE_AHEAD,
-        f"Sequence {asked} is after the end of the log, which is {last_sequence}.",
+        f"Sequence {asked} is after the end of the log, whose last sequence is {last_sequence}.",
         metadata={"last_sequence": last_sequence},
     )
 
@@ -555,7 +558,7 @@ def content_unsupported(message: str) -> NotecaseError:
 
 
 def output_invalid(problem: str, finish_reason: str) -> NotecaseError:
-    """A reply that is not what the agent's output_schema asks for. `problem` says where, and quotes no value of it."""
+    """The reply does not match the agent's output_schema. `problem` says where, and quotes no value of the reply."""
     return NotecaseError(
         v1.ERROR_REASON_OUTPUT_INVALID,
         f"The model's reply does not match the agent's output_schema: {problem}.",

@@ -7,11 +7,10 @@ from typing import Self
 
 
 class Limit:
-    """Ends what is awaited in its block with TimeoutError once its time has come, as asyncio.timeout does. That one
-    makes a timer and takes it back each time that it moves, a tenth of what a token costs; here one timer looks whether
-    the time has come, and is set again if not. Entered and left in one task.
-
-    What is awaited while `due` is set is what ends: never what the task does after `due` was set back."""
+    """Ends the awaited operation in its block with TimeoutError when the time is up, as asyncio.timeout does.
+    asyncio.timeout creates and cancels a timer each time that it is moved, which takes a tenth of a token's cost. Here
+    one timer checks whether the time is up, and is set again if not. Enter and leave the block in one task. Only
+    operations that are awaited while `due` is set are ended, never what the task does after `due` was reset."""
 
     __slots__ = ("_cancelling", "_due", "_looks", "_loop", "_task", "_timer", "passed")
 

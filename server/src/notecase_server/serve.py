@@ -1,4 +1,5 @@
-"""Composition and life: opens the store, takes over what was left, serves, and stops without losing anything."""
+"""Composes a server and runs it: opens the store, takes over unfinished runs, serves, and stops without losing
+anything."""
 
 import asyncio
 import gc
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 REQUESTS_KEPT = 24 * 60 * 60 * 1_000_000
-"""Microseconds that the record of a request_id is kept: longer than any client tries again."""
+"""Microseconds that the record of a request_id is kept: longer than any client retries."""
 
 DAY = 24 * 60 * 60 * 1_000_000
 """Microseconds."""
@@ -72,25 +73,26 @@ DAY = 24 * 60 * 60 * 1_000_000
 SWEEP_SECONDS = 600.0
 
 EXPIRY_SECONDS = 1.0
-"""How often it is looked for sessions whose time has come, and for what is left of deleted ones on disk."""
+"""How often expired sessions are deleted, and the remains of deleted sessions on disk."""
 
 TRIM_SECONDS = 10.0
-"""How often memory that is free goes back to the system: glibc keeps what a burst of answers or connections has left,
-and for good. It takes about 2 ms of a thread."""
+"""How often free memory is returned to the system. Otherwise glibc keeps the memory of a burst of answers or
+connections for ever. Takes about 2 ms of a thread."""
 
 PROBE_SECONDS = 5.0
-"""How often it is looked whether the store takes writes, by which health is told."""
+"""How often a small write checks whether the store accepts writes. Health depends on it."""
 
 YOUNG_OBJECTS = 3000
 """New objects after which garbage is looked for among them. With Python's own 700 that takes a hundredth of a turn."""
 
 OLD_COLLECTIONS = 1
-"""How often objects have become old before garbage is looked for among them, too. A call that was under way then is
-such garbage once it has ended, and holds memory of grpc's. With Python's own 10, and what is loaded at the start
-counted as old, calls of half an hour were held, some 15 MiB."""
+"""After how many collections of young objects the old ones are searched for garbage, too. A call that was open during
+such a collection becomes old garbage in a cycle when it ends, and keeps memory of grpc's. With Python's default of 10,
+and with the objects of the start counted as old, the calls of half an hour stayed in memory, some 15 MiB."""
 
 LAST_CALLS_SECONDS = 0.5
-"""How long calls may go on once runs have come to rest, and how long the rest has to take its status."""
+"""How long calls may continue after the runs have stopped, and how long clients may take to receive the status of the
+others."""
 
 
 BOOTSTRAP = "notecase keys bootstrap"
@@ -112,13 +114,13 @@ def new_id() -> str:
 
 
 def new_uid() -> str:
-    """A UUIDv4: it tells nothing, not even when the session was made."""
+    """Returns a UUIDv4, which reveals nothing, not even when the session was created."""
     return str(uuid_utils.uuid4())
 
 
 def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -> tuple[v1.Key, str]:
-    """Makes the key of an admin of the tenant, or of an operator where it is empty, in a store that no server has open.
-    Returns it with what is to be sent. Raises StoreOpenError."""
+    """Creates an admin's key for the tenant, or an operator's if the tenant is empty, in a store that no server has
+    open. Returns the key, and the text to send in calls. Raises StoreOpenError."""
     if url == "memory:":
         raise StoreOpenError("A store in memory has no keys at first; set NOTECASE_ADMIN_KEY.")
 
@@ -155,7 +157,8 @@ def _made(given: ProviderSettings, later: Later) -> Provider:
 
 
 def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
-    """Puts a provider behind its bounds where it has any; without, no piece of a reply takes another step."""
+    """Wraps a provider in its limits if it has any. Without limits there is no wrapper, so that no piece of a reply
+    takes another step."""
     name, failures = given.name, given.breaker_failures
     breaker = Breaker(name, failures, given.breaker_seconds, time.monotonic) if failures else None
     return Guarded(provider, given.max_concurrent, breaker) if breaker or given.max_concurrent else provider
@@ -267,10 +270,10 @@ class Server:
         clock: Clock = now,
         files: Files | None = None,
     ) -> None:
-        """`providers` by name, the default one first. The server closes them, the toolbox and the store; it looks after
-        `files`. Without `authenticators`, and where the settings ask for no credentials, every caller is the admin of
-        one tenant until the store has a key; otherwise the store's keys are taken besides. Raises SettingsError for the
-        files of TLS and for proxies that are no addresses."""
+        """`providers` are by name, the default one first. The server closes them, the toolbox and the store, and
+        watches `files`. Without `authenticators`, and if the settings require no credentials, every caller is the admin
+        of one tenant until the store has a key; otherwise the keys of the store are accepted, too. Raises SettingsError
+        for the files of TLS and for proxies that are not addresses."""
         pace = pace or Pace()
         self.port = 0
         self.mtls_port = 0
@@ -398,8 +401,9 @@ class Server:
         return self.port
 
     async def stop(self) -> None:
-        """Takes nothing new, brings runs to their next commit or leaves them to the next start, tells the streams and
-        all other calls, and closes the store, whatever of that fails. Takes about `grace` seconds at most."""
+        """Accepts nothing new, brings runs to their next commit or leaves them to the next start, notifies the streams
+        and all other calls, and closes the store, even if one of these steps fails. Takes about `grace` seconds at
+        most."""
         grace = self._settings.grace
         log.info("server_draining", grace=grace)
         async with AsyncExitStack() as then:
@@ -427,7 +431,7 @@ class Server:
                 await self._store.probe()
             except NotecaseError as error:
                 problem = error.message
-            except Exception as error:  # noqa: BLE001 - health is told of it, and it is logged
+            except Exception as error:  # noqa: BLE001 - health shows it, and it is logged
                 problem, broken = "The store cannot be asked; this is a defect.", error
             if bool(problem) == serving:
                 serving = not problem
@@ -439,7 +443,7 @@ class Server:
             await asyncio.sleep(PROBE_SECONDS)
 
     async def _sweep(self) -> None:
-        """Deletes what has had its time, and what is left of it on disk; gives back memory that is free."""
+        """Deletes expired data and its remains on disk, and returns free memory to the system."""
         loop = asyncio.get_running_loop()
         next_sweep = next_trim = loop.time()
         while True:
@@ -482,7 +486,7 @@ def run(settings: Settings, ready: Callable[[Server], None] = lambda server: Non
 
 
 async def _end_everything() -> list[str]:
-    """Ends what is left in the process once a server has stopped; returns the names of what does not end."""
+    """Ends everything left in the process after a server has stopped. Returns the names of tasks that do not end."""
     left = Tasks("process")
     threads = left.start(asyncio.get_running_loop().shutdown_default_executor(), "threads")
     tasks = asyncio.all_tasks() - {asyncio.current_task(), threads}
@@ -498,7 +502,7 @@ async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Serve
 
     Raises SettingsError, StoreOpenError, ProviderSettingsError and ToolSettingsError, whose texts are for the
     operator."""
-    providers = make_providers(settings, later)  # first, since a bad key or address is no reason to open the store
+    providers = make_providers(settings, later)  # first: a bad key or address must fail before the store is opened
     toolbox = make_toolbox(settings.tools, settings.mcp_servers)
     files = Files()
     authenticators = make_authenticators(settings, files, fetches)
@@ -564,10 +568,10 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         await server.start()
-        # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
+        # Objects loaded by now stay as long as the process: garbage collections need not look at them.
         gc.collect()
         gc.freeze()
-        gc.collect()  # an old object is looked at once a quarter as many have become old; what is frozen is none
+        gc.collect()  # old objects are searched once a quarter as many have become old; frozen objects do not count
         gc.set_threshold(YOUNG_OBJECTS, 10, OLD_COLLECTIONS)
     except TimeoutError:
         if not making.expired():

@@ -1,4 +1,4 @@
-"""Looks whether what the settings of a server refer to is there, without serving."""
+"""Checks whether the parts that a server's settings refer to exist, without serving."""
 
 from collections.abc import Collection, Iterator
 from contextlib import suppress
@@ -13,9 +13,9 @@ from notecase_server.tools.toolbox import make_toolbox
 
 
 def missing_parts(settings: Settings, listed: Collection[str]) -> list[Mistake]:
-    """Returns what is wrong with the modules of tools, which are imported, with the files of issuers' keys, with the
-    programs of MCP servers and with the store's driver. Nothing is connected or started. `listed` has the names of the
-    MCP servers that are not from a file of their own."""
+    """Returns the mistakes in the modules of tools, which are imported, in the files of issuers' keys, and in the
+    programs of MCP servers, and says whether the store's driver is missing. Connects to nothing and starts nothing.
+    `listed` has the names of the MCP servers that are not from a separate file."""
     tries = [*((module,) for module in settings.tools), settings.tools]
     found = [Mistake("--tools", text) for text in dict.fromkeys(filter(None, map(_tools_problem, tries)))]
     found += _jwks_mistakes("issuer", settings.listed_issuers)

@@ -31,7 +31,7 @@ def listen(server: Any, settings: Settings, identity: "Watched[Identity] | None"
 
 
 def _add(option: str, address: str, add: Callable[[], int]) -> int:
-    # gRPC writes lines of its own to standard error when it finds this out.
+    # gRPC would write its own lines to standard error about it.
     problem = _problem(address)
     if not problem:
         try:
@@ -42,8 +42,8 @@ def _add(option: str, address: str, add: Callable[[], int]) -> int:
 
 
 def _problem(address: str) -> str:
-    """Says why none of the sockets that an address stands for can be bound; empty if one can, or for an address that
-    only gRPC understands."""
+    """Returns why none of the sockets that an address stands for can be bound. Empty if one can, and for an address
+    that only gRPC understands."""
     host, _, port = address.rpartition(":")
     if port == "0":
         return ""

@@ -57,10 +57,8 @@ Waiting = Callable[[], Awaitable[None]]
 
 
 async def open_store(url: str, clock: Clock, database: Database = DATABASE, waiting: Waiting | None = None) -> Store:
-    """Opens `memory:`, `sqlite:PATH` or `postgresql://…`, the last once no other server owns it; without `waiting` one
-    that does is a StoreOpenError.
-
-    Raises StoreOpenError with a sentence for whoever started the server."""
+    """Opens `memory:`, `sqlite:PATH` or `postgresql://…`. A PostgreSQL store is opened once no other server owns it; if
+    `waiting` is None, an owner is a StoreOpenError. The text of a StoreOpenError is for the operator."""
     kind, _, path = url.partition(":")
     if kind == "memory" and not path:
         return MemoryStore(clock)
@@ -127,7 +125,7 @@ def new_file(url: str) -> str:
 
 
 def backup(url: str, destination: Path, force: bool) -> None:
-    """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
+    """Copies a store to a file while a server owns it. Raises StoreOpenError, whose text is for the operator."""
     kind, _, path = url.partition(":")
     if kind in POSTGRES:
         raise StoreOpenError(
@@ -140,8 +138,8 @@ def backup(url: str, destination: Path, force: bool) -> None:
 
 
 async def renew(url: str, new_uid: Callable[[], str], database: Database = DATABASE) -> int:
-    """Gives every session of a store that no server has open another uid, and returns how many sessions there are.
-    Raises StoreOpenError with a sentence for whoever asked."""
+    """Gives every session of a store that no server has open a new uid, and returns the number of sessions. Raises
+    StoreOpenError, whose text is for the operator."""
     kind, _, path = url.partition(":")
     if kind == "sqlite" and path:
         return sqlite_renewal.renew(Path(path), new_uid)
@@ -160,9 +158,9 @@ async def renew(url: str, new_uid: Callable[[], str], database: Database = DATAB
 
 
 async def migrate(url: str, database: Database = DATABASE) -> tuple[int, int]:
-    """Makes the tables of a PostgreSQL store, or brings them up to date, while no server owns it. Returns the number
-    of the schema before, 0 if there was none, and that of this notecase. Raises StoreOpenError with a sentence
-    for whoever asked."""
+    """Creates or upgrades the tables of a PostgreSQL store that no server owns. Returns the number of the schema before
+    (0 if there was none) and the number of this version's schema. Raises StoreOpenError, whose text is for the
+    operator."""
     if url.partition(":")[0] not in POSTGRES:
         raise StoreOpenError("Only a PostgreSQL store needs this; a SQLite file is upgraded when it is opened.")
     _, lease, former = await _own(url, database)
@@ -173,8 +171,8 @@ async def migrate(url: str, database: Database = DATABASE) -> tuple[int, int]:
 
 
 async def copy(source: str, target: str, progress: Progress) -> dict[str, str]:
-    """Copies a whole store into an empty one, both of which no server has open, and returns the digest of each table.
-    Raises StoreOpenError with a sentence for whoever asked."""
+    """Copies a whole store into an empty one while no server has either open. Returns the digest of each table. Raises
+    StoreOpenError, whose text is for the operator."""
     opened = await open_rows(source, is_target=False)
     try:
         into = await open_rows(target, is_target=True)

@@ -1,17 +1,17 @@
 """Owns every task of a server, so that no background work fails unnoticed.
 
-A task is one of three things.
+There are three kinds of tasks:
 
-- Work with a caller, who may go away (`whole`): it is carried to its end all the same, because what follows from a
-  commit must follow it. The caller gets its failure; one that is not a refusal is logged too.
-- A duty (`duty`): something that must happen although nobody waits for it, such as the start of a queued run or a
-  deadline. What the store refuses passingly, and what breaks, is tried again; a refusal for good is handed to the
-  duty's `refused`, which makes it a fact.
-- A service (`service`): a loop that runs as long as the server does. When it breaks it is started again.
+- Work with a caller, who may go away (`whole`). It is completed even then, because what follows from a commit must
+  follow it. The caller gets its error; a defect is logged, too.
+- A duty (`duty`): something that must happen although no caller waits for it, such as the start of a queued run or a
+  deadline. It is retried after temporary failures of the store and after defects. A permanent refusal is passed to the
+  duty's `refused`, which records it.
+- A service (`service`): a loop that runs as long as the server does. When it fails it is started again.
 
-Everything that is tried again waits longer each time, is logged and is counted. The rule by which it gives up: a duty
-that has broken DUTY_TRIES times is handed to `refused` with INTERNAL; a service that breaks SERVICE_TRIES times in a
-row without having lived for a minute is a defect that stops the process.
+Every retry waits longer than the one before, is logged and is counted. A duty that fails DUTY_TRIES times with a defect
+is passed to `refused` with INTERNAL. A service that fails SERVICE_TRIES times in a row, each time within a minute, is a
+defect that stops the process.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ SERVICE_TRIES = 10
 """A service that cannot live for a minute ten times in a row leaves the server without a part that it needs."""
 
 HEALTHY_SECONDS = 60.0
-"""A service that has lived for so long is not one that breaks at once: its count begins anew."""
+"""After a service has run for so long, its failures are counted from 0 again."""
 
 
 def backoff() -> Iterator[float]:
@@ -91,8 +91,8 @@ async def patiently(act: Callable[[], Awaitable[T]], passes: Callable[[Exception
 
 
 class Tasks:
-    """Holds tasks that belong to one owner, which closes them. None is collected under way, and one that breaks is
-    logged even when nobody asks for its result."""
+    """Holds tasks that belong to one owner, which closes them. Keeps each from being garbage collected while it runs,
+    and logs one that fails even if nothing asks for its result."""
 
     def __init__(self, owner: str) -> None:
         """`owner` is its name in the log."""
@@ -130,8 +130,8 @@ class Tasks:
         return len(late)
 
     async def end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
-        """Cancels tasks of this owner and waits for them. One that ignores that for STUCK_SECONDS is left behind: it is
-        named in the log and counted, and nobody waits for it again."""
+        """Cancels tasks of this owner and waits for them. A task that ignores that for STUCK_SECONDS is left running:
+        it is logged by name and counted, and is not waited for again."""
         late = {*tasks} - self._left
         for task in late:
             task.cancel()
@@ -144,7 +144,8 @@ class Tasks:
 
 
 STUCK_SECONDS = 1.0
-"""How long a cancelled task may take to end before it is left behind: a stop must not wait for code that does not."""
+"""How long a cancelled task may take to end before it is left running. A stop must not wait for code that does not
+end."""
 
 
 def is_answer(error: BaseException) -> bool:
@@ -205,9 +206,9 @@ class Supervisor:
         act: Act,
         refused: Refused,
     ) -> None:
-        """Does something that nobody waits for. One duty of a name is under way about one thing: when it is asked for
-        meanwhile, it is done once more afterwards. `refused` is called with a refusal for good; what it raises
-        passingly is tried again as well."""
+        """Starts work for which no caller waits. At most one duty of a name runs about one subject; when it is
+        requested again in the meantime, it runs once more afterwards. `refused` is called with a permanent refusal;
+        temporary failures of `refused` are retried, too."""
         place = (name, about)
         if self._draining:
             return
@@ -218,7 +219,7 @@ class Supervisor:
         task.add_done_callback(lambda _: self._done(place))
 
     def is_at(self, name: str, about: object) -> bool:
-        """Returns whether a duty of that name is under way about that."""
+        """Returns whether a duty of that name is running for that subject."""
         return (name, about) in self._duties
 
     def _done(self, place: tuple[str, object]) -> None:

@@ -20,7 +20,8 @@ class Certificates:
     known, that it is valid, and that the caller has its key."""
 
     def __init__(self, principals: Watched[Mapping[str, Principal]], clock: Callable[[], int]) -> None:
-        """`principals` by name, as `read_client_principals` reads them; `clock` tells microseconds since 1970."""
+        """`principals` are by name, as `read_client_principals` returns them; `clock` returns microseconds since
+        1970."""
         from notecase_server.auth.tls import expires  # noqa: PLC0415  # cryptography is imported where there is TLS
 
         self._principals = principals

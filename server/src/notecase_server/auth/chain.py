@@ -32,8 +32,8 @@ class Chain:
     """The authenticators of one server."""
 
     def __init__(self, authenticators: Sequence[Authenticator] = (), open_until: Keyed | None = None) -> None:
-        """With `open_until` everybody is DEVELOPMENT until there is a key. Without it nobody is, unless there are no
-        authenticators."""
+        """With `open_until`, every caller is DEVELOPMENT until there is a key. Without it no caller is, unless there
+        are no authenticators."""
         self._authenticators = tuple(authenticators)
         self._open_until = open_until
 

@@ -59,7 +59,7 @@ class Files:
         return watched
 
     async def keep_looking(self) -> None:
-        """Looks at all of them every LOOK_SECONDS, for ever."""
+        """Checks all of them every LOOK_SECONDS, without end."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             if self._watched:

@@ -1,4 +1,4 @@
-"""The keys of an identity provider: fetched when they are needed, and kept while their place is away."""
+"""The keys of an identity provider: fetched when needed, and kept while the provider cannot be reached."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 MOST_BYTES = 256 << 10
 FETCH_SECONDS = 5.0
-"""What a fetch may bring, and how long it may take."""
+"""Limits of a fetch: its size and its time."""
 
 FRESH_SECONDS = 300.0
 """How long keys are used without being fetched again: a key that was withdrawn counts no longer than that."""
@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 30.0
 """How long after a fetch that failed, or that was for an unknown key, the next may be."""
 
 FIRST_SECONDS = 1.0
-"""The same while there are no keys at all, and so no caller is known."""
+"""The same while there are no keys, so that no token can be verified."""
 
 KEPT_SECONDS = 24 * 3600.0
 """How long keys count whose place is away."""
@@ -124,7 +124,7 @@ class KeySet:
 
     def __init__(self, issuer: str, load: Load, tasks: Tasks, monotonic: Callable[[], float]) -> None:
         """Fetches nothing yet. `tasks` own the fetches, which do not end with the caller that needed one; `monotonic`
-        tells seconds."""
+        returns seconds."""
         self._issuer = issuer
         self._load = load
         self._tasks = tasks
@@ -134,12 +134,10 @@ class KeySet:
         self._fetch: asyncio.Task[None] | None = None
 
     async def find(self, key_id: str) -> Sequence[Key]:
-        """Returns the keys with that id, which need not be unique, or all for an empty id. Raises NotecaseError
-        ISSUER_UNAVAILABLE while there are no keys at all.
-
-        Waits for a fetch when there are no keys, when they are old, and when the id is unknown, though for that only
-        every PATIENCE_SECONDS. While the place of the keys is away, those that were fetched last count for
-        KEPT_SECONDS, and nobody waits."""
+        """Returns the keys with that id, which need not be unique, or all keys for an empty id. Raises NotecaseError
+        ISSUER_UNAVAILABLE while there are no keys. Waits for a fetch when there are no keys, when they are old, and
+        when the id is unknown, in this case at most every PATIENCE_SECONDS. While the keys cannot be fetched, the last
+        ones are used for KEPT_SECONDS, and no caller waits."""
         self._forget()
         now = self._monotonic()
         if now - self._fetched > FRESH_SECONDS:

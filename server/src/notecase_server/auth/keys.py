@@ -1,7 +1,7 @@
-"""Keys that this server makes and knows again: 256 random bits, of which it keeps a digest.
+"""Creates and recognises API keys: 256 random bits, of which the store has a digest.
 
-A key ends in a tag that only the store's secret makes. The tag opens nothing. It tells a key of this store from any
-other text, so that callers who guess keys cost the store no reads.
+A key ends in a tag that can be made only with the store's secret. The tag grants nothing: it distinguishes a key of
+this store from any other text, so that callers who guess keys cause no reads of the store.
 """
 
 import base64
@@ -29,7 +29,7 @@ TAG_CHARACTERS = 16
 """Of a tag in base64."""
 
 MAX_KEY = 256
-"""Characters of a key: what is longer is none of ours."""
+"""Characters of a key: anything longer was not made here."""
 
 MIN_ADMIN_KEY = 32
 """Characters of a key that an operator chose."""
@@ -58,7 +58,7 @@ class _Judged(NamedTuple):
 
 
 def bearer(metadata: Metadata) -> str | None:
-    """Returns the token of `authorization: Bearer TOKEN`; None where there is no such."""
+    """Returns the token of `authorization: Bearer TOKEN`, or None if there is none."""
     held = metadata.get("authorization")
     if not isinstance(held, str):
         return None
@@ -134,9 +134,9 @@ class Keys:
         return base64.urlsafe_b64encode(made[:TAG_BYTES]).decode()
 
     async def create(self, tenant: str, key: v1.Key, once: Once | None = None) -> tuple[v1.Key, str]:
-        """Makes a key with the display name, the role, the user and the expiry of `key`, and returns it with what is
-        to be sent. Raises NotecaseError INVALID_FIELD for an expiry that has passed, and what the store raises;
-        Replayed for a repeat."""
+        """Creates a key with the display name, role, user and expiry of `key`, and returns it with the text to send in
+        calls. Raises NotecaseError INVALID_FIELD for an expiry that has passed, and what the store raises; Replayed for
+        a repeat."""
         if key.HasField("expire_time") and key.expire_time.ToMicroseconds() <= self._clock():
             raise errors.invalid([Violation("key.expire_time", "has passed")])
         key_id = self._new_id()
@@ -158,12 +158,12 @@ class Keys:
         return await self._changed(rotating), token
 
     async def revoke(self, tenant: str, key_id: str, once: Once | None = None) -> None:
-        """Takes a key back: no call with it is let in after this has returned. Raises NotecaseError KEY_NOT_FOUND;
+        """Revokes a key: after this has returned, every call with it is refused. Raises NotecaseError KEY_NOT_FOUND;
         Replayed for a repeat."""
         await self._changed(self._store.delete_key(tenant, key_id, once))
 
     def forget(self) -> None:
-        """Discards what is known of keys, since some have changed."""
+        """Empties the cache of keys, since some have changed."""
         self._changes += 1
         self._judged.clear()
 
@@ -172,7 +172,7 @@ class Keys:
         return body + self._tag(body)
 
     async def _changed(self, change: Awaitable[T]) -> T:
-        """Makes a change of a key, and discards what was known, also when the change may not have been made."""
+        """Changes a key and empties the cache, even if it is not known whether the change was made."""
         try:
             return await change
         finally:
@@ -180,8 +180,8 @@ class Keys:
 
 
 def _opened(row: KeyRow, digest: bytes) -> tuple[Principal | None, float]:
-    """Returns who calls with the key of that digest, None for nobody, and until when. Takes the same time for each
-    digest."""
+    """Returns the caller with the key of that digest, or None, and until when this applies. Takes the same time for
+    each digest."""
     ends = row.key.expire_time.ToMicroseconds() if row.key.HasField("expire_time") else math.inf
     current = hmac.compare_digest(digest, row.digest)
     former = hmac.compare_digest(digest, row.former)

@@ -7,8 +7,8 @@ from typing import Protocol
 
 
 class Role(IntEnum):
-    """What a principal may do. Each of the first four has the rights of those before it; OPERATOR stands apart: it has
-    no tenant, and reads no content but by ExportTenant."""
+    """The rights of a principal. Each of the first four roles has the rights of those before it. OPERATOR is separate:
+    it has no tenant, and reads no content except by ExportTenant."""
 
     VIEWER = 1
     USER = 2
@@ -36,14 +36,14 @@ Metadata = Mapping[str, str | bytes]
 """What came with a call; the names are in lower case."""
 
 AuthContext = Callable[[], Mapping[str, Sequence[bytes]]]
-"""Returns what the transport says of the other end: grpc's `ServicerContext.auth_context`, which takes longer than most
-credentials take to judge."""
+"""Returns what the transport knows about the client: grpc's `ServicerContext.auth_context`, which takes longer than
+verifying most credentials."""
 
 
 class Authenticator(Protocol):
     """Judges one kind of credential."""
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
-        """Who calls; None where the call holds no credential of this kind. Raises NotecaseError UNAUTHENTICATED for
-        one that is bad, expired or revoked, in one sentence that tells neither which of these nor anything of it."""
+        """Returns the caller, or None if the call has no credential of this kind. Raises NotecaseError UNAUTHENTICATED
+        for one that is bad, expired or revoked, with a sentence that does not say which, and quotes nothing of it."""
         ...

@@ -1,4 +1,4 @@
-"""Names principals in events: by an opaque id, whose meaning is a row apart that can be erased."""
+"""Gives principals opaque names in events. The meaning of a name is in a separate row, which can be erased."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,8 +23,8 @@ class Principals:
         self._changes = 0
 
     async def name(self, principal: Principal, tenant: str) -> str:
-        """Returns the principal's name in what a tenant keeps, principals/{principal}, once the store has its row;
-        empty for a caller without credentials. Raises NotecaseError STORE_UNAVAILABLE."""
+        """Returns the principal's name in stored data, principals/{principal}, once the store has its row; "" for a
+        caller without credentials. Raises NotecaseError STORE_UNAVAILABLE."""
         if not principal.subject:
             return ""
         place = tenant, principal
@@ -49,6 +49,6 @@ class Principals:
         )
 
     def forget(self) -> None:
-        """Forgets what was known: rows were erased."""
+        """Empties the cache, since rows were erased."""
         self._changes += 1
         self._known.clear()

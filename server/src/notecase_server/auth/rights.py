@@ -20,7 +20,8 @@ class Right(NamedTuple):
     operators: bool = False
     """Operators may, too."""
     bound: bool = False
-    """Callers that are bound to a user may, too, whatever their role: about what is their own."""
+    """Methods that callers bound to a user may call, too, whatever their role: they can use only that user's
+    resources."""
 
 
 def _service(name: str, **methods: Role) -> Mapping[str, Right]:
@@ -109,7 +110,7 @@ def has(role: Role, least: Role) -> bool:
 
 
 def leaves_traces(method: str) -> bool:
-    """Returns whether what a method does is to say who did it: whether it is for more than to read."""
+    """Returns whether the effects of a method name its principal, which those of reads do not."""
     return METHODS.get(method, UNKNOWN).least is not VIEWER
 
 
@@ -124,7 +125,7 @@ _APPROVERS = {DEVELOPER: v1.Tool.APPROVER_DEVELOPER, ADMIN: v1.Tool.APPROVER_ADM
 
 
 def refusal(principal: Principal, method: str) -> NotecaseError | None:
-    """Returns ROLE_MISSING when the principal may not call the method."""
+    """Returns the error ROLE_MISSING if the principal may not call the method."""
     right = METHODS.get(method, UNKNOWN)
     if principal.user and (method not in METHODS or method.startswith(UNBOUND)):
         return errors.bound_to_user(right.least.name)

@@ -116,7 +116,7 @@ def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[s
 
 
 def is_safe(url: str) -> bool:
-    """Whether nobody on the way can change what is read there."""
+    """Whether what is read at that address is safe from changes on the way."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -166,7 +166,7 @@ def _add_principal(found: dict[str, Principal], name: str, top: Table, place: st
 
 
 def san(kind: str, name: str) -> str:
-    """Returns a name of a certificate as `read_client_principals` has it. Only names of hosts have no case."""
+    """Returns a name of a certificate in the form of `read_client_principals`. Only host names are case-insensitive."""
     return f"{kind}:{name.lower() if kind == 'dns' else name}"
 
 

@@ -1,4 +1,4 @@
-"""Reads files of settings, and tells everything that is wrong with one at once."""
+"""Reads files of settings, and reports all mistakes in one at once."""
 
 import difflib
 import json
@@ -76,7 +76,7 @@ class Table:
         return value  # type: ignore[no-any-return]
 
     def inner(self, key: str, values: Mapping[str, Any]) -> "Table":
-        """Makes a table that is under `key`; its mistakes are kept with those of this one."""
+        """Returns the table under `key`. Its mistakes are collected with those of this table."""
         return Table(values, f"{self._place}{key}.", self.mistakes)
 
     def tables(self, key: str) -> Iterator[tuple[str, "Table"]]:

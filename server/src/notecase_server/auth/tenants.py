@@ -26,8 +26,8 @@ class Tenants:
         self._changes = 0
 
     async def require_open(self, principal: Principal) -> None:
-        """Raises NotecaseError TENANT_SUSPENDED, and STORE_UNAVAILABLE when nobody can say. An operator has no
-        tenant, and a caller without a subject no operator above it."""
+        """Raises NotecaseError TENANT_SUSPENDED, and STORE_UNAVAILABLE if the state of the tenant cannot be read.
+        Passes operators, who have no tenant, and callers without a subject, who have no operator above them."""
         if principal.tenant and principal.subject and not await self._is_open(principal.tenant):
             raise errors.tenant_suspended()
 
@@ -45,6 +45,6 @@ class Tenants:
         return is_open
 
     def changed(self, tenant: str) -> None:
-        """Forgets what was known of a tenant: it counts at once."""
+        """Removes a tenant from the cache, so that its change applies at once."""
         self._changes += 1
         self._known.pop(tenant, None)

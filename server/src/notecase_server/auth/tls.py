@@ -35,8 +35,8 @@ class Identity:
 
 
 def read_identity(cert: Path, key: Path, client_ca: Path | None, clock: Callable[[], int]) -> Identity:
-    """Reads the files. A certificate that has expired by `clock`, which tells microseconds since 1970, is taken with a
-    warning in the log. Raises SettingsError for what cannot be read or does not belong together."""
+    """Reads the files. A certificate that has expired by `clock`, which returns microseconds since 1970, is used with a
+    warning in the log. Raises SettingsError for files that cannot be read or do not belong together."""
     mistakes: list[Mistake] = []
     chain_pem, chain = _parsed("--tls-cert", cert, x509.load_pem_x509_certificates, mistakes)
     key_pem, private = _parsed("--tls-key", key, lambda pem: load_pem_private_key(pem, None), mistakes)
@@ -68,7 +68,7 @@ def _is_known(key: PrivateKeyTypes) -> bool:
 
 
 def _parsed(option: str, path: Path, parse: Callable[[bytes], T], mistakes: list[Mistake]) -> tuple[bytes, T | None]:
-    """Returns what a PEM file holds, as bytes and parsed; keeps the mistake if it cannot be."""
+    """Returns the content of a PEM file, as bytes and parsed, or collects the mistake."""
     try:
         content = path.read_bytes()
         return content, parse(content)

@@ -19,13 +19,13 @@ from notecase_server.supervisor import Tasks
 T = TypeVar("T")
 
 TOKEN_BYTES = 8 << 10
-"""The longest token that is looked at. Longer ones hold all groups of a user, which a provider can leave out."""
+"""The longest token that is read. Longer ones contain all groups of a user, which a provider can leave out."""
 
 SUBJECT_CHARACTERS = 255
 """The longest subject that the standard allows."""
 
 LEEWAY_SECONDS = 60
-"""How far the clocks of this machine and of an issuer may be apart."""
+"""How much the clocks of this machine and of an issuer may differ."""
 
 REMEMBERED = 10_000
 """Tokens that are remembered as verified, so that each costs its signature once."""
@@ -76,7 +76,7 @@ class Tokens:
         clock: Callable[[], int],
         monotonic: Callable[[], float],
     ) -> None:
-        """`tasks` own the fetches of keys. `clock` tells microseconds since 1970, `monotonic` seconds."""
+        """`tasks` own the fetches of keys. `clock` returns microseconds since 1970, `monotonic` seconds."""
         self._clock = clock
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
         self._issuers: dict[str, _Issuer] = {}
@@ -84,8 +84,8 @@ class Tokens:
             self._issuers[one.issuer] = _Issuer(one, KeySet(one.issuer, _load(one), tasks, monotonic))
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
-        """Returns who calls; None where the call has no credential of this form. Raises NotecaseError UNAUTHENTICATED
-        for a token that is not valid, and ISSUER_UNAVAILABLE while there are no keys to verify it by."""
+        """Returns the caller, or None if the call has no credential of this form. Raises NotecaseError UNAUTHENTICATED
+        for a token that is not valid, and ISSUER_UNAVAILABLE without keys to verify it."""
         token = _token(metadata)
         if token is None:
             return None
@@ -142,7 +142,8 @@ def _load(settings: IssuerSettings) -> Load:
 
 
 def _token(metadata: Metadata) -> str | None:
-    """Returns a call's JSON Web Token: three parts, of which the first is a JSON object. Other keys are not like it."""
+    """Returns a call's JSON Web Token: three parts, the first of which is a JSON object. Other keys do not have this
+    form."""
     token = bearer(metadata)
     return token if token is not None and token.startswith("ey") and token.count(".") == 2 else None
 

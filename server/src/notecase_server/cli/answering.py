@@ -24,11 +24,10 @@ class _Wrong(Exception):
 
 
 async def answer(commands: Commands, wait: Wait, sending: Callable[[bool], None]) -> bool:
-    """Shows what is waited for and sends the user's answer; False when the user leaves it waiting. What cannot be sent
-    is told, and asked for again. `sending` is called with True once the user has answered, and with False when that
-    is refused; before the first and after the second this may be cancelled.
-
-    Raises NotecaseError for any other refusal."""
+    """Shows what the run waits for and sends the user's answer. Returns False when the user leaves it waiting. An
+    answer that cannot be sent is explained, and requested again. `sending` is called with True once the user has
+    answered, and with False when the answer is refused; before the first and after the second call this may be
+    cancelled. Raises NotecaseError for any other refusal."""
     _show(wait)
     while True:
         try:
@@ -54,7 +53,7 @@ async def answer(commands: Commands, wait: Wait, sending: Callable[[bool], None]
 
 
 def _show(wait: Wait) -> None:
-    """Shows everything that the answer is about, whole: nobody approves what they cannot see."""
+    """Shows everything that the answer is about, in full: a user must see what is approved."""
     if wait.kind == QUESTION and wait.asked is not None:
         click.secho(screen.harmless(wait.question), bold=True)
         return
@@ -64,7 +63,7 @@ def _show(wait: Wait) -> None:
 
 
 async def _choose(wait: Wait) -> "_Way | None":
-    """Returns how the user wants to answer; None when not at all."""
+    """Returns how the user wants to answer, or None."""
     if wait.kind == QUESTION and not wait.of_tool:
         screen.aside("Enter sends your answer, Ctrl-C leaves the question waiting.")
         return _say
@@ -78,7 +77,7 @@ Command = Awaitable[int]
 """A command that is sent once it is awaited."""
 
 _Way = Callable[[Commands, Wait], Awaitable[Command]]
-"""Asks for what an answer needs besides."""
+"""Asks for the further input that an answer needs."""
 
 
 async def _approve(commands: Commands, wait: Wait) -> Command:
@@ -122,7 +121,7 @@ async def _say(commands: Commands, wait: Wait) -> Command:
 
 
 async def _typed(sign: str, default: str = "", unasked: bool = False) -> str:
-    """Returns what the user types, and asks again at an Enter alone: it would answer for good, with nothing."""
+    """Returns what the user types. Asks again at an Enter alone, which would otherwise be a final, empty answer."""
     while not (typed := await terminal.line(sign, default, unasked)):
         screen.aside("Nothing was typed; Ctrl-C leaves it waiting.")
     return typed
@@ -154,7 +153,7 @@ _TOOL: Mapping[str, _Way] = {"Give its result": _give, "It failed": _fail}
 
 
 def pretty(text: str) -> str:
-    """Returns JSON text with a line for each member, and what is not JSON as it is."""
+    """Returns JSON text with one member per line; other text unchanged."""
     try:
         return screen.as_json(json.loads(text or "{}"), indent=2)
     except (ValueError, RecursionError):

@@ -39,8 +39,8 @@ def read_files(files: Sequence[str]) -> list[manifest.Declared]:
 
 
 async def apply(client: Client, declared: Sequence[manifest.Declared], dry_run: bool) -> Exit:
-    """Applies the agents one after the other and says what became of each; with `dry_run` only how they would change.
-    Those that the server refuses are told at the end."""
+    """Applies the agents one after the other and prints the result of each; with `dry_run` only how they would change.
+    Agents that the server refuses are reported at the end."""
     refused: list[manifest.Mistake] = []
     for one in declared:
         name = one.agent.name
@@ -77,7 +77,7 @@ async def compare(client: Client, names: Sequence[str], declared: Sequence[manif
 
 
 async def edit(client: Client, name: str) -> Exit:
-    """Has the user edit an agent, and applies it if nobody changed it meanwhile."""
+    """Lets the user edit an agent, and applies the result if the agent has not changed in the meantime."""
     before = await client.agents.GetAgent(v1.GetAgentRequest(name=name))
     if not sys.stdin.isatty() and not _has_editor():
         raise click.UsageError("`agents edit` needs a terminal, or an EDITOR; use `agents apply` with a file.")
@@ -110,7 +110,7 @@ async def edit(client: Client, name: str) -> Exit:
 
 
 def _keep(name: str, edited: str) -> None:
-    """Writes what the user has edited to a file, and says how it is applied."""
+    """Writes the edited text to a file, and prints how to apply it."""
     with tempfile.NamedTemporaryFile(
         "w", prefix=f"{screen.id_of(name)}-", suffix=".yaml", delete=False, encoding="utf-8"
     ) as file:
@@ -147,7 +147,7 @@ async def _put(client: Client, agent: v1.Agent) -> v1.Agent:
 
 
 def _mistakes(one: manifest.Declared, error: NotecaseError) -> list[manifest.Mistake]:
-    """Returns what the server finds wrong with an agent, each by its line."""
+    """Returns the server's complaints about an agent, each by its line."""
     if error.violations:
         return [one.at(violation.field, violation.description) for violation in error.violations]
     return [one.at("", error.message)]

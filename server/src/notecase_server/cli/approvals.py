@@ -36,7 +36,7 @@ async def review(client: Client, name: str) -> None:
 
 
 async def _take_back(client: Client, name: str, answer: v1.RememberedApproval) -> None:
-    """Takes back all answers about the tool of one, and keeps those that were given while the menu was open. Raises
+    """Takes back all answers about the tool of this one, except those that were given while the menu was open. Raises
     NotecaseError."""
     session = await client.sessions.GetSession(v1.GetSessionRequest(name=name))
     kept = {input_id: one for input_id, one in session.remembered.items() if _label(one) != _label(answer)}

@@ -61,7 +61,7 @@ def confirm(question: str, yes: bool) -> None:
 
 
 def name_of(collection: str, given: str) -> str:
-    """Returns the resource name for an id, or for what is a name already."""
+    """Returns the resource name for an id; a name unchanged."""
     return given if given.startswith(f"{collection}/") else f"{collection}/{given}"
 
 

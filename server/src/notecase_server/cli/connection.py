@@ -23,7 +23,7 @@ class Exit(IntEnum):
     USAGE = 2
     """The command line, or a file that it names, is wrong; nothing was asked of the server."""
     WAITING = 3
-    """A run waits for a person or for a caller's tool, and nobody here could answer."""
+    """A run waits for a person or for a caller's tool, and there was no terminal to answer at."""
     UNREACHABLE = 4
     """No server answers at that address, or not as a notecase server does."""
     DIFFERENT = 5
@@ -60,7 +60,7 @@ def connection() -> tuple[str, dict[str, Any]]:
     given: dict[str, Any] = {}
     for layer in (variables, own, options) if named else (own, variables, options):
         if layer.get("ca"):
-            given.pop("plaintext", None)  # whoever asks for TLS does not send the token in the clear
+            given.pop("plaintext", None)  # a token is not sent unencrypted if TLS was requested
         given.update(layer)
     server = given.pop("server", "") or DEFAULT_ADDRESS
     if found is not None and server != found.address:

@@ -1,4 +1,4 @@
-"""A conversation at the terminal or through a pipe. The session is kept whatever happens to the command."""
+"""A conversation at the terminal or through a pipe. The session is stored, even if the command is killed."""
 
 import contextlib
 import difflib
@@ -36,19 +36,17 @@ OFFERED = 9
 """How many choices a menu has at most: as many as there are digits to choose by."""
 
 SHOWN = 6
-"""How many messages of a resumed session are shown: enough to remember what it was about."""
+"""How many messages of a resumed session are shown, as a reminder."""
 
 SHOWN_CHARACTERS = 600
 """How much of each of them is shown, so that they fit on one screen."""
 
 
 async def converse(client: Client, agent: str, session: str, new: bool, patience: float | None) -> int:
-    """Talks until the user leaves or the input ends, and returns the exit code: 1 when something said through a pipe
-    had no reply, since nobody was there to see why.
-
-    `agent` and `session` are ids or names, or empty; see the command's help. A run may wait for `patience` seconds; see
-    Follower. Raises Refusal when it waits longer where nobody can be asked, NotecaseError when there can be no
-    conversation, ClickException when it lacks an agent, and KeyboardInterrupt at Ctrl-C without a terminal."""
+    """Talks until the user leaves or the input ends, and returns the exit code: 1 when a message from a pipe had no
+    reply, since nobody saw why. `agent` and `session` are ids or names, or empty; see the command's help. A run may
+    wait for `patience` seconds; see Follower. Raises Refusal when it waits longer and there is no terminal, and
+    NotecaseError when no conversation can begin."""
     # asyncio's own handler would wait for the task to yield, which a read from a pipe does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     chat = _Chat(client, patience)
@@ -100,7 +98,7 @@ class _Chat:
         return 1 if self._failed and not self._terminal else 0
 
     async def _heard(self) -> AsyncIterator[str]:
-        """Yields what the user says, never blank."""
+        """Yields the user's messages without blank ones."""
         if not self._terminal:
             # Nothing else goes on between replies, so the loop may as well wait.
             for line in sys.stdin:
@@ -120,8 +118,8 @@ class _Chat:
                 yield text.rstrip().encode(errors="replace").decode()
 
     async def _attempt(self, deed: Awaitable[None]) -> None:
-        """Shows the service's errors in its own sentences. Raises NotecaseError when the server is lost and there is no
-        terminal: nobody is there to repeat what was said."""
+        """Prints the service's errors in its own sentences. Raises NotecaseError when the server is lost and there is
+        no terminal, since nobody could repeat the message."""
         try:
             await deed
         except NotecaseError as error:
@@ -241,8 +239,8 @@ class _Chat:
             self._tell("")
 
     async def _show_history(self, session: v1.Session) -> None:
-        """Shows the last messages, except those of the run under way, which its stream shows. The arrow keys recall all
-        that the user said in a page."""
+        """Shows the last messages, except those of the active run, which its stream shows. The arrow keys recall what
+        the user said in that page."""
         request = v1.ListMessagesRequest(parent=session.name, order_by="sequence desc")
         page = (await self._client.messages.ListMessages(request)).messages
         past = [message for message in page if not message.run or message.run != session.active_run]
@@ -270,8 +268,8 @@ class _Chat:
         return found[picked - 1].name if picked else ""
 
     async def _pick_agent(self) -> str:
-        """Returns the name of the only agent, or of the one that the user chooses or makes. Raises ClickException where
-        there is no terminal to ask the user at."""
+        """Returns the name of the only agent, or of the one that the user chooses or creates. Raises ClickException
+        without a terminal."""
         found = (await self._client.agents.ListAgents(v1.ListAgentsRequest(page_size=OFFERED))).agents
         if len(found) == 1:
             return found[0].name
@@ -298,8 +296,8 @@ class _Chat:
         return made.name
 
     async def _follow(self, stream: RunStream, echo: bool = False) -> None:
-        """Shows a run up to its end, or until it is left waiting. Raises NotecaseError also when the run fails, and
-        Refusal when it waits and there is no terminal to ask at."""
+        """Shows a run up to its end, or until the user leaves it waiting. Raises NotecaseError, also when the run
+        fails, and Refusal when it waits and there is no terminal."""
         self._left = None
         try:
             await Follower(self._client, stream, echo=echo, patience=self._patience).follow()
@@ -320,5 +318,5 @@ class _Chat:
 
 
 def _at_home(path: str) -> str:
-    """Expands `~` as a shell would, which does not see what is typed at a prompt."""
+    """Expands `~`, since no shell does so for text typed at a prompt."""
     return os.path.expanduser(path)

@@ -1,4 +1,4 @@
-"""Follows a run to its end: shows it, and asks the user what it waits for."""
+"""Follows a run to its end: shows it, and asks the user for what it waits for."""
 
 import asyncio
 import sys
@@ -28,7 +28,7 @@ PATIENT = Retry(tries=90)
 """How long an answer is sent again: four to six minutes."""
 
 PIPE_PATIENCE = 10.0
-"""Seconds that a run may wait for anybody where there is no terminal to ask at."""
+"""Seconds that a run may wait for anything when there is no terminal."""
 
 
 class Left(Exception):  # nothing went wrong
@@ -53,10 +53,9 @@ class Follower:
         patience: float | None = None,
         quiet: bool = False,
     ) -> None:
-        """With `echo` what users say is shown, too; with `quiet` not even the reply is.
-
-        At a terminal the run may wait for `patience` seconds for the result of a caller's tool before the user is asked
-        for it, TOOL_PATIENCE if None. Without one it may wait so long for anybody, PIPE_PATIENCE if None."""
+        """With `echo`, messages of users are shown, too; with `quiet` not even the reply is. At a terminal the run may
+        wait for `patience` seconds (TOOL_PATIENCE if None) for the result of a caller's tool before the user is asked
+        for it. Without a terminal it may wait so long (PIPE_PATIENCE if None) for anything."""
         self._client = client
         self._stream = stream
         stream.warn_after = None  # the terminal shows what the run waits for
@@ -64,10 +63,10 @@ class Follower:
         usual = TOOL_PATIENCE if self._asks else PIPE_PATIENCE
         self._patience = usual if patience is None else patience
         self._reply = Quiet(stream) if quiet else _reply(stream, echo)
-        self._held: list[v1.Event] = []  # told while the user is asked
+        self._held: list[v1.Event] = []  # received while the user is asked
         self._changed = asyncio.Event()
         self._asking: tuple[Wait, asyncio.Task[bool]] | None = None
-        self._sending = False  # what was asked for is answered, and the answer on its way
+        self._sending = False  # the user has answered, and the answer is on its way
         self._seen: dict[str, Literal["answered", "left", "others"]] = {}  # waits, and who answers them
         self._stopping: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
@@ -162,7 +161,8 @@ class Follower:
         self._changed.set()
 
     async def _answer(self) -> None:
-        """Asks what the run waits for, one after the other. Raises Left when it is to be left waiting."""
+        """Asks for everything that the run waits for, one after the other. Raises Left when the user leaves it
+        waiting."""
         self._changed.set()
         while True:
             await self._changed.wait()
@@ -185,12 +185,12 @@ class Follower:
                 raise Left(self._open())
 
     def _open(self) -> list[tuple[Wait, bool]]:
-        """Returns what is not answered, each with whether this caller may answer it."""
+        """Returns the unanswered inputs and calls, each with whether this caller may answer it."""
         seen = [(one, self._seen.get(one.id)) for one in self._waits()]
         return [(one, told != "others") for one, told in seen if told != "answered"]
 
     async def _settled_elsewhere(self, wait: Wait) -> bool:
-        """Waits for a program that has the tool; without a terminal for anybody. Returns whether it is answered."""
+        """Waits for a program that has the tool, or without a terminal for anybody. Returns whether it was answered."""
         if self._asks and wait.asked is not None:
             return False
         try:
@@ -248,8 +248,8 @@ def _reply(stream: RunStream, echo: bool) -> Reply:
 
 
 def _hints(found: Sequence[tuple[Wait, bool]]) -> str:
-    """Returns a sentence for each thing that is waited for: what it is, and the command that answers it; for several
-    also how many there are. Each comes with whether the caller may approve it."""
+    """Returns a sentence for each thing that the run waits for: what it is, the command that answers it, and how many
+    there are if several. Each comes with whether the caller may approve it."""
     told = [_hint(wait, mine, f" --id {wait.id}" if len(found) > 1 else "") for wait, mine in found]
     if len(found) > 1:
         told.append(f"{len(found)} things wait; `notecase inbox {_where(found[0][0])}` lists them.")

@@ -131,8 +131,8 @@ def answer(run: str, text: str, wanted: str) -> None:
 
 
 async def _find(client: Client, run: str, wanted: str, kinds: set[int], remember: str = "once") -> waits.Wait:
-    """Returns what is to be answered. Raises Refusal when it is not there, is for others, or is not an approval and
-    the answer should be remembered: the service remembers no other."""
+    """Returns the input or call to answer. Raises Refusal when it does not exist, when others have to answer it, and
+    when the answer of something other than an approval should be remembered, which the service does not do."""
     wait = await waits.find(client, *await named.run(client, run), wanted, kinds)
     if not waits.may_answer(await waits.caller_of(client), wait):
         raise Refusal(f"This waits for {wait.who}: {wait.describe()}", Exit.FAILED)

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 
 class Lazy(NamedTuple):
-    """Where a command is, and what the list of commands says of it."""
+    """Where a command is defined, and its line in the list of commands."""
 
     place: str
     """The command's module within `notecase_server.cli` and its name there, such as "transfer:export_session"."""
@@ -29,7 +29,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.table:
             return None
-        gc.disable()  # modules are no garbage: looking for some meanwhile takes a sixth of a start
+        gc.disable()  # modules are not garbage: searching them during the import takes a sixth of a start
         try:
             command: click.Command = pkgutil.resolve_name(f"notecase_server.cli.{self.table[cmd_name].place}")
         finally:

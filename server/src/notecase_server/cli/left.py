@@ -8,7 +8,7 @@ from notecase_server.cli.waits import Wait, waits_of
 
 
 class LeftRun:
-    """Knows what the run was left waiting for, and how far it was shown."""
+    """Remembers what the run was left waiting for, and how far it was shown."""
 
     def __init__(self, client: Client, waits: Sequence[Wait], sequence: int | None) -> None:
         """`waits` are at least one, all of one run. `sequence` is that of the last event that was shown, None when

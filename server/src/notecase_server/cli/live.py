@@ -16,7 +16,7 @@ from notecase_server.cli import screen
 from notecase_server.cli.reply import Reply
 
 REFRESHES = 10
-"""A second: what is being made is drawn so often, however fast it comes."""
+"""How often a second the unfinished part is drawn, however fast it arrives."""
 
 DRAWN = 8192
 """Characters: of a longer block that is being written only the end is drawn, and as it is written."""
@@ -39,7 +39,7 @@ class LiveReply(Reply):
         self._console = Console(highlight=False)
         self._live: Live | None = None
         self._kind = ""
-        self._tail = ""  # of the open block: what is not finished yet
+        self._tail = ""  # the unfinished rest of the open block
         self._next_split = (
             0  # how long it is to be before it is parsed again: a long block is not parsed for each piece
         )
@@ -105,7 +105,7 @@ class LiveReply(Reply):
         return Text(text.rstrip("\n"), style="dim" if self._kind == "reasoning" else "")
 
     def _moving(self) -> Iterator[RenderableType]:
-        """Yields what is drawn again and again."""
+        """Yields what has to be drawn repeatedly."""
         if self._tail.strip():
             if self._any:
                 yield Text("")

@@ -68,7 +68,7 @@ def _yaml(event: v1.Event) -> str:
 
 
 class _Runs:
-    """The ids of a session's runs, cut as far as they tell the runs apart that are known so far."""
+    """The ids of a session's runs, shortened as far as they still distinguish the runs known so far."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()

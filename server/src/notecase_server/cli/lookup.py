@@ -26,12 +26,12 @@ PLAIN = re.compile(r"[A-Za-z0-9._-]+")
 """Ids that a shell takes as they are. A server's words do not get onto a command line otherwise."""
 
 Found = AsyncIterator[tuple[str, str]]
-"""Ids, each with a text that shells show beside it."""
+"""Ids, each with a description that shells show next to it."""
 
 
 def offered(context: click.Context, collection: str, incomplete: str) -> list[CompletionItem]:
-    """Returns the ids that begin as typed. `collection` is that of the resources, such as "sessions". Raises nothing: a
-    prompt is no place to say what went wrong."""
+    """Returns the ids that begin with the typed text. `collection` is that of the resources, such as "sessions". Raises
+    nothing: an error must not disturb the prompt."""
     logging.disable()  # the client logs that a server is away
     root = "sessions/" if collection in {"runs", "messages", "states"} else f"{collection}/"
     prefix = root if incomplete.startswith(root) else ""
@@ -82,7 +82,7 @@ async def _tenants(client: Client, typed: str, tenant: str) -> Found:
 
 
 async def _runs(client: Client, typed: str, tenant: str) -> Found:
-    """Sessions, which stand for their newest runs, and the runs of one session: SESSION/RUN."""
+    """Returns sessions, which stand for their newest runs, and the runs of one session: SESSION/RUN."""
     sessions = [one async for one in _sessions(client, typed, tenant)]
     for one in sessions:
         yield one

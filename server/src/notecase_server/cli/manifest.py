@@ -1,4 +1,4 @@
-"""Agents as files: YAML or JSON, in which every mistake is found at once and told by its line."""
+"""Reads agents from YAML or JSON files, and reports all mistakes at once, each with its line."""
 
 import json
 from collections.abc import Iterator
@@ -113,7 +113,7 @@ def written(agent: v1.Agent) -> str:
 
 
 def difference(before: v1.Agent | None, after: v1.Agent | None, names: tuple[str, str]) -> str:
-    """Returns how two agents differ, as a unified diff of what a file would say; empty when they do not."""
+    """Returns a unified diff of two agents as files; empty when they are equal."""
     old, new = (written(one).splitlines() if one is not None else [] for one in (before, after))
     return "\n".join(unified_diff(old, new, *names, lineterm=""))
 
@@ -189,7 +189,7 @@ class _Reader:
     def _members(self, node: yaml.MappingNode, path: str) -> Iterator[tuple[str, yaml.Node]]:
         """Yields the members of a mapping, with those that it merges."""
         own = [str(key.value) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        if id(node) not in self._merged:  # what an alias stands for comes here more than once
+        if id(node) not in self._merged:  # an aliased node comes here more than once
             self._merged[id(node)] = node
             for name in dict.fromkeys(name for name in own if own.count(name) > 1):
                 self._wrong(node, f"{f'{path}.{name}'.lstrip('.')}: it is given more than once.")
@@ -246,7 +246,7 @@ class _Reader:
             message.MergeFrom(made)
 
     def _plain(self, node: yaml.Node, field: Any) -> Any:
-        """Returns what a node holds: where the field is a text, as it is written, `no` and `1.0` too."""
+        """Returns the value of a node. For a text field it is the text as written, even `no` and `1.0`."""
         kind = field.message_type.fields_by_name["value"] if field.message_type and _is_map(field) else field
         texts = kind.cpp_type in {FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE}
         if isinstance(node, yaml.ScalarNode) and texts:
@@ -269,7 +269,7 @@ class _Reader:
 
 
 def _optional(field: Any) -> bool:
-    """Returns whether the oneof of a field is only how protobuf keeps that it is set."""
+    """Returns whether the oneof of a field exists only to record that the field is set."""
     return field.containing_oneof is not None and field.containing_oneof.name == f"_{field.name}"
 
 

@@ -32,10 +32,8 @@ def is_made(id_: str) -> bool:
 
 
 async def session(client: Client, given: str) -> str:
-    """Returns the name of the session that is given by its name, its id, or the beginning of its id.
-
-    Raises Refusal if several ids begin so, or if there are too many sessions to know, and NotecaseError
-    SESSION_NOT_FOUND if there is no such session."""
+    """Returns the name of a session that is given by its name, its id, or the beginning of its id. Raises Refusal if
+    several ids begin with it, or if there are too many sessions to be sure, and NotecaseError SESSION_NOT_FOUND."""
     name = name_of("sessions", given)
     if given in {name, ""} or is_made(given):  # every id begins with an empty text, as an unset variable is
         return name

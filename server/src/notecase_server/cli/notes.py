@@ -31,9 +31,8 @@ PATIENT = Retry(tries=1000)
 
 
 def parse(given: str) -> Plain:
-    """Reads JSON as what it is and all else as text; NaN and Infinity are not JSON.
-
-    Raises RecursionError for lists in lists without end."""
+    """Parses JSON; other text is returned unchanged. NaN and Infinity are not JSON. Raises RecursionError for lists
+    nested without end."""
     try:
         value: Plain = json.loads(given, parse_constant=_no_json)
     except ValueError:
@@ -42,7 +41,7 @@ def parse(given: str) -> Plain:
 
 
 async def as_json(client: Client, given: str) -> Plain:
-    """Reads JSON as what it is and all else as text; see `parse`."""
+    """Parses JSON; other text is returned unchanged. See `parse`."""
     return parse(given)
 
 
@@ -102,9 +101,8 @@ async def put(
     read: Callable[[Client, str], Awaitable[Plain]],
     if_version: int | None,
 ) -> None:
-    """Sets a key and prints its version, which is all that a script reads. `read` makes the value from what was typed.
-
-    Raises ClickException for what state cannot hold."""
+    """Sets a key and prints its version, which is all that a script needs. `read` makes the value from the typed text.
+    Raises ClickException for a value that state cannot hold."""
     try:
         value = await read(client, given)
         entry = await client.put_state(await named.owner(client, owner), key, value, if_version=if_version)
@@ -168,7 +166,7 @@ class _Beside:
         self._keys: set[str] = set()
 
     async def told(self, change: v1.StateChanged) -> list[v1.StateChanged]:
-        """Returns what is new in a change from the stream."""
+        """Returns the news in a change from the stream."""
         if change.version > self._version + 1:
             return await self.missed()
         if change.version <= self._version:

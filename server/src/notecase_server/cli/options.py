@@ -42,14 +42,14 @@ class Given(NamedTuple):
 
 
 def given_connection(context: click.Context) -> Given:
-    """Returns what is kept for `connection`."""
+    """Returns the options collected for `connection`."""
     kept: Given = context.meta.setdefault("notecase.connection", Given({}, {}))
     return kept
 
 
 def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
-    """Keeps an option for `connection`. A token that only a variable says is kept as None: the client takes it from
-    there, and sends it with more care."""
+    """Collects an option for `connection`. A token from a variable is collected as None: the client reads the variable
+    itself, and does not send that token unencrypted to other machines."""
     name, kept = option.name or "", given_connection(context)
     if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
         kept.options[name] = value
@@ -131,7 +131,7 @@ OUTPUT = click.option(
     default="table",
     help="A table, or all fields as JSON or YAML.",
 )
-"""The form in which a command prints what it reads."""
+"""The format in which a command prints what it reads."""
 
 LIMIT = click.option("--limit", type=click.IntRange(1), default=50, help="The most entries to list.")
 

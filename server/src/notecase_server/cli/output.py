@@ -39,7 +39,8 @@ def print_one(found: M, output: str, show: Callable[[M], None]) -> None:
 
 
 def print_list(found: Sequence[M], output: str, columns: Mapping[str, Callable[[M], str]]) -> None:
-    """Prints a list of resources: as an array, or as a table with these columns, each with what it shows of one."""
+    """Prints a list of resources: as an array, or as a table with these columns, each with a function that returns the
+    cell."""
     if output == "table":
         click.echo(table(list(columns), [[cell(one) for cell in columns.values()] for one in found]))
     else:
@@ -116,7 +117,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_yaml(data: Any) -> str:
-    """Returns YAML in the order of the data, with long texts as they stand, and without a line's end after it."""
+    """Returns YAML in the order of the data, with long texts as literal blocks, and without a trailing line break."""
     import yaml  # noqa: PLC0415  # as rich
 
     class Dumper(yaml.SafeDumper):

@@ -9,7 +9,7 @@ from notecase_server.cli.ask import read_text
 from notecase_server.cli.connection import Exit, Refusal
 
 PATIENCE = 3.0
-"""Seconds that standard input may be silent. Under ssh or CI it may be a pipe that nobody writes to or closes."""
+"""Seconds that standard input may be silent. Under ssh or CI it may be a pipe to which nothing is ever written."""
 
 SILENT = (
     f"Standard input gave nothing for {PATIENCE:.0f} seconds and is still open. Add - after TEXT to wait for it, or "
@@ -20,12 +20,10 @@ NOT_READ = "Standard input was not read. Add - after TEXT to read it to its end,
 
 
 def with_input(text: str, patience: float = PATIENCE) -> str:
-    """Returns the text with standard input after it, which may be empty, closed or a terminal. A file that another
-    program has begun to read, such as the lines that a loop of the shell goes through, is not read, and standard error
-    says so.
-
-    Raises Refusal if standard input, such as a pipe, neither gives anything nor ends within `patience` seconds: without
-    the input, the text may mean something else."""
+    """Returns the text with standard input after it, which may be empty, closed or a terminal. A file whose beginning
+    another program has read, such as the lines of a loop in the shell, is not read, and standard error says so. Raises
+    Refusal if standard input, such as a pipe, neither sends anything nor ends within `patience` seconds: without the
+    input, the text may mean something else."""
     if sys.stdin is None or sys.stdin.isatty():
         return text
     if _begun(sys.stdin.fileno()):
@@ -37,7 +35,7 @@ def with_input(text: str, patience: float = PATIENCE) -> str:
 
 
 def joined(text: str, more: str) -> str:
-    """Returns both, in paragraphs of their own, or the one that is not blank."""
+    """Returns both as separate paragraphs, or the one that is not blank."""
     return "\n\n".join(one for one in (text, more) if one.strip())
 
 

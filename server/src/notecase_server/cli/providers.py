@@ -46,7 +46,8 @@ def test(name: str, config: Path | None) -> None:
     except SettingsError as error:
         raise click.ClickException(f"{config} cannot be used:\n{error}") from None
     if name not in known:
-        raise click.ClickException(f"There is no provider {name!r}; there are {', '.join(known) or 'none'}.")
+        advice = "" if config else " Set OPENAI_API_KEY or OPENAI_BASE_URL, or name a configuration file with --config."
+        raise click.ClickException(f"There is no provider {name!r}, only {' and '.join(known)}.{advice}")
     try:
         asyncio.run(_ask(known[name]))
     except ProviderSettingsError as error:

@@ -1,4 +1,4 @@
-"""A run as its events come: through a pipe the agent's words alone, and what a terminal shows besides."""
+"""Prints a run as its events arrive: in a pipe only the reply, and at a terminal everything."""
 
 import click
 from notecase import RunStream, v1
@@ -10,10 +10,9 @@ WORDS = {"text", "json", "refusal", "reasoning"}
 
 
 class Reply:
-    """A run in a pipe. The agent's words go to standard output, exactly, with a line break after each message;
-    everything else goes to standard error.
-
-    What was shown is not taken back: where a model call is repeated, a line says so and the reply begins anew."""
+    """A run in a pipe. The reply goes to standard output, unchanged, with a line break after each message; everything
+    else goes to standard error. Printed text stays: when a model call is repeated, a line says so and the reply starts
+    again."""
 
     def __init__(self, stream: RunStream, echo: bool = False) -> None:
         """With `echo` the user's messages are shown, too; where they have just been typed they are not."""
@@ -26,7 +25,7 @@ class Reply:
         """Shows that a reply is awaited. May be called again after `end`."""
 
     def end(self) -> None:
-        """Ends what is being shown, so that others can write. May be called twice."""
+        """Ends the current output, so that others can write. May be called twice."""
         self._close()
 
     def show(self, event: v1.Event) -> None:
@@ -54,7 +53,7 @@ class Reply:
                 self._change(event.run_state_changed)
 
     def note(self, text: str) -> None:
-        """Says something about the conversation, apart from what is said in it."""
+        """Prints a line about the conversation, outside of it."""
         self._close()
         screen.aside(screen.harmless(text))
 
@@ -66,7 +65,7 @@ class Reply:
         self.note(screen.call(call))
 
     def write_user(self, message: v1.Message) -> None:
-        """Writes what a user or the system said."""
+        """Prints a message of a user or of the system."""
         click.echo(f"{screen.message(message)}\n")
 
     def write(self, kind: str, piece: str) -> None:
@@ -119,7 +118,7 @@ class Reply:
         self.write(kind, f"{screen.REFUSED}{piece}" if kind == "refusal" and not shown else piece)
 
     shows_reasoning = False
-    """Whether what the model thinks is shown, too."""
+    """Whether the model's reasoning is shown, too."""
 
     def _change(self, changed: v1.RunStateChanged) -> None:
         if changed.state == v1.Run.STATE_CANCELLED:
@@ -129,7 +128,7 @@ class Reply:
 
 
 class Quiet(Reply):
-    """A run of which only the end is wanted: the agent's words are not shown."""
+    """A run of which only the end is printed, not the reply."""
 
     def write(self, kind: str, piece: str) -> None:
         pass

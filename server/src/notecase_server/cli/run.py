@@ -73,7 +73,7 @@ def run(
 
 
 def _said(text: tuple[str, ...], attached: int) -> str:
-    """Returns what is said: TEXT and standard input, unless that is attached."""
+    """Returns the message: TEXT and standard input, unless that is attached."""
     reads = text[-1:] == ("-",)
     words = " ".join(text[:-1] if reads else text)
     if reads + attached > 1:

@@ -1,4 +1,4 @@
-"""`notecase runs`: what agents are at work on, and what came of it."""
+"""`notecase runs`: lists, shows and cancels runs."""
 
 import click
 from notecase import Client, v1

@@ -1,6 +1,6 @@
-"""What the commands show. Text of a user, a model or a note cannot command the terminal.
+"""What the commands print. Text from users, models or state cannot control the terminal.
 
-Standard output carries what was asked for: the agent's words and the tables. Everything else goes to standard error.
+Standard output has only the result: replies and tables. Everything else goes to standard error.
 """
 
 import json
@@ -21,7 +21,7 @@ from rich.cells import cell_len, set_cell_size
 from notecase_server.cli.connection import unreachable
 
 PROMPT = "> "
-"""Stands before what a user says, typed or shown."""
+"""The sign before a user's message, typed or shown."""
 
 CONTINUED = " " * len(PROMPT)
 """Stands before its further lines."""
@@ -30,7 +30,7 @@ _REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 """Characters that show a text in another order than it has."""
 
 _MARKS = (0x061C, 0x200E, 0x200F)
-"""Marks of a direction, which texts in Arabic and Hebrew have, and which nobody sees."""
+"""Directional marks of Arabic and Hebrew text, which are invisible."""
 
 _HARMLESS = {
     **{code: "\ufffd" for code in (*range(32), *range(127, 160), *_REORDERING) if chr(code) not in "\n\t"},
@@ -43,12 +43,12 @@ _ESCAPED = {code: f"\\u{code:04x}" for code in (*range(127, 160), *_REORDERING, 
 
 
 def harmless(text: str) -> str:
-    """Returns the text with its lines, without what a terminal would obey."""
+    """Returns the text with its line breaks, without characters that control a terminal."""
     return text.translate(_HARMLESS)
 
 
 def escaped(text: str) -> str:
-    """Returns JSON, or quoted text of YAML, with escapes for what a terminal would obey."""
+    """Returns JSON, or quoted text of YAML, with escapes for characters that control a terminal."""
     return text.translate(_ESCAPED)
 
 
@@ -83,6 +83,13 @@ def failure(text: str) -> None:
     click.secho(harmless(text), err=True, fg="red")
 
 
+_LISTED_BY = {
+    "AGENT_NOT_FOUND": "`notecase agents list` lists those that exist.",
+    "SESSION_NOT_FOUND": "`notecase sessions list` lists those that exist.",
+}
+"""The command that shows what could have been named, by the reason of the error."""
+
+
 def sentence(error: NotecaseError, server: str) -> str:
     """Says what went wrong, in the service's own words where the error is the service's."""
     if error.reason == "UNAUTHENTICATED":
@@ -95,7 +102,7 @@ def sentence(error: NotecaseError, server: str) -> str:
             f"`notecase approve` and `notecase answer` answer, and `notecase runs cancel {run}` stops it."
         )
     if error.reason:
-        return harmless(error.message)
+        return f"{harmless(error.message)} {_LISTED_BY.get(error.reason, '')}".rstrip()
     if error.code.name == "UNAVAILABLE":
         return unreachable(server, one_line(error.message, 400))
     return f"{server} does not answer as a notecase server does ({error.code.name}: {one_line(error.message, 200)})."

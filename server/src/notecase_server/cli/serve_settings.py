@@ -98,7 +98,7 @@ class Checked(NamedTuple):
     settings: Settings
     file: ConfigFile
     mistakes: tuple[Mistake, ...]
-    """Every one that keeps a server from starting, each by its key."""
+    """All mistakes that keep a server from starting, each by its key."""
 
 
 def check(command: click.Command, path: Path) -> Checked:
@@ -142,7 +142,7 @@ def providers(command: click.Command, path: Path | None) -> tuple[ProviderSettin
 
 
 def complaint(command: click.Command, name: str, value: object) -> str:
-    """Says what is wrong with a value that a file has for an option, or nothing."""
+    """Returns what is wrong with a value that a file has for an option, or ""."""
     option = next(one for one in command.params if one.name == name)
     assert isinstance(option, click.Option)
     if option.is_flag:

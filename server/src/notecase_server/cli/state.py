@@ -1,4 +1,4 @@
-"""`notecase state`: what is typed. `notes` does it."""
+"""`notecase state`: the commands; `notes` implements them."""
 
 import click
 

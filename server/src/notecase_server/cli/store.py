@@ -1,4 +1,4 @@
-"""`notecase store`: what is done to a whole store that no server has open."""
+"""`notecase store`: commands for a whole store that no server has open."""
 
 import asyncio
 import uuid

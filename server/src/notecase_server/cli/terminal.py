@@ -36,8 +36,8 @@ def prompt(said: Iterable[str], sign: str = screen.PROMPT) -> PromptSession[str]
 
 
 async def typed(editor: PromptSession[str], default: str, until: Coroutine[Any, Any, bool] | None) -> str | None:
-    """Returns what the user types into the editor, or makes of the default. When `until` returns True first, the prompt
-    is erased, this returns None, and `editor.default_buffer.text` is what was typed so far. Raises EOFError."""
+    """Returns the text that the user types into the editor, or makes of the default. When `until` returns True first,
+    erases the prompt and returns None; `editor.default_buffer.text` is then the text typed so far. Raises EOFError."""
     if until is None:
         return await editor.prompt_async(default=default)
 
@@ -58,8 +58,8 @@ async def typed(editor: PromptSession[str], default: str, until: Coroutine[Any, 
 
 
 async def line(sign: str, default: str = "", unasked: bool = False) -> str:
-    """Returns what the user types after the sign, or makes of the default. When the user did not ask for this prompt
-    (`unasked`), keys that were pressed before it is drawn do nothing. Raises EOFError at Ctrl-C and Ctrl-D."""
+    """Returns the text that the user types after the sign, or makes of the default. If the user did not request this
+    prompt (`unasked`), keys pressed before it is drawn have no effect. Raises EOFError at Ctrl-C and Ctrl-D."""
     editor = prompt([], sign)
     if unasked:
         _drop_earlier(editor.app)

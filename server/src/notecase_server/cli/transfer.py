@@ -15,9 +15,9 @@ PIECE = 256 << 10
 
 @contextmanager
 def destination(file: str, force: bool) -> Iterator[Callable[[bytes], object]]:
-    """Hands out what writes a piece. A new file replaces `file` once the block has ended well, so that nobody ever
-    finds half of one; a device or a pipe is written to. Raises Refusal for what the disk refuses, and without `force`
-    for a file that exists."""
+    """Provides a function that writes a piece. A new file replaces `file` when the block has ended without an error, so
+    that no half-written file appears; a device or a pipe is written to directly. Raises Refusal for errors of the disk,
+    and for a file that exists unless `force` is set."""
     if file == "-":
         yield sys.stdout.buffer.write
         sys.stdout.buffer.flush()
@@ -55,7 +55,7 @@ def source(file: str) -> Iterator[Iterator[bytes]]:
 
 @contextmanager
 def on_disk(file: str | Path) -> Iterator[None]:
-    """Raises Refusal for what the disk refuses during the block."""
+    """Raises Refusal for errors of the disk in the block."""
     try:
         yield
     except OSError as error:

@@ -69,7 +69,7 @@ class Wait(NamedTuple):
 
     @property
     def of_tool(self) -> bool:
-        """Whether it is a question that a tool at work asks."""
+        """Whether it is a question of a running tool."""
         return self.kind == QUESTION and self.call.outcome == v1.ToolCall.OUTCOME_RUNNING
 
     @property
@@ -84,14 +84,14 @@ class Wait(NamedTuple):
         return prompt if prompt.strip() else "The model asks a question without text."
 
     def describe(self, most: int = 200) -> str:
-        """Returns what is waited for, on one line."""
+        """Returns what the run waits for, on one line."""
         if self.asked is not None and self.kind == QUESTION:
             return screen.one_line(self.question, most)
         return screen.one_line(screen.called(self.call), most)
 
 
 def waits_of(run: v1.Run) -> list[Wait]:
-    """Returns what a run waits for: what people are asked first, then calls of callers' tools."""
+    """Returns what a run waits for: first approvals and questions, then calls of callers' tools."""
     asked = [Wait(run.name, one, one.call) for one in run.pending_inputs]
     return [*asked, *(Wait(run.name, None, call) for call in run.pending_calls)]
 
@@ -118,8 +118,8 @@ def may_answer(caller: v1.ServerInfo.Caller | None, wait: Wait) -> bool:
 
 
 async def find(client: Client, session: str, run: str, wanted: str, kinds: Iterable[int]) -> Wait:
-    """Returns what a run waits for, of these kinds: the one whose id begins as wanted, or the only one. Without a run
-    it is the session's run under way. Raises Refusal when there is none, or where several wait and none is named."""
+    """Returns the input or call of these kinds whose id begins with `wanted`, or the only one. Without a run, looks in
+    the session's active run. Raises Refusal when there is none, and when there are several and none is named."""
     if not run:
         found = await client.sessions.GetSession(v1.GetSessionRequest(name=session))
         run = found.active_run

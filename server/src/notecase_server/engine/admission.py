@@ -217,9 +217,9 @@ class Admission:
     async def commit_back(
         self, live: LiveSession, commit: Commit, way: Back, cause_id: str, late: Late | None = None
     ) -> Committed:
-        """Commits with the way back before the commit's events; `late` as for LiveSession.commit. The caller holds the
-        session's lock, and yet others write: what they wrote meanwhile is rewound too, unless the commit has a
-        condition of its own."""
+        """Commits with the events of a rewind before the commit's own; `late` is as for LiveSession.commit. The caller
+        holds the session's lock, which does not stop other writers: their writes in that time are rewound too, unless
+        the commit has its own condition."""
         commit_once = partial(self._committed_back, live, commit, way, cause_id, late)
         return await (undisturbed(live.quiet, commit_once) if commit.if_last_sequence is None else commit_once())
 
@@ -249,8 +249,8 @@ class Admission:
         return agent
 
     async def _require_question(self, key: SessionKey, until: int | None = None) -> None:
-        """INVALID_FIELD when the history up to that sequence ends with nothing to answer: what was said, or results of
-        calls."""
+        """Raises NotecaseError INVALID_FIELD when the history up to that sequence does not end with something to
+        answer: a user's message, or results of calls."""
         after = None if until is None else (until + 1,)
         newest = (await self._store.list_messages(key, Query(1, after), newest_first=True)).rows
         if not newest or is_answer(newest[0]):
@@ -262,16 +262,16 @@ class Admission:
     async def _replace(
         self, key: SessionKey, active: str, start: v1.StartRun, digest: bytes, caused: Caused
     ) -> Started:
-        """Ends the active run, rewinds the session if the start says so, and starts another: one commit, so that no run
-        that is queued comes between. It takes the place of a run at work; in place of one that waits it is a new
-        start."""
+        """Ends the active run, rewinds the session if the start says so, and starts another in the same commit, so that
+        no queued run comes between. The new run takes over the slot of a run that has a worker; when the old run waits,
+        it needs a slot like any new start."""
         meant = await self._again(key, start)
         agent = agent_of(meant, start)
         run_id = start.run_id or self._new_id()
         async with self._roster.worker(key, active, Caused()) as worker:
             way = way_of(start)
             to_sequence = None
-            if way is not None:  # what stands in its way is found before anything is stopped
+            if way is not None:  # what prevents the rewind must be found before anything is stopped
                 back = await way_back(self._store, key, worker.log.run, way)
                 to_sequence = back.events[0].rewound.to_sequence
             if not start.messages:

@@ -1,7 +1,8 @@
-"""Files of sessions as they arrive: kept on this machine's disk until they are whole, and judged by each record.
+"""Receives files of sessions to import: keeps them on this machine's disk until they are complete, and checks each
+record.
 
-What can be told from a record alone is told when it comes, so that nonsense takes neither disk nor time. Whether the
-log holds together is found out afterwards, by `transfer.read`.
+A mistake that one record shows is reported when the record arrives, so that invalid files take neither disk nor time.
+Whether the log is consistent is checked afterwards, by `transfer.read`.
 """
 
 import asyncio
@@ -33,7 +34,7 @@ class Arrivals:
 
     @asynccontextmanager
     async def file(self) -> AsyncIterator["Arrival"]:
-        """A file to be filled, which is gone behind the block. Raises NotecaseError RATE_LIMITED."""
+        """Yields a file to be filled, which is deleted after the block. Raises NotecaseError RATE_LIMITED."""
         if self._files >= self._most:
             raise errors.too_many("import", self._most)
         with _temporary() as file:
@@ -46,7 +47,7 @@ class Arrivals:
                 self.size -= arrival.size
 
     def take(self, size: int) -> None:
-        """Counts bytes that are about to be kept. Raises NotecaseError RATE_LIMITED."""
+        """Counts bytes that are about to be written. Raises NotecaseError RATE_LIMITED."""
         if self.size + size > self._most_bytes:
             raise errors.too_many("byte", self._most_bytes, " of files to import")
         self.size += size
@@ -95,7 +96,7 @@ class _Judge:
         self._begun = self._ended = False
         self._events = self._records = 0
         self._content = 0
-        """What is still to come of the blob that was told last."""
+        """The bytes that are still to come of the newest blob."""
 
     def feed(self, chunk: bytes) -> None:
         """Raises NotecaseError IMPORT_INVALID as soon as this cannot be an export any more."""

@@ -23,7 +23,7 @@ Result = tuple[Outcome, Sequence[v1.StateOp]]
 
 
 class Calls:
-    """Holds the calls at work for one worker, which alone waits for them."""
+    """Holds the running calls of one worker, which alone waits for them."""
 
     def __init__(self, run_log: RunLog, stirred: asyncio.Event) -> None:
         """`stirred` is set when a call asks something."""
@@ -40,8 +40,7 @@ class Calls:
         return bool(self._tasks)
 
     def begin(self) -> None:
-        """Starts every call that the server runs and that is not at work yet, and gives those that asked their
-        answers."""
+        """Starts every call of the server that does not run yet, and passes answers to the tools that asked."""
         self._questions.hand_out()
         for call in self._log.started:
             if call.call_id not in self._tasks:
@@ -81,12 +80,12 @@ class Calls:
         """Commits the results that are there."""
         for call_id in [call_id for call_id, task in self._tasks.items() if task.done()]:
             task = self._tasks.pop(call_id, None)
-            if task is not None:  # nobody gave the call another end meanwhile
+            if task is not None:  # the call has not ended in another way meanwhile
                 await self._keep(call_id, *_result(task))
 
     async def _keep(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> None:
-        """Commits a result with the state it changed; what the state or the session does not take fails the call, and
-        not the run."""
+        """Commits a result with the state that it changed. If the state or the session does not accept it, the call
+        fails, and the run continues."""
         contents, key = self._log.services.contents, self._log.live.key
         try:
             message = self._log.message
@@ -100,8 +99,8 @@ class Calls:
         self._questions.close(call_id)
 
     def _outcome(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> list[v1.Event]:
-        """A result with the state it changed, behind which nothing is asked any more. Nothing when somebody gave the
-        call an end before."""
+        """Returns the events of a result with the state that it changed, and withdraws the questions of its call. Empty
+        when the call has ended in another way before."""
         for call in self._log.open:
             if call.call_id == call_id:
                 kept = results.fitting(self._log.message, outcome)
@@ -111,7 +110,7 @@ class Calls:
         return []
 
     async def _timed(self, call: v1.ToolCall) -> Result:
-        """Runs one call within its tool's time. A tool that does not stop then has no say in how the call ends."""
+        """Runs one call within its tool's time-out. The result of a tool that does not stop then is ignored."""
         tool = ledger.declaration(self._log.agent, self._log.run, call)
         seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
         clock = Clock(seconds)
@@ -160,7 +159,7 @@ class Calls:
         return outcome, where.ops
 
     def _broken(self, call: v1.ToolCall, kind: str, error: BaseException | None = None) -> Outcome:
-        # The text of an exception may quote what was said, so that only a log for debugging has it.
+        # The text of an exception may quote messages, so it is only in the log for debugging.
         at = _place(error)
         self._log.log.error("tool_crashed", tool=call.tool, call_id=call.call_id, kind=kind, at=at)
         self._log.log.debug("tool_traceback", tool=call.tool, call_id=call.call_id, exc_info=error)

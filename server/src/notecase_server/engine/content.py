@@ -1,7 +1,7 @@
-"""Content on its way in and out: uploads that can be cut anywhere, downloads, and what callers and tools say in parts
-becoming what the log holds.
+"""Receives and sends content: uploads that can be interrupted anywhere, downloads, and the parts of callers' and tools'
+messages in the form of the log.
 
-Bytes pass through in pieces. Only what comes within a message, and what a model is to be shown, is held whole.
+Bytes pass through in pieces. Only content within a message, and content for a model, is held as a whole.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from notecase_server.supervisor import Tasks
 log = structlog.get_logger()
 
 MAX_PART_BYTES = 256 << 10
-"""What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
+"""The most bytes of a part in the log. A larger part becomes a blob, so that pages of messages stay small."""
 
 JSON_AT_ONCE = 64 << 10
 """Bytes of a value that take a few milliseconds to become JSON; more becomes that in a thread."""
@@ -33,11 +33,11 @@ MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
 """Bytes of a message, without what becomes blobs: it fits into one page."""
 
 MAX_SAID_BYTES = 11 << 18
-"""Limit for all messages that are said at once, without what became blobs: a start that is queued is one event with
-them, its state and its tools, and 4 MiB is what a default gRPC client accepts."""
+"""Limit for all messages of one request, not counting what became blobs. A queued start is one event with its messages,
+its state and its tools, and a default gRPC client accepts 4 MiB."""
 
 MAX_APPENDED_BYTES = 15 << 18
-"""The same of AppendMessages: its answer has the messages and their names, and each is an event of its own."""
+"""The same for AppendMessages. Its answer has the messages and their names, and each message is a separate event."""
 
 MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
 """Of parts that become blobs when they are large."""
@@ -85,12 +85,12 @@ class Contents:
         subject: str = "",
         user: str = "",
     ) -> v1.Blob:
-        """The blob that UploadBlob makes of its frames, `first` among them, with the media type and filename that it
-        gives. When they break off, what has come is kept if the caller named the upload. Where the caller is bound to a
-        `user` ("users/{user}"), a blob that it cannot know of does not count as sent.
+        """Returns the blob that UploadBlob makes from its frames, `first` among them, with the media type and filename
+        in `first`. When the frames break off, the bytes that have arrived are kept if the caller named the upload. For
+        a caller that is bound to a `user` ("users/{user}"), a blob that it may not know of does not count as sent.
 
-        Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, QUOTA_EXCEEDED, UPLOAD_OFFSET_MISMATCH,
-        REQUEST_ID_REUSED, SERVER_DRAINING; what `frames` raises."""
+        Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, QUOTA_EXCEEDED, UPLOAD_OFFSET_MISMATCH, REQUEST_ID_REUSED,
+        SERVER_DRAINING; what `frames` raises."""
         self._check_size(first.blob.size_bytes)
         stored = await self._stored(tenant, first.blob, subject, user)
         if stored is None:
@@ -123,7 +123,7 @@ class Contents:
         """The blob that the first frame names, if it is here for its caller; it then counts as uploaded just now."""
         sha256 = names.parse_blob(said.name)
         if sha256 and user and not await self._store.known_blobs(tenant, subject, user, [sha256]):
-            return None  # what it is not told of it has to send
+            return None  # it must send the content: that it exists is not revealed
         stored = await self._store.touch_blob(tenant, subject, sha256) if sha256 else None
         if stored is not None and (problem := _differs(said, stored)):
             raise errors.blob_corrupt(problem)
@@ -174,7 +174,7 @@ class Contents:
                 raise errors.blob_corrupt(problem)
             return await writer.complete()
         except BaseException as error:
-            # A caller who comes back finds what he has sent; nobody comes back to an upload that has no name.
+            # A caller who comes back finds the bytes that it has sent; an upload without a name cannot be continued.
             refused = isinstance(error, NotecaseError) and error.reason in WRONG
             goes_on = isinstance(error, NotecaseError) and "committed_bytes" in error.metadata
             drop = not first.upload_id or (refused and not goes_on)
@@ -222,7 +222,7 @@ class Contents:
             yield
         finally:
             self._held[tenant, sha256] -= 1
-            self._held += Counter()  # forgets what is at zero
+            self._held += Counter()  # removes counts of zero
 
     async def put(
         self, tenant: str, data: bytes, media_type: str, filename: str = "", *, of_run: bool = False
@@ -234,7 +234,7 @@ class Contents:
         return v1.Blob(name=names.blob(sha256), media_type=media_type, filename=filename, size_bytes=len(data))
 
     async def sweep(self) -> int:
-        """Removes uploads that were left, and blobs that nobody has referred to for a day; returns how many blobs."""
+        """Removes abandoned uploads, and blobs that nothing has referred to for a day. Returns the number of blobs."""
         now = self._clock()
         return await self._store.sweep_blobs(now, now - UPLOAD_MICROSECONDS, self._held)
 
@@ -247,10 +247,9 @@ class Contents:
         state: Mapping[str, v1.Value] | None = None,
         most: int = MAX_SAID_BYTES,
     ) -> list[v1.Message]:
-        """Messages as the log holds them, at most `most` bytes; `state` is what the session's state is about to be set
-        to.
-
-        Raises NotecaseError STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE, also when keys of state make them too large."""
+        """Returns messages in the form of the log, at most `most` bytes; `state` are the values to which the session's
+        state is about to be set. Raises NotecaseError STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE, also when values of state
+        make them too large."""
         made, size = [], 0
         for message in messages:
             kept = v1.Message()
@@ -276,7 +275,7 @@ class Contents:
         for part in parts:
             made.append(await self._part(key, part, state, of_run))
             size += made[-1].ByteSize()
-            if size > MAX_MESSAGE_BYTES:  # looked at here, lest a few keys of state fill the memory
+            if size > MAX_MESSAGE_BYTES:  # checked here, so that a few keys of state cannot fill the memory
                 raise errors.too_large("The message", size, MAX_MESSAGE_BYTES)
         return made
 

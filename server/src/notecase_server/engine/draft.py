@@ -1,4 +1,4 @@
-"""Writes the reply of one step of a run: takes deltas in, keeps blocks within bounds, and gives a message out. Pure."""
+"""Builds the reply of one step of a run: takes deltas, limits the blocks, and returns a message. Pure."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -26,7 +26,7 @@ MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
 """A reply with its frame fits into one page."""
 
 BLOCK_BYTES = 1024
-"""What a part needs besides its text: ids, names, what a call is bound to, and frames, rounded up."""
+"""Bytes that a part needs in addition to its text: ids, names, the binding of a call, and frames, rounded up."""
 
 MAX_TOOL_NAME = 256
 """Characters of the name that a model calls: no tool has a longer one."""
@@ -46,7 +46,7 @@ class Block:
         self.kind = kind
         self.call_id = call_id
         self.made = made
-        """The part itself, where it is no text: nothing of it is streamed."""
+        """The part itself if it is not text: it is not streamed."""
         self.citations: list[v1.Citation] = []
         self.tool = ""
         self.data = bytearray()
@@ -75,8 +75,8 @@ class Draft:
         self.run = run
         self.blocks: list[Block] = []
         self.settled = False
-        """A commit of its message has begun and may be in the log before this process hears of it: watchers take the
-        rest from the message."""
+        """A commit of its message has begun, and the message may be in the log before this process learns of it.
+        Watchers get the rest from the message."""
         self._new_id = new_id
         self._size = 0
         self._media_bytes = 0
@@ -143,8 +143,8 @@ class Draft:
         self._size += made.ByteSize()
 
     def forget_made(self) -> bool:
-        """Puts words in the place of images and clips, which cannot be kept; returns whether there were any. Other
-        blocks keep their indexes."""
+        """Replaces images and clips, which cannot be stored, by words. Returns whether there were any. Other blocks
+        keep their indexes."""
         blocks = [block for block in self.blocks if block.made is not None and block.made.HasField("blob")]
         for block in blocks:
             assert block.made is not None
@@ -153,7 +153,7 @@ class Draft:
         return bool(blocks)
 
     def finish(self, _: Finish) -> None:
-        """Takes in the end: what was held back for a fence around the JSON belongs to it after all."""
+        """Takes the end of the reply: text that was held back as a possible fence belongs to the JSON after all."""
         if self._unfenced is not None and (rest := self._unfenced.end()):
             self._json().add(rest)
 
@@ -208,15 +208,15 @@ class Draft:
         return message
 
     def _return(self, call: Block | None, data: v1.ProviderData) -> None:
-        """Keeps what the provider gets back with its call, or with the newest reasoning; reasoning that it showed
-        nothing of becomes an empty part."""
+        """Stores the data that the provider gets back with its call, or with the newest reasoning. Reasoning that the
+        provider did not show becomes an empty part."""
         blocks = [call] if call else [block for block in self.blocks if block.kind == "reasoning"]
         (blocks[-1] if blocks else self._begin(Block("reasoning"))).provider_data = data
         self._size += data.ByteSize()
 
     def _cite(self, sources: Sequence[Source]) -> None:
-        """Keeps the sources with the text that they are cited in, or else with the last one, while there is room. In
-        JSON, which may have lost what was around it, no place is sure."""
+        """Adds the sources to the text that cites them, or else to the last text, while there is room. In JSON, from
+        which surrounding text may have been removed, positions are not reliable."""
         blocks = [block for block in self.blocks if block.kind in {"text", "json"}]
         texts = [block.data.decode() if block.kind == "text" else "" for block in blocks]
         for source in sources if blocks else ():

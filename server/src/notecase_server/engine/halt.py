@@ -1,7 +1,7 @@
-"""Stops something under way by a protocol: one command, one result.
+"""Stops running work by a protocol: one request, one result.
 
-A Halt says what is to follow the sealing of all that is open. The run's worker carries it out in one commit and answers
-it with that commit, or with a refusal; a halt that is refused has changed nothing.
+A Halt says what follows after everything open has been ended. The run's worker carries it out in one commit, and
+answers the halt with that commit or with a refusal. A refused halt has changed nothing.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ class Replacement(NamedTuple):
 
     run: str
     events: Sequence[v1.Event]
-    """Its start, with what is said."""
+    """The events of its start, with the messages."""
     record: RunRecord
     back: Back | None
     """Where the session goes back to before that."""
@@ -31,7 +31,7 @@ class Replacement(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Halt:
-    """Asks to stop what is under way now: to end the run, or to go on with what a user says instead."""
+    """Requests that running work stops now: to end the run, or to continue with a user's message instead."""
 
     said: Sequence[v1.Event] = ()
     """The user's messages: with any, the run goes on with them."""
@@ -54,11 +54,11 @@ class Halt:
     def refuse(self, error: Exception) -> None:
         if not self.done.done():
             self.done.set_exception(error)
-            self.done.exception()  # nobody waits for what a timer asked
+            self.done.exception()  # nobody waits for the halt of a timer
 
 
 class Halted(Exception):
-    """Raised where a halt has cut what was under way."""
+    """Raised where a halt has cut running work."""
 
 
 class Halts:
@@ -68,7 +68,7 @@ class Halts:
         self._pending: list[Halt] = []
         self._cutting: asyncio.Task[Any] | None = None
         self._cuts = 0
-        """How often it was cancelled for what is in `cut` now."""
+        """How many of its cancellations came from the halt in `cut`."""
         self.stirred = asyncio.Event()
         """Set when there is something new to look at."""
 
@@ -95,14 +95,14 @@ class Halts:
         self._pending.remove(halt)
 
     def refuse_all(self, error: Exception) -> None:
-        """Refuses the halts that nobody will carry out."""
+        """Refuses the halts that will not be carried out."""
         for halt in self._pending:
             halt.refuse(error)
         self._pending.clear()
 
     async def cut(self, work: Coroutine[Any, Any, T]) -> T:
-        """Does work that a halt cuts, in the task that asks for it: Halted is then raised. Work that ends as cancelled
-        without anybody having asked for that has failed: MODEL_UNAVAILABLE, since only calls out of this process do
+        """Runs work that a halt can cut, in the task that requested it; Halted is then raised. Work that ends as
+        cancelled although nothing cancelled it has failed: MODEL_UNAVAILABLE, since only calls to other processes do
         so."""
         if self._pending:
             work.close()

@@ -1,4 +1,4 @@
-"""Makes the events of a start, and asks what a start needs: its agent, and the history before it. Pure."""
+"""Makes the events of a start, and determines what a start needs: its agent, and the history before it. Pure."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Meant(NamedTuple):
 
     key: SessionKey
     session: v1.Session
-    """The row, or what is to be made."""
+    """The session's row, or the session to create."""
     agent: v1.Agent | None
     """The one that is named by the start, or else by the session."""
 
@@ -45,7 +45,7 @@ def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
 
 
 def _changed(agent: v1.Agent, settings: v1.RunSettings) -> v1.Agent:
-    """Returns the agent with what a run sets in the place of its own."""
+    """Returns the agent with the settings of a run in place of its own."""
     changed = v1.Agent()
     changed.CopyFrom(agent)
     if settings.HasField("model"):
@@ -77,7 +77,7 @@ def ahead(session: v1.Session, start: v1.StartRun) -> str:
 def opening(
     start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str, new_id: Callable[[], str]
 ) -> list[v1.Event]:
-    """Returns the events that start a run: its start, the state that is given, what is said."""
+    """Returns the events that start a run: the start, the given state, the messages."""
     events = [v1.Event()]
     started = events[0].run_started
     started.agent, started.agent_revision = agent.name, agent.revision
@@ -104,7 +104,7 @@ def opening(
 
 
 def incoming(new_id: Callable[[], str], messages: Sequence[v1.Message], user: str) -> list[v1.Message]:
-    """Returns what a caller says as it goes into the log: with an id, whole, by the session's user unless it names its
+    """Returns a caller's message as it is stored: complete, with an id, and by the session's user unless it names its
     author."""
     made = []
     for given in messages:

@@ -1,7 +1,8 @@
-"""Bounds the runs at work in one process by `max_runs`, however they came to work.
+"""Limits the active runs in one process to `max_runs`.
 
-A new start takes a place at once or is refused. What was accepted before, such as a queued start whose turn has come, a
-run that was taken over or one that has waited, waits for a place: tenants in turn, and each tenant's in their order.
+A new start takes a slot at once or is refused. Runs that were accepted before, such as a queued start whose turn has
+come, a run that was taken over or one that has waited, wait for a slot: tenants in turn, and each tenant's runs in
+order.
 """
 
 import asyncio

@@ -1,7 +1,8 @@
-"""Holds what the tools of calls at work ask a person, from the question to its answer.
+"""Holds the questions of running tools to a person, from the question to its answer.
 
-A tool waits in this process, and its question is in the rows like any other. The worker alone commits it, and hands the
-answer over once the run is at work again; who answered, and whether a person or a time limit did, does not matter here.
+A tool waits in this process, and its question is in the rows like any other input. Only the worker commits it, and
+passes the answer on when the run is active again. Who answered, and whether it was a person or a time limit, does not
+matter here.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ Pose = Callable[[str, str], Awaitable[v1.InputResponse]]
 class _Question:
     request: v1.InputRequest
     answer: asyncio.Future[v1.InputResponse]
-    """Cancelled when nobody waits for it any more."""
+    """Cancelled when the tool no longer waits for it."""
     committed: bool = False
 
     def give(self, response: v1.InputResponse) -> None:
@@ -57,7 +58,8 @@ class Questions:
         self._open: dict[str, _Question] = {}
 
     def of(self, call_id: str, clock: Clock) -> Pose:
-        """Returns how the tool of a call asks: see CallContext.ask. `clock` stands still while a question is open."""
+        """Returns the function with which the tool of a call asks: see CallContext.ask. `clock` is stopped while a
+        question is open."""
         turn, asked = asyncio.Lock(), itertools.count(1)
 
         async def pose(question: str, schema: str) -> v1.InputResponse:
@@ -97,7 +99,7 @@ class Questions:
             self._stirred.set()
 
     async def keep(self) -> None:
-        """Commits what is asked, and withdraws what nobody waits for any more."""
+        """Commits new questions, and withdraws those that no tool waits for any more."""
         for input_id, question in list(self._open.items()):
             if question.answer.done():
                 del self._open[input_id]
@@ -108,7 +110,8 @@ class Questions:
                 question.committed = True
 
     def _asked(self, question: _Question) -> list[v1.Event]:
-        """A question, unless its call has come to its end, or the run is about to: then nobody is asked any more."""
+        """Returns the event of a question, unless its call has ended or the run is about to end: then it is not
+        asked."""
         run, request = self._log.run, question.request
         call = next((call for call in self._log.started if call.call_id == request.call.call_id), None)
         if call is None or run.ending:
@@ -127,14 +130,14 @@ class Questions:
         return ledger.unasked(pending, "The tool no longer waits for an answer.")
 
     def hand_out(self) -> None:
-        """Gives the tools what was answered: they go on."""
+        """Passes the answers to the tools, which continue."""
         for input_id, response in self._log.resolved.items():
             if (question := self._open.pop(input_id, None)) is not None:
                 question.give(response)
         self._log.resolved.clear()
 
     def close(self, call_id: str) -> None:
-        """Tells the tool of a call that has an outcome that nobody answers any more."""
+        """Tells the tool of a call that has an outcome that its question will not be answered."""
         for input_id, question in list(self._open.items()):
             if question.request.call.call_id == call_id:
                 del self._open[input_id]

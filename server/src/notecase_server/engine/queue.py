@@ -31,8 +31,8 @@ class Queue:
         self._roster = roster
 
     async def start_next(self, key: SessionKey) -> None:
-        """Starts the first queued run of an idle session once there is a place. One that is refused for good ends as
-        failed, and it is the next one's turn. STORE_UNAVAILABLE, SESSION_NOT_FOUND, RUN_ACTIVE."""
+        """Starts the first queued run of an idle session once there is a slot. A run that is permanently refused ends
+        as failed, and the next one follows. STORE_UNAVAILABLE, SESSION_NOT_FOUND, RUN_ACTIVE."""
         if await self._first_queued(key) is None:
             return
         await self._services.places.wait(key.tenant)

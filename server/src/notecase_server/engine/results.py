@@ -1,8 +1,8 @@
-"""Results of calls that are too large for a model: it is shown how they begin, or where they are, and reads on with a
-tool that the engine itself answers.
+"""Shortens results of calls that are too large for a model: it gets their beginning, or their place, and reads on with
+a tool that the engine itself runs.
 
-Only what the model is shown is shortened. The log has every result whole, beside the message where the results of one
-reply would not fit into a page together, and that is what is read.
+Only requests to the model are shortened. The log has every result in full, as a blob where the results of one reply
+would not fit into a page together, and the tool reads from there.
 """
 
 import codecs
@@ -28,16 +28,16 @@ TOGETHER_BYTES = 128 << 10
 models read. Of the largest of them it is then shown how they begin."""
 
 PREVIEW_BYTES = 4 << 10
-"""Of a result that has more: enough to tell what it is, and whether the rest is needed."""
+"""Bytes of a shortened result: enough to see what it is, and whether the rest is needed."""
 
 LEAST_BYTES = 256
-"""What is shown of a result at least, and what a part has that is worth keeping aside."""
+"""The least that is shown of a result, and the smallest part that is worth storing as a blob."""
 
 RESULTS_BYTES = PAGE_BYTES - (16 << 10)
 """Of a reply with the results of all its calls: it fits into one page."""
 
 FRAME_BYTES = 256
-"""What the outcome of a call has besides its result: times and lengths."""
+"""Bytes of a call's outcome in addition to its result: times and lengths."""
 
 READ_BYTES = SHOWN_BYTES - 512
 """Of one reading, which is a result itself and is to be shown whole."""
@@ -66,9 +66,9 @@ TOOL = Tool(
 async def kept(
     contents: Contents, key: SessionKey, message: v1.Message | None, parts: Sequence[v1.Part], *, of_run: bool
 ) -> list[v1.Part]:
-    """Returns what a tool gave for a call of `message` as the log holds it. Text beyond the call's share of a page is
-    kept aside as blobs, whatever the other calls give. `of_run`: the server's own tool gave it, and not a caller.
-    Raises NotecaseError as Contents.parts."""
+    """Returns a tool's result for a call of `message` in the form of the log. Text beyond the call's share of a page is
+    stored as blobs, whatever the size of the other results. `of_run`: the result is from a tool of the server, and not
+    from a caller. Raises NotecaseError as Contents.parts."""
     held, size, share = list[v1.Part](), 0, _share(message)
     for part in await contents.parts(key, parts, of_run=of_run):
         text = (part.text or part.json).encode()
@@ -216,12 +216,12 @@ def _too_large(messages: Sequence[v1.Message]) -> Iterator[tuple[int, int, v1.To
 
 
 def _parts(call: v1.ToolCall) -> Sequence[v1.Part]:
-    """What a model is told of what a call came to."""
+    """Returns the text that a model gets for the outcome of a call."""
     return call.result or [v1.Part(text=call.error)]
 
 
 def _bytes(part: v1.Part) -> int:
-    """Of its text; 0 of what is none."""
+    """Returns the bytes of its text; 0 if it has none."""
     if part.HasField("blob"):
         return part.blob.size_bytes if is_text(part.blob.media_type) else 0
     return len((part.text or part.json).encode())
@@ -242,8 +242,8 @@ def _of(end: int, call: v1.ToolCall, start: int = 0) -> str:
 def _with(
     made: Sequence[v1.Message], whole: Sequence[v1.Message], index: int, at: int, text: str
 ) -> Sequence[v1.Message]:
-    """The messages with a text in place of what a call's result says; what is no text stays. `whole` are the messages
-    as they were, which are not changed."""
+    """Returns the messages with a text in place of the text of a call's result; other parts stay. `whole` are the
+    original messages, which are not changed."""
     copied = made if isinstance(made, list) and made is not whole else list(made)
     if copied[index] is whole[index]:
         copied[index] = v1.Message()

@@ -1,7 +1,7 @@
-"""Takes a session back: the events after which it is as it was, or a copy of what it was is at rest.
+"""Makes the events that rewind a session, or that bring a copy of it to rest.
 
-The log is not cut. A mark supersedes the messages since; the calls that were open then are cancelled, and operations
-write the state back, so that a reader folds the log with the rules it has.
+The log is not cut. A mark supersedes the messages after the sequence, the calls that were open then are cancelled, and
+operations restore the state, so that a reader folds the log with the existing rules.
 """
 
 import asyncio
@@ -68,10 +68,9 @@ async def back(store: History, key: SessionKey, run: v1.Run, way: Back) -> Rewin
 
 
 async def rewound(store: History, key: SessionKey, to_sequence: int, field: str) -> Rewind:
-    """Returns the way back to a sequence that is still part of the conversation; `field` is where the caller named it.
-
-    Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD, and INVALID_FIELD inside a stretch that was rewound before:
-    what was said there is superseded, and what it led to is gone."""
+    """Returns the rewind to a sequence that is still in effect; `field` is where the caller named it. Raises
+    NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD, and INVALID_FIELD inside a range that was rewound before: its
+    messages are superseded, and their effects are gone."""
     past = await store.read_past(key, to_sequence)
     if past.kept < to_sequence:
         told = (

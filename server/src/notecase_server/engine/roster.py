@@ -1,4 +1,4 @@
-"""Knows which worker is at work on which run in this process."""
+"""Knows which worker has which run in this process."""
 
 import asyncio
 import contextvars
@@ -38,7 +38,7 @@ NOT_UNDER_WAY = frozenset({v1.ERROR_REASON_RUN_NOT_FOUND, v1.ERROR_REASON_RUN_EN
 
 
 class Caused(NamedTuple):
-    """Names what is behind a write: its id in the log, and what makes it idempotent."""
+    """The cause of a write: its id in the log, and its record for repeats."""
 
     cause_id: str = ""
     once: Once | None = None
@@ -50,7 +50,7 @@ class Caused(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A worker with the task that it works in: at work, or waiting for its place."""
+    """A worker with its task: active, or waiting for its slot."""
 
     worker: Worker
     task: asyncio.Task[None]
@@ -62,7 +62,7 @@ class Roster:
     def __init__(self, sessions: Sessions, services: Services) -> None:
         self.draining = False
         self.settle: Callable[[Worker], None] = lambda _: None
-        """Called with a worker that is not at work: see Upkeep.settle."""
+        """Called with a worker that is not running: see Upkeep.settle."""
         self.employed: Callable[[Worker], None] = lambda _: None
         """Called with a worker that was set to work: see Upkeep.employed."""
         self.tending: Callable[[Worker], None] = lambda _: None
@@ -81,7 +81,7 @@ class Roster:
         return iter(list(self._entries.values()))
 
     def at_work(self, key: SessionKey, run: str) -> Worker | None:
-        """Returns the worker of a run; None once it has stopped, since nobody may count on it any more."""
+        """Returns the worker of a run. None once it has stopped, since it takes no more commands then."""
         entry = self._entries.get((key, StepKey(run)))
         return None if entry is None or entry.task.done() else entry.worker
 
@@ -102,15 +102,15 @@ class Roster:
         self.employ(worker)
 
     def begin_next(self, worker: Worker, halt: Halt, committed: Committed) -> None:
-        """Sets to work on the run that a halt has put in the place of a worker's. Called with the session's lock held,
-        so that nobody decides in between."""
+        """Starts the worker of the run that a halt has started in place of another. The session's lock is held, so that
+        nothing else is decided in between."""
         assert halt.replacement is not None
         run, agent = halt.replacement.run, halt.replacement.record.agent
         placed, worker.seat.taken = worker.seat.taken, False
         self.begin(worker.log.live, committed, run, agent, placed=placed)
 
     def employ(self, worker: Worker) -> None:
-        """Sets a worker to work. No other worker of its run may be at work."""
+        """Starts a worker. Its run may have no other."""
         if self.draining:
             worker.drain()
             self._drained.append(worker)
@@ -122,7 +122,7 @@ class Roster:
         self.employed(worker)
 
     def halt(self, worker: Worker, halt: Halt) -> None:
-        """Has the worker stop what is under way, also when the run waits. The caller holds the session's lock."""
+        """Makes the worker stop what is running, also when the run waits. The caller holds the session's lock."""
         worker.halt(halt)
         if self.at_work(worker.log.live.key, worker.log.run.name) is None:
             self.employ(worker)
@@ -132,7 +132,7 @@ class Roster:
         live.work.discard(task)
         worker.let_go()
         if self._entries[live.key, step].task is not task:
-            return  # another worker is at work on it already
+            return  # another worker has the run already
         del self._entries[live.key, step]
         if task.cancelled() or task.exception() is not None:
             if not (live.deleted or self.draining):
@@ -143,8 +143,8 @@ class Roster:
             self.settle(worker)
 
     async def drain(self, grace: float) -> None:
-        """Lets replies and calls under way come to their end for up to `grace` seconds, then lets go. What has not
-        ended stays as it is in the store, and it is put on record that it was left in good order."""
+        """Waits up to `grace` seconds for running replies and calls, then stops the rest. Runs that have not ended stay
+        in the store as they are, with a record that they were left in an orderly way."""
         self.draining = True
         self._drained += [entry.worker for entry in self]
         for worker in self._drained:
@@ -171,11 +171,10 @@ class Roster:
     async def worker(
         self, key: SessionKey, run: str, caused: Caused, late: NotecaseError | None = None
     ) -> AsyncIterator[Worker]:
-        """Gives the worker of a run under way, of the session's active one for "", under the session's lock. Makes one
-        for the purpose when none is at work. Afterwards the run goes on if it can.
-
-        Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, SERVER_DRAINING, and `late` for a run that is not
-        under way; by default RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""
+        """Yields the worker of an active run (for "", of the session's active one) under the session's lock; makes one
+        if there is none. Afterwards the run continues if it can. Raises Replayed and Duplicate for a repeat,
+        SESSION_NOT_FOUND, SERVER_DRAINING, and `late` for a run that is not active; by default RUN_NOT_FOUND,
+        RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""
         live = self._sessions.live(key)
         async with live.held():
             await self._store.recall(caused.once)
@@ -192,8 +191,8 @@ class Roster:
                 live.once_known(lambda: self._go_on(worker))
 
     def _go_on(self, worker: Worker) -> None:
-        """Sees that what a command has committed is followed by somebody. One who has just stopped is seen to when that
-        is told: it may be that it is not to go on."""
+        """Makes sure that the commit of a command has a worker to follow it. A worker that has just stopped is settled
+        by its own end, since the run may not have to continue."""
         entry = self._entries.get((worker.log.live.key, worker.log.step))
         if entry is None:
             self.settle(worker)
@@ -211,9 +210,9 @@ class Roster:
         return await self.adopted(live, session, active)
 
     async def adopted(self, live: LiveSession, session: v1.Session, active: ActiveRun) -> Worker:
-        """Makes a worker from the rows. A run that is RUNNING was another worker's: its epoch is raised, so that the
-        other can commit nothing more. What tools under that worker asked is withdrawn: nobody takes an answer. The
-        caller holds the session's lock, and settles the worker."""
+        """Makes a worker from the rows. A run that is RUNNING had another worker: its epoch is raised, so that the
+        other can commit nothing more. Questions of tools under that worker are withdrawn, since nothing would receive
+        their answers. The caller holds the session's lock, and settles the worker."""
         step = StepKey(active.run.name)
         newest = await self._store.list_messages(live.key, Query(1), newest_first=True, step=step)
         message = newest.rows[0] if newest.rows and open_calls(newest.rows[0]) else None

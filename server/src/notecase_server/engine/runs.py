@@ -29,9 +29,8 @@ class Runs:
         self.upkeep = Upkeep(sessions, services, self.roster, self.admission, queue, self.commands, poll_seconds)
 
     async def drain(self, grace: float) -> None:
-        """Takes nothing new, lets replies and calls under way come to their end, and then what else is under way, for
-        up to `grace` seconds together; then lets go. A run that has not ended stays as it is in the store, for the next
-        process to take over."""
+        """Accepts nothing new, waits up to `grace` seconds for running replies, calls and other work, and then stops
+        the rest. A run that has not ended stays in the store as it is, for the next process to take over."""
         now = asyncio.get_running_loop().time
         until = now() + grace
         await self.roster.drain(grace)

@@ -1,8 +1,8 @@
-"""JSON Schemas by strangers, applied to replies that strangers asked for: bounded, whatever they are.
+"""Applies JSON Schemas from untrusted callers to replies, within limits.
 
-A few references to one another make a schema that takes longer than anybody waits, and no library bounds that. So
-each question is asked of a process that is killed when it does not answer in time; a defect of the library ends that
-process and no more. It is started when it is first needed, and kept.
+A few references to one another make a schema that takes practically forever, and no library limits that. So each check
+is done in a process that is killed when it does not answer in time; a defect of the library ends only that process. It
+is started when first needed, and kept.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ SECONDS = 2.0
 """Of the processor's time, for one answer. 100 KB of JSON take a hundredth of a second."""
 
 START_SECONDS = 30.0
-"""For a process to start or to answer, on a machine that is busy: what takes longer is no fault of a schema's."""
+"""For a process to start or to answer on a busy machine: what takes longer is not caused by a schema."""
 
 MAX_WAITING = 64
-"""Callers with a schema who may wait. Runs wait besides: their number is bounded."""
+"""Callers with a schema who may wait. Runs wait in addition; their number has its own limit."""
 
 WORKERS = 2
-"""Processes at once. A schema that takes its time holds up the replies behind it for that time."""
+"""Concurrent processes. A slow schema delays other replies for that time."""
 
 WORKER = "notecase_server.engine.schema_worker"
 
@@ -50,23 +50,23 @@ class Schemas:
         self._idle: list[_Worker] = []
         self._room = asyncio.Semaphore(WORKERS)
         self._waiting = 0
-        # Threads of its own: in those that all share, a question would wait for work that it has nothing to do with.
+        # Separate threads: in the shared ones a check would wait for unrelated work.
         self._threads = ThreadPoolExecutor(WORKERS + 1, "schemas")
 
     async def require(self, field: str, schema: str) -> None:
-        """Raises NotecaseError INVALID_FIELD when the text is no JSON Schema, or one that is never to be used here;
-        RATE_LIMITED when the server cannot tell just now."""
+        """Raises NotecaseError INVALID_FIELD when the text is not a JSON Schema, or is one that cannot be used here;
+        RATE_LIMITED when the server cannot check it at present."""
         if schema and (problem := await self._asked({"schema": schema})):
             raise errors.invalid([errors.Violation(field, f"is not a JSON Schema (draft 2020-12): {problem}")])
 
     async def require_valid(self, field: str, schema: str, text: str) -> None:
-        """Raises NotecaseError INVALID_FIELD when the text is not as the schema has it; RATE_LIMITED when the server
-        cannot tell just now."""
+        """Raises NotecaseError INVALID_FIELD when the text does not match the schema; RATE_LIMITED when the server
+        cannot check it at present."""
         if problem := await self._asked({"schema": schema, "reply": text}):
             raise errors.invalid([errors.Violation(field, f"does not match the schema: {problem}")])
 
     async def _asked(self, question: Mapping[str, str]) -> str:
-        """The answer for a caller, who does not wait behind many others."""
+        """Returns the answer for a caller, who does not wait behind many others."""
         if self._waiting >= MAX_WAITING:
             raise errors.too_busy("check schemas")
         self._waiting += 1
@@ -76,8 +76,8 @@ class Schemas:
             self._waiting -= 1
 
     async def problem(self, schema: str, reply: str | None) -> str:
-        """What is wrong with a reply, with None with the schema itself, in words for its author: at most about a
-        kilobyte, quoting no value. Empty when it is valid. While the server cannot tell, it waits until it can."""
+        """Returns what is wrong with a reply (for None: with the schema itself) in words for its author: at most about
+        a kilobyte, without values. Empty when it is valid. Waits while the server cannot check it."""
         if reply == "":
             return "it is empty"
         question = {"schema": schema} if reply is None else {"schema": schema, "reply": reply}
@@ -109,8 +109,8 @@ class Schemas:
             return answer
 
     async def _started(self) -> "_Worker":
-        """A process that has answered once: what its start takes is no fault of a schema's. RATE_LIMITED when the
-        system has no room for it."""
+        """Returns a process that has answered once, so that its start does not count as a schema's time. RATE_LIMITED
+        when the system cannot start another."""
         try:
             worker = await asyncio.get_running_loop().run_in_executor(self._threads, _Worker, self._threads)
         except OSError as error:
@@ -126,7 +126,7 @@ class _Worker:
     serves gRPC in other threads must not."""
 
     def __init__(self, threads: ThreadPoolExecutor) -> None:
-        """Blocks for as long as a process takes to start. OSError when there is no room for it."""
+        """Starts a process, which blocks for as long as that takes. OSError when the system cannot start another."""
         self._threads = threads
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-m", WORKER],
@@ -182,10 +182,10 @@ _FENCES = frozenset({"```", "```json", "```json5", "```jsonc"})
 _BEGINS_JSON = frozenset('{["-0123456789`')
 
 _AROUND = "` \t\r\n"
-"""What a fence and the space around JSON are made of."""
+"""The characters of a fence and of the space around JSON."""
 
 _HELD_PROSE = 16 << 10
-"""Characters in front of a fence that are waited through, and of those behind it that are kept: a sentence or two."""
+"""Characters before a fence that are waited for, and characters after it that are kept: a sentence or two."""
 
 
 _BLANK = re.compile(r"\s*")
@@ -197,23 +197,23 @@ def _blank_until(text: str, start: int) -> int:
 
 
 class Unfenced:
-    """A reply's JSON without what models put around it, piece by piece: a fence, "```json" before it and "```" behind,
-    and words before and behind the fence.
+    """Removes from a reply's JSON, piece by piece, what models put around it: a fence, "```json" before it and "```"
+    after it, and words outside of the fence.
 
-    What may turn out to be around it is held back until more comes, so that what was given out is never taken back, and
-    all of it together is the reply. Words without a fence stay: they are no JSON, which the model is then told."""
+    Text that may belong to the fence is held back until more arrives, so that no text is ever withdrawn, and all of it
+    joined is the reply. Words without a fence stay: they are not JSON, which the model is then told."""
 
     def __init__(self) -> None:
         self.held = 0
-        """Characters that were taken in and not given out: with those behind the closing fence, which are not kept."""
+        """Characters that were taken and not returned, including those after the closing fence, which are not kept."""
         self._held: list[str] = []
         self._begun = False
         self._fenced = False
         self._closed = False
         self._again = False
-        """Another fence has come behind the closing one."""
+        """Another fence has followed the closing one."""
         self._last = ""
-        """The last two characters behind the closing fence."""
+        """The last two characters after the closing fence."""
 
     def feed(self, piece: str) -> str:
         """As much of the reply as is certain."""
@@ -250,7 +250,7 @@ class Unfenced:
             self.held += len(piece)
 
     def _behind(self, piece: str) -> None:
-        """Takes in what comes behind the closing fence. Of that only the beginning is kept."""
+        """Takes the text after the closing fence, of which only the beginning is kept."""
         joint = self._last + piece
         self._again = self._again or "```" in joint
         self._last = joint[-2:]
@@ -259,7 +259,8 @@ class Unfenced:
         self.held += len(piece)
 
     def _begin(self, text: str) -> str | None:
-        """The text behind the opening fence, or all of it where it begins as JSON does. None while that is open."""
+        """Returns the text after the opening fence, or all of it if it begins like JSON. None while that is not
+        known."""
         start = _blank_until(text, 0)
         while start < len(text) and text[start] not in _BEGINS_JSON:
             thought = text.find("</think>", start)
@@ -288,7 +289,7 @@ class Unfenced:
         return words + text
 
     def words(self) -> str:
-        """What was held back for a fence, once a call shows that it was said beside that."""
+        """Returns the text that was held back as a possible fence, once a call shows that it is separate text."""
         if self._begun:
             return ""
         words = self._taken()
@@ -304,7 +305,7 @@ class Unfenced:
         """The rest, once the reply is whole."""
         rest = self._taken().rstrip()
         if self._closed:
-            # Words behind the fence are left out; another fence makes it more than one reply.
+            # Words after the fence are left out; with another fence there is more than one reply.
             return f"\n```{rest}" if self._again else ""
         return rest.removesuffix("```").rstrip() if self._fenced else rest
 

@@ -58,7 +58,7 @@ def problem(question: Question) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(schema: str) -> jsonschema_rs.Draft202012Validator:
-    """Patterns match in linear time, nothing is fetched, and what is told of a document quotes no value of it."""
+    """Patterns match in linear time, nothing is fetched, and a problem of a document quotes no value of it."""
     decoded = msgspec.json.decode(schema, type=dict[str, Any])
     return jsonschema_rs.Draft202012Validator(
         decoded, offline=True, pattern_options=jsonschema_rs.RegexOptions(), mask="the value"

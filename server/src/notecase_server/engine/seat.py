@@ -1,6 +1,6 @@
-"""A worker's place: the wait for it, for how long nobody was at work meanwhile, and giving it back.
+"""A worker's slot: the wait for it, how long the run had no active worker, and the return of the slot.
 
-How long that was is told by the log, not by this process: a run may have waited under another worker, which was lost.
+That time is read from the log, not from this process: a run may have waited with another worker, which was lost.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ class Seat:
     def __init__(self, run_log: RunLog, halts: Halts) -> None:
         self.taken = False
         self.worked_until = 0
-        """When another worker was last seen at work on the run, in microseconds: see `last_work`."""
+        """When another worker last worked on the run, in microseconds: see `last_work`."""
         self._log = run_log
         self._services = run_log.services
         self._halts = halts
@@ -33,7 +33,7 @@ class Seat:
 
     @property
     def idle(self) -> int:
-        """For how long nobody has been at work on a run that is RUNNING, in microseconds, until somebody is."""
+        """How long a run that is RUNNING has had no active worker, in microseconds."""
         since = max(self._log.run.state_time.ToMicroseconds(), self.worked_until)
         return max(self._services.clock() - since, 0)
 
@@ -65,12 +65,12 @@ class Seat:
             raise
 
     def clear(self) -> None:
-        """Lets another suspect be at work once the run has got somewhere."""
+        """Lets another suspect run be active once this one has made progress."""
         if self._suspect and not self._log.deaths:
             self._let_suspect()
 
     def leave(self) -> None:
-        """Gives back what it has."""
+        """Returns its slots."""
         if self._suspect:
             self._let_suspect()
         if self.taken:
@@ -87,8 +87,8 @@ async def _end_of(task: asyncio.Task[T]) -> T:
 
 
 async def last_work(store: History, key: SessionKey, run: v1.Run) -> int:
-    """Returns when a worker last made an event of a run, in microseconds; 0 where the newest events tell of none. What
-    callers made meanwhile is no sign of a worker."""
+    """Returns when a worker last made an event of a run, in microseconds; 0 if the newest events have none. Events that
+    callers caused do not count."""
     for sequence in range(run.last_sequence, max(run.last_sequence - LOOK_BACK, 0), -1):
         for event in await store.read_events(key, sequence - 1, 1):
             if event.run == run.name and not event.cause_id:

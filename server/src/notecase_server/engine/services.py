@@ -24,7 +24,7 @@ from notecase_server.tools.contract import Toolbox
 
 
 class WorkStore(History, RequestStore, RunStore, StateStore, AgentStore, Protocol):
-    """Holds what work on runs reads; what it writes goes through the live session."""
+    """Holds what workers read; their writes go through the live session."""
 
 
 class NamedProvider(NamedTuple):
@@ -52,5 +52,5 @@ class Services:
     lease: Lease = field(default_factory=Unshared)
     """Asked before each call of a model or a tool."""
     suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a run is at work whose last two processes died: one such run at a time, so that the one that kills its
-    process does not take others with it."""
+    """Held while a run is active whose last two processes died. Only one such run is active at a time, so that a run
+    that kills its process does not affect the others."""

@@ -1,6 +1,7 @@
-"""Keeps the live side of the sessions at work in this process: their drafts, and a bell that wakes their watchers.
+"""Keeps the in-memory side of the sessions that are active in this process: their drafts, and a bell that wakes their
+watchers.
 
-Everything here is a hint. What is durable is in the store; a watcher that misses every bell still finds it there,
+Everything here is a hint. Durable data is in the store, and a watcher that misses every ring still finds it there,
 later. Used from one event loop only.
 """
 
@@ -23,21 +24,20 @@ Late = Callable[[Committed], None]
 """What follows a commit that was found out later to have been made. Called with the session's lock held."""
 
 TAIL_BYTES = 256 << 10
-"""Newest events kept for watchers that are nearly there. A turn commits a handful of small ones, so this spares the
-usual watcher the store, and a session that nobody runs or watches keeps none."""
+"""Newest events that are kept for watchers that are almost up to date. A turn commits a few small ones, so the usual
+watcher needs no read of the store. A session without an active run or a watcher keeps none."""
 
 ASKS = 6
 """How often a store is asked at once what became of a commit: for some three seconds. Then the caller hears that it
 cannot be known yet, and it is asked on without the caller."""
 
 NOTICES = 64
-"""Passing notices kept for watchers that are behind, of at most TAIL_BYTES together, or the newest alone; each can be
-recovered from what is stored."""
+"""Transient notices that are kept for watchers that are behind, of at most TAIL_BYTES together, or only the newest;
+each can be recovered from stored data."""
 
 
 class Bell(dict[asyncio.Future[None], None]):
-    """Wakes all that wait: those that it holds. A waiter looks at what it waits for, then waits, with no await in
-    between."""
+    """Wakes all waiters, which are its keys. A waiter checks its condition, then waits, without an await in between."""
 
     __slots__ = ()
 
@@ -69,7 +69,8 @@ class Registry(Protocol):
     transcripts: Transcripts
 
     unsure: Callable[["LiveSession"], None]
-    """Called with a session when nobody knows whether a commit of it was made: somebody has to take its lock."""
+    """Called with a session when it is not known whether one of its commits was made: some task has to take its
+    lock."""
 
     def state_changed(
         self, scope: Scope, ops: Sequence[v1.StateOp], version: int, besides: "LiveSession | None" = None
@@ -94,9 +95,9 @@ class LiveSession:
         self.company = Bell()
         """Rung when that number changes, when a run of the session changes its state, and once it is deleted."""
         self.soon = Bell()
-        """Rung for what is sent at once: a commit, a block begun, a notice, the end."""
+        """Rung for what is sent at once: a commit, the beginning of a block, a notice, the end."""
         self.later = Bell()
-        """Rung for everything: what is rung here only is text, which is sent in batches."""
+        """Rung for everything. Text, for which only this rings, is sent in batches."""
         self.noticed = 0
         """Notices ever given: the number of the newest."""
         self._notices: list[tuple[v1.Event, int]] = []
@@ -104,8 +105,8 @@ class LiveSession:
         self._tail: list[v1.Event] = []
         self._tail_bytes = 0
         self.quiet = asyncio.Lock()
-        """Held by whoever can commit only while no writer outside of runs does: they wait. Taken in a session that has
-        an active run before the session's own lock, and in any other one after it."""
+        """Held by a task that can commit only while no writer outside of runs does; such writers wait. In a session
+        with an active run it is taken before the session's own lock, and in any other session after it."""
         self._store = store
         self._sessions = sessions
         self._lock = asyncio.Lock()
@@ -132,9 +133,10 @@ class LiveSession:
         self._lock.release()
 
     async def commit(self, commit: Commit, late: Late | None = None) -> Committed:
-        """Commits, then wakes the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
-        about. When the store cannot say either, STORE_UNAVAILABLE is raised, and `late` is called once it is known that
-        the commit was made: before anybody decides anything else for a run of this session."""
+        """Commits, then wakes the watchers; see Store.commit for what it raises. If the answer of a commit is lost, the
+        store is asked whether the commit was made. If it cannot answer that either, STORE_UNAVAILABLE is raised, and
+        `late` is called once it is known that the commit was made: before anything else is decided for a run of this
+        session."""
         commit_id = commit.id or self._sessions.new_id()
         commit = commit._replace(id=commit_id, content_limit=self._sessions.content_limit)
         if self.drafts:
@@ -213,7 +215,7 @@ class LiveSession:
                 self._sessions.state_changed(scope, ops, state.version, besides=self)
 
     def _keep(self, events: Sequence[v1.Event]) -> None:
-        """Adds the events of a commit to the tail, which begins anew behind a gap."""
+        """Adds the events of a commit to the tail, which starts again after a gap."""
         if self._tail and events and events[0].sequence != self._tail[-1].sequence + 1:
             self._tail.clear()
             self._tail_bytes = 0
@@ -226,11 +228,11 @@ class LiveSession:
         del self._tail[:over]
 
     def transcript(self) -> Transcript | None:
-        """The messages of a long session up to the head, where they are kept; None where they are only in the store."""
+        """Returns the messages of a long session up to the head if they are cached, else None."""
         return self._sessions.transcripts.find(self.key, self.head)
 
     def keep(self, transcript: Transcript, head: int) -> None:
-        """Keeps what was read while the log ended at `head`, unless it has grown since."""
+        """Caches messages that were read while the log ended at `head`, unless it has grown since."""
         if head == self.head and not self.deleted:
             self._sessions.transcripts.keep(self.key, head, transcript)
 
@@ -242,7 +244,7 @@ class LiveSession:
         return [event for event in self._tail if event.sequence > after]
 
     def notices(self, after: int) -> list[v1.Event]:
-        """Returns the notices given after number `after`, as far as they are kept. Not copies."""
+        """Returns the kept notices after number `after`. Not copies."""
         missed = min(self.noticed - after, len(self._notices))
         return [event for event, _ in self._notices[len(self._notices) - missed :]] if missed > 0 else []
 
@@ -278,7 +280,8 @@ class LiveSession:
             self.later.ring()
 
     def discard(self, step: StepKey) -> None:
-        """Forgets the draft of a step: nothing of it was kept. Watchers that were sent some of it hear of that."""
+        """Removes the draft of a step, of which nothing was stored. Watchers that received a part of it are
+        notified."""
         if self.drafts.pop(step, None) is not None:
             self.ring()
 

@@ -1,4 +1,4 @@
-"""Reads a whole tenant, item by item, to be kept or taken elsewhere."""
+"""Reads all data of a tenant, item by item, for its export."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
@@ -145,8 +145,7 @@ def _id(name: str) -> str:
 async def _rows(
     read: Callable[[Query], Awaitable[Page[T]]], position: Callable[[T], Position], after: Position
 ) -> AsyncIterator[tuple[Position, T]]:
-    """Yields the rows of a list behind a position of it, empty for all. With each comes the position that it is right
-    behind."""
+    """Yields the rows of a list after a position in it, empty for all. Each comes with the position that follows it."""
     more: Position | None = after
     while more is not None:
         page = await read(Query(PAGE, more or None))

@@ -1,4 +1,4 @@
-"""Brings the runs of suspended tenants to rest, and removes tenants."""
+"""Cancels the runs of suspended tenants, and deletes tenants."""
 
 import asyncio
 from collections.abc import Callable
@@ -19,7 +19,7 @@ LOOK_SECONDS = 2.0
 """How often it is looked for runs of suspended tenants that a deadline or a start of the server has put to work."""
 
 REST_SECONDS = 0.01
-"""Between two transactions of a removal: others write, too, and a fork that is under way comes to its end."""
+"""The pause between two transactions of a deletion, for other writers and for a fork that has begun."""
 
 PAGE = 100
 
@@ -27,7 +27,7 @@ AT_WORK = Or((Compare("state", "=", v1.Run.STATE_RUNNING), Compare("state", "=",
 
 
 class TenancyStore(TenantStore, SessionStore, RunStore, Protocol):
-    """Holds tenants, and what is in them."""
+    """Holds tenants and their data."""
 
 
 class Tenancy:
@@ -41,8 +41,8 @@ class Tenancy:
         self._runs = runs
 
     async def keep_looking(self) -> None:
-        """For ever, cancels what is at work in suspended tenants, and goes on with removals that were cut. One tenant's
-        trouble is logged, and its turn comes again."""
+        """Cancels active runs of suspended tenants and continues interrupted deletions, without end. A failure with one
+        tenant is logged, and tried again in its turn."""
         while True:
             after: tuple[str | int, ...] | None = None
             while True:
@@ -63,7 +63,7 @@ class Tenancy:
             await self.remove(tenant)
 
     async def rest(self, tenant: str) -> None:
-        """Cancels every run of a tenant that is at work or queued."""
+        """Cancels every active or queued run of a tenant."""
         stuck = 0
         while rows := (await self._store.list_runs(tenant, None, Query(stuck + 1, where=AT_WORK))).rows[stuck:]:
             name = names.parse_run(rows[0].name)

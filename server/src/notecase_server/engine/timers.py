@@ -1,8 +1,8 @@
-"""Acts on deadlines that are in the rows, and ends runs that nobody follows.
+"""Acts on deadlines in the rows, and cancels runs that nobody follows.
 
-A deadline is a moment of the wall clock. It is looked at when it should have come and at least every LOOK_SECONDS, so
-that a clock that jumps, as that of a machine that was suspended, delays nothing for long. What is due becomes a duty,
-which is tried until it is done.
+A deadline is a time of the wall clock. It is checked when it is due and at least every LOOK_SECONDS, so that a clock
+that jumps, as after a suspension of the machine, delays nothing for long. A deadline that is due becomes a duty, which
+is tried until it is done.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from notecase_server.tools.contract import Outcome
 LOOK_SECONDS = 5.0
 
 SPARE = 64
-"""Deadlines that may be kept although they were moved or dropped, besides as many as there are."""
+"""How many moved or dropped deadlines may be kept in addition to the valid ones."""
 
 
 class Timers:
@@ -104,7 +104,7 @@ def _deadlines(log: RunLog) -> Iterator[tuple[int, list[v1.Event]]]:
 
 
 class Alarm:
-    """Halts a run when its time at work is over, if that is limited."""
+    """Halts a run when its time-out has passed, if it has one."""
 
     def __init__(self, run: v1.Run, halt: Callable[[Halt], None]) -> None:
         self._run = run
@@ -112,7 +112,7 @@ class Alarm:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, at_work: bool) -> None:
-        """Lets the time go on, or stand still."""
+        """Lets the time pass, or stops it."""
         if self._timer is not None and not at_work:
             self._timer.cancel()
             self._timer = None

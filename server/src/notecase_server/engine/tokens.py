@@ -1,8 +1,8 @@
-"""How many tokens a model will count for a message, as far as that can be known before it does.
+"""Estimates how many tokens a model will count for a message.
 
-Tokenizers fetch their tables at run time, which a server must not. But a provider tells how many tokens each reply had:
-that is exact for the reply, and shows how this conversation's text, in its own language and for its own model, falls
-into tokens. Only what has no such measure is a round figure.
+Tokenizers download their tables at run time, which a server must not do. But a provider reports how many tokens each
+reply had: that is exact for the reply, and shows how many bytes a token has in this conversation, for its language and
+its model. Only what has no such measure is a rough figure.
 """
 
 import math
@@ -13,7 +13,8 @@ from notecase import v1
 from notecase_server.models.contract import is_text
 
 BYTES_PER_TOKEN = 4.0
-"""Where no reply tells: English and code. Other scripts take more tokens a character, and more bytes too."""
+"""Bytes of a token when no reply shows it: English and code. Other scripts need more tokens for each character, and
+more bytes too."""
 
 LIKELY = (1.0, 8.0)
 """The least and the most bytes a token that are believed: a token is at least one byte, and a text of words has no
@@ -23,17 +24,17 @@ MESSAGE_TOKENS = 4
 """What providers add for a message's role and frame."""
 
 IMAGE_TOKENS = 1000
-"""Providers scale images down before they count: a photograph comes to between 765 and 1,600."""
+"""Tokens of an image. Providers scale images down before they count: a photograph has between 765 and 1,600."""
 
 AUDIO_BYTES = 1000
 """Of audio for each token: 10 to 32 tokens a second, of 16 KB as MP3 and 32 KB as WAV for speech."""
 
 DOCUMENT_BYTES = 50
-"""Of a PDF and the like for each token: a page has 50 to 100 KB and comes to 1,000 to 2,000."""
+"""Bytes of a PDF and the like for each token: a page has 50 to 100 KB and 1,000 to 2,000 tokens."""
 
 
 class Gauge:
-    """Counts tokens by what some of a conversation's messages tell."""
+    """Counts tokens by the reports on some of a conversation's messages."""
 
     def __init__(self, known: Iterable[v1.Message] = ()) -> None:
         size = tokens = 0
@@ -45,8 +46,8 @@ class Gauge:
         self.bytes_per_token = min(max(size / tokens, least), most) if size and tokens else BYTES_PER_TOKEN
 
     def tokens(self, message: v1.Message) -> int:
-        """Of all that a provider is shown of a message: its reasoning and what was made in it are not, what its calls
-        came to is."""
+        """Returns the tokens of everything that a provider is shown of a message: the outcomes of its calls, but not
+        its reasoning and the content made in it."""
         total = MESSAGE_TOKENS + (_reported(message) or self._text(_text_bytes(message)))
         for part in message.parts:
             if message.role != v1.Message.ROLE_ASSISTANT or is_text(part.blob.media_type):
@@ -81,14 +82,15 @@ class Gauge:
 
 
 def _reported(message: v1.Message) -> int:
-    """The tokens of a reply's own text and calls; 0 where its provider told none, or counted what was made as well."""
+    """Returns the tokens of a reply's own text and calls; 0 if its provider reported none, or counted made content as
+    well."""
     if any(part.HasField("blob") or part.HasField("file") for part in message.parts):
         return 0
     return max(message.usage.output_tokens - message.usage.reasoning_tokens, 0)
 
 
 def _text_bytes(message: v1.Message) -> int:
-    """Of what a message itself says, its calls without what they came to."""
+    """Returns the bytes of a message itself: its calls without their outcomes."""
     texts = (
         part.text + part.json + part.refusal + part.tool_call.tool + part.tool_call.arguments for part in message.parts
     )

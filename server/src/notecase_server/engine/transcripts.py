@@ -1,8 +1,8 @@
-"""Keeps the messages of long sessions between their turns, so that a turn reads what is new and not all over again.
+"""Caches the messages of long sessions between their turns, so that a turn reads only what is new.
 
-What is kept was true at one sequence and is used at that one only. It follows a commit that begins right behind it;
-one that was made elsewhere shows as a gap, and then all is forgotten and read anew. It is never asked in place of the
-store: whoever works on a run has just committed, and knows by that where the log ends.
+The cached messages are those of one sequence and are used at that sequence only. They are updated by a commit that
+directly follows. A commit of another process is a gap, after which all of them are removed and read again. The cache
+never replaces a question to the store: a worker has just committed, and knows from that where the log ends.
 """
 
 from bisect import bisect_left
@@ -16,7 +16,7 @@ from notecase import v1
 from notecase_server.store.contract import Committed, SessionKey
 
 MOST_BYTES = 64 << 20
-"""Of all that is kept: the sessions that were used last."""
+"""Bytes of all cached messages: the sessions that were used last."""
 
 LONGEST = 10_000
 LONGEST_BYTES = 16 << 20
@@ -24,7 +24,7 @@ LONGEST_BYTES = 16 << 20
 longer for."""
 
 MESSAGE_BYTES = 300
-"""Of a message beside its content, in memory."""
+"""Bytes of a message in memory in addition to its content."""
 
 _sequence = attrgetter("sequence")
 
@@ -62,7 +62,7 @@ class _Kept:
         return len(self.messages) <= LONGEST and self.size <= LONGEST_BYTES
 
     def put(self, message: v1.Message) -> None:
-        """Adds a message, or puts it in the place of what it was before."""
+        """Adds a message, or replaces its earlier version."""
         copy = v1.Message()
         copy.CopyFrom(message)
         self.only_text = self.only_text and is_only_text((copy,))
@@ -91,7 +91,7 @@ class Transcripts:
         return kept is not None and kept.head == head
 
     def find(self, key: SessionKey, head: int) -> Transcript | None:
-        """What is kept of a session whose log ends at `head`; None for nothing."""
+        """Returns the cached messages of a session whose log ends at `head`, or None."""
         kept = self._kept.get(key)
         if kept is None or kept.head != head:
             return None
@@ -99,7 +99,7 @@ class Transcripts:
         return Transcript(kept.messages.copy(), kept.only_text)
 
     def keep(self, key: SessionKey, head: int, transcript: Transcript) -> None:
-        """Keeps what was read of a session while its log ended at `head`, if it is not too long for that."""
+        """Caches the messages that were read of a session while its log ended at `head`, unless there are too many."""
         self.drop(key)
         messages = transcript.messages
         if not messages or len(messages) > LONGEST or messages[-1].sequence > head:
@@ -111,7 +111,7 @@ class Transcripts:
             self._bound()
 
     def follow(self, key: SessionKey, committed: Committed) -> None:
-        """Takes in what a commit has changed."""
+        """Applies the changes of a commit."""
         kept = self._kept.get(key)
         if kept is None or not committed.events:
             return

@@ -1,7 +1,8 @@
-"""A session as a file, to be taken elsewhere: written from its log, and read only when it is whole.
+"""Writes a session as a file from its log, and reads such a file when it is complete. export.proto describes the
+format.
 
-The format is told in export.proto. A file is checked from its first byte to its last before anything of it is believed.
-Its log is replayed through the fold as it is stored (`store/imports`), and what does not fit there is refused.
+A file is checked from its first byte to its last before any of it is used. Its log is replayed through the fold when it
+is stored (`store/imports`), and events that do not fit are refused.
 """
 
 import asyncio
@@ -35,10 +36,10 @@ PREFIX = fold.PREFIX.encode()
 """In the bytes of every record that refers to content."""
 
 CHUNK_BYTES = 256 << 10
-"""What a stream carries well at a time; far below what a message may have."""
+"""The bytes that a stream sends at a time; far below the limit of a message."""
 
 MAX_RECORD_BYTES = 8 << 20
-"""More than any event has: a length beyond it is no length."""
+"""More bytes than any event has: a greater length is invalid."""
 
 MAX_LENGTH_BYTES = 4
 
@@ -46,11 +47,9 @@ MAX_LENGTH_BYTES = 4
 async def exported(
     store: History, key: SessionKey, contents: Contents | None = None, end_runs: bool = False
 ) -> AsyncIterator[bytes]:
-    """Yields the file, in pieces of at most CHUNK_BYTES, with the content that the log refers to if that is given. The
-    same session gives the same bytes. With `end_runs`, events at the end cancel what is under way.
-
-    Raises NotecaseError SESSION_NOT_FOUND, also when the session is deleted meanwhile, and RUN_ACTIVE without
-    `end_runs`."""
+    """Yields the file, in pieces of at most CHUNK_BYTES, with the content that the log refers to if `contents` is
+    given. The same session gives the same bytes. With `end_runs`, events at the end cancel active runs. Raises
+    NotecaseError SESSION_NOT_FOUND, also when the session is deleted meanwhile, and RUN_ACTIVE without `end_runs`."""
     pending = bytearray()
     digest = hashlib.sha256()
     async for framed in _written(store, key, contents, end_runs):
@@ -100,7 +99,7 @@ async def _written(store: History, key: SessionKey, contents: Contents | None, e
 
 
 async def _ends(store: History, key: SessionKey, last: v1.Event) -> list[v1.Event]:
-    """Returns the events that cancel what is under way at the event `last`, numbered and dated from there on."""
+    """Returns the events that cancel the active run after the event `last`, numbered and dated from there on."""
     past = await store.read_past(key, last.sequence)
     events = ended(past, "The session was exported while the run was active.")
     rows = fold.rows_of(past, past.session, epoch=0)
@@ -146,7 +145,7 @@ class _Reader:
 
     def __init__(self, file: BinaryIO) -> None:
         self.record: v1.ExportRecord | None = None
-        """None behind the last."""
+        """None after the last."""
         self._records = _content_records(file)
 
     async def advance(self) -> None:
@@ -184,10 +183,8 @@ def _framed(record: v1.ExportRecord) -> bytes:
 
 
 async def read(file: BinaryIO, key: SessionKey) -> Restore:
-    """What is to be stored of a whole file, as the session `key`. The log is read again when it is stored, and replayed
-    then.
-
-    Raises NotecaseError IMPORT_INVALID with a sentence that says what is wrong."""
+    """Returns the session `key` to be stored from a complete file. The log is read again when it is stored, and
+    replayed then. Raises NotecaseError IMPORT_INVALID with a sentence that says what is wrong."""
     check = await asyncio.to_thread(_Check, file)
     while await asyncio.to_thread(check.more):
         pass
@@ -218,8 +215,8 @@ def begins(begun: bytes) -> bool:
 
 
 def length_at(data: bytearray, at: int) -> tuple[int, int]:
-    """How many bytes the length of the record at `at` takes, 0 while they are not all there, and the length. Raises
-    NotecaseError IMPORT_INVALID for what is no length of a record."""
+    """Returns how many bytes the length of the record at `at` takes, 0 while they have not all arrived, and the length.
+    Raises NotecaseError IMPORT_INVALID if it is not the length of a record."""
     size = 0
     for place in range(MAX_LENGTH_BYTES):
         if at + place >= len(data):
@@ -287,8 +284,8 @@ def _cut() -> NotecaseError:
 
 
 def _frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """The length of each record as it is written, and its body; the last is the zero that is no record's, and behind it
-    the file is read on."""
+    """Yields the length of each record as it is written, and its body. The last length is the zero after the records;
+    the file continues after it."""
     data, at, begin = bytearray(), 0, file.tell()
     while True:
         length, size = length_at(data, at)
@@ -319,7 +316,7 @@ def _records(file: BinaryIO) -> Iterator[v1.ExportRecord]:
 
 
 def _events(file: BinaryIO) -> Iterator[v1.Event]:
-    """The log, of which each entry is in its place."""
+    """Yields the entries of the log, each with the right sequence."""
     number = 0
     for record in islice(_records(file), 1, None):
         if not record.HasField("blob") and not record.HasField("chunk"):

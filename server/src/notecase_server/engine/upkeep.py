@@ -1,7 +1,7 @@
-"""Sees that every run that has not ended has a worker, a timer, or its turn in the queue.
+"""Makes sure that every run that has not ended has a worker, a timer, or a place in the queue.
 
-Nobody waits for what is done here, so all of it is a duty or a service of the supervisor: what the store refuses
-passingly is tried again, and what is refused for good becomes a fact in the log.
+No caller waits for this work, so all of it is a duty or a service of the supervisor: temporary failures of the store
+are retried, and permanent refusals are recorded in the log.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from notecase_server.store.contract import ActiveRun, SessionKey
 log = structlog.get_logger()
 
 TAKEOVER_BATCH = 32
-"""Runs set to work before others get a turn: at most so many turn to the providers at once. Those that wait for people
-or callers do not count."""
+"""Runs that a takeover starts before a pause: so many call the providers at once. Runs that wait for people or callers
+do not count."""
 
 RAMP_SECONDS = 0.2
 """Between two batches of a takeover."""
 
 REPAIR_SECONDS = 2.0
-"""How often it is looked for runs that should have somebody and have nobody: whatever became of their last worker, they
-are at work again within seconds."""
+"""How often unfinished runs without a worker are looked for. Whatever happened to their last worker, they continue
+within seconds."""
 
 MOVED_ON = frozenset(
     {
@@ -94,7 +94,7 @@ class Upkeep:
         sessions.gone = self._timers.disarm
 
     def start(self) -> None:
-        """Takes over what a process before this one left, and looks after all runs from then on."""
+        """Takes over the runs that an earlier process left, and looks after all runs from then on."""
         self._services.supervisor.service("upkeep", self._run)
         self._services.supervisor.service("timers", self._timers.run)
 
@@ -140,7 +140,8 @@ class Upkeep:
             await self._adopt(active)
 
     async def _adopt(self, found: ActiveRun) -> bool:
-        """Sees that a run has somebody; whether it was at work and is now taken over. Its trouble is its own."""
+        """Gives a run a worker, a timer or a place in the queue. Returns whether it was RUNNING and is now taken over.
+        A failure does not affect other runs."""
         key, run = found.key, found.run.name
         try:
             if found.run.state == QUEUED:
@@ -174,8 +175,8 @@ class Upkeep:
     # ---- what follows when a worker has gone home
 
     def settle(self, worker: Worker) -> None:
-        """Restarts a run without a worker, arms its timers, or starts the next queued run. Nothing of a session that is
-        gone, or by a worker that has lost its run: whoever has it now sees to it."""
+        """Restarts a run without a worker, arms its timers, or starts the next queued run. Does nothing for a deleted
+        session, and when the worker has lost its run to another process."""
         if self._roster.draining or worker.lost or worker.log.live.deleted:
             return
         run_log = worker.log
@@ -190,8 +191,8 @@ class Upkeep:
             self.start_next(key)
 
     def tending(self, worker: Worker) -> None:
-        """Arms the timers of what a run waits for, with tools of it at work or without. Where it waits for people
-        alone, and a user who may answer has sent new input, that takes the place of their answers."""
+        """Arms the timers of what a run waits for, whether its tools run or not. If the run waits only for approvals or
+        answers, and a user who may answer has sent new input, that replaces the answers."""
         run_log = worker.log
         key, run = run_log.live.key, run_log.run
         self._timers.arm(key, run.name, deadline(run_log))
@@ -199,7 +200,8 @@ class Upkeep:
             self._duty("deny", key, run.name, lambda: self._deny_for_queue(key, run.name))
 
     def _duty(self, name: str, key: SessionKey, run: str, act: Callable[[], Awaitable[None]]) -> None:
-        """Does something for a run; when it is refused for good and the run has not moved on, the run fails."""
+        """Starts a duty for a run. When it is permanently refused and the run has not changed meanwhile, the run
+        fails."""
 
         async def refused(error: NotecaseError) -> None:
             if error.reason not in MOVED_ON:
@@ -219,7 +221,7 @@ class Upkeep:
                 raise
 
     async def _deny_for_queue(self, key: SessionKey, run: str) -> None:
-        """Puts what users said in the place of the answers that the run waits for, behind the results of tools that
+        """Puts users' messages in place of the answers that the run waits for, after the results of tools that
         asked."""
         async with self._roster.worker(key, run, Caused()) as worker:
             run_log = worker.log
@@ -245,7 +247,8 @@ class Upkeep:
     # ---- commits whose answers were lost
 
     def settle_commits(self, live: LiveSession) -> None:
-        """Asks what became of commits until it is known, so that what follows them does not wait for anybody."""
+        """Asks the store about commits until it is known whether they were made, so that no caller has to wait for
+        it."""
 
         async def settle() -> None:
             async with live.held():
@@ -267,13 +270,13 @@ class Upkeep:
         self._duty("deadline", key, run, expire)
 
     def employed(self, worker: Worker) -> None:
-        """Notes that a run is at work: it has no deadline for what it waited for."""
+        """Records that a run is active: deadlines of what it waited for no longer apply."""
         self._timers.arm(worker.log.live.key, worker.log.run.name, None)
         self._accompany(worker)
 
     def _accompany(self, worker: Worker) -> None:
-        """Has a run cancelled that nobody has followed for as long as its `disconnect` allows. One task watches over it
-        from its first worker to its end."""
+        """Cancels a run that nobody has followed for as long as its `disconnect` allows. One task watches it from its
+        first worker to its end."""
         key, run = worker.log.live.key, worker.log.run.name
         bounded = worker.log.run.disconnect.HasField("cancel_after") and not worker.log.ended
         if not bounded or self._services.supervisor.is_at("company", (key, run)):

@@ -1,4 +1,4 @@
-"""Puts what is uploaded into the store, in pieces of one size, and makes the blob of it."""
+"""Writes uploads to the store, in pieces of one size, and makes their blobs."""
 
 import hashlib
 from collections.abc import Callable
@@ -53,8 +53,8 @@ class Writer:
         await self._write(len(self._pending))
 
     async def complete(self) -> v1.Blob:
-        """Makes the blob of what was flushed, and returns it also where the store made it and lost the answer. Raises
-        UPLOAD_OFFSET_MISMATCH, and STORE_UNAVAILABLE where it was not made or the store cannot say."""
+        """Makes the blob of the bytes that were flushed, and returns it also when the store made it but the answer was
+        lost. Raises UPLOAD_OFFSET_MISMATCH, and STORE_UNAVAILABLE when it was not made or the store cannot say."""
         made, upload_id = self.blob, self._upload.upload_id
         try:
             return await self._store.complete_upload(

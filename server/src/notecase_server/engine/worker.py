@@ -37,7 +37,7 @@ MOST_DEATHS = 3
 """A run whose process died so often in a row is what kills it."""
 
 SUSPECT_DEATHS = 2
-"""From then on a run is at work only while no other suspect is."""
+"""From so many deaths on, a run is active only while no other such run is."""
 
 
 class Worker:
@@ -62,14 +62,14 @@ class Worker:
         self._draining = False
 
     def halt(self, halt: Halt) -> None:
-        """Cuts what is under way; `work` then seals it."""
+        """Cuts what is running; `work` then commits the halt."""
         self._halts.add(halt)
 
     def drain(self) -> None:
         """Asks the worker to leave the run as it is at its next commit."""
         self._draining = True
         self._halts.stirred.set()
-        if not self.seat.taken or self.takes_over is not None:  # nothing was begun that could be lost
+        if not self.seat.taken or self.takes_over is not None:  # nothing has begun that could be lost
             self._halts.interrupt()
 
     def stop_call(self, call_id: str) -> None:
@@ -78,12 +78,12 @@ class Worker:
             self._calls.stop(call_id)
 
     def stir(self) -> None:
-        """Makes the worker look at what a command has committed."""
+        """Makes the worker look at the commit of a command."""
         self._halts.stirred.set()
 
     async def work(self) -> None:
-        """Works until the run has ended, waits for what is in the rows alone, was left to a successor, or belongs to
-        another owner. Each line that is logged meanwhile has the run's ids, those of providers and tools too."""
+        """Works until the run has ended, waits only for what is in the rows, was left to a successor, or belongs to
+        another owner. Each line that is logged meanwhile has the run's ids, also those of providers and tools."""
         bind_contextvars(session=self.log.live.key.session, run=self.log.run.name)
         alarm = Alarm(self.log.run, self.halt)
         try:
@@ -118,12 +118,12 @@ class Worker:
 
     @property
     def _rests(self) -> bool:
-        """Whether all that is under way is tools that wait for a person's answer. A stop does not wait for people."""
+        """Whether only tools that wait for a person's answer are running. A stop does not wait for people."""
         return self.log.run.state == WAITING and bool(self._calls) and not self._draining
 
     @property
     def _may_leave(self) -> bool:
-        """Calls under way are not left behind: somebody would have to say what became of them."""
+        """Whether the worker may stop now. It may not while calls run, whose outcomes would be lost."""
         begun = (self.seat.taken and self.takes_over is None) or self._calls
         return self.log.message is None or not begun
 
@@ -134,7 +134,7 @@ class Worker:
         self.seat.leave()
 
     def _gone(self) -> NotecaseError:
-        """Why nobody carries out a halt."""
+        """Returns why a halt is not carried out."""
         session = self.log.live.key.session
         if self.log.live.deleted:
             return errors.not_found("session", names.session(session))
@@ -216,8 +216,8 @@ class Worker:
         await self.log.durably(partial(self._replied, reply, note))
 
     def _replied(self, reply: Reply, note: v1.Event | None) -> list[v1.Event]:
-        """The reply and its note, and what it leads to: calls are bound and dispatched, what was queued is taken up, or
-        the run ends."""
+        """Returns the events of the reply, its value under output_key, and what follows: calls are bound and
+        dispatched, queued input is added, or the run ends."""
         message, run = reply.message, self.log.run
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         for call in calls:
@@ -248,15 +248,15 @@ class Worker:
         calls = [call for call in calls if call.call_id not in reply.read]
         made = [ledger.finished(call, reply.read[call.call_id]) for call in read]
         made += ledger.triage(calls, reply.bound, self.log.answers, self._services.new_id, self._expire_request)
-        if self.log.run.ending:  # nobody is asked any more
+        if self.log.run.ending:  # its new questions are dropped
             asked = [event.input_requested.call for event in made if event.HasField("input_requested")]
             made = [event for event in made if not event.HasField("input_requested")]
             made += [ledger.cancelled(call, "The run is to end.") for call in asked]
         return made
 
     async def _tend(self) -> None:
-        """Runs the calls that are the server's, and commits each outcome and each question of theirs as it comes.
-        While the run waits for answers, it has no place."""
+        """Runs the server's calls, and commits their outcomes and questions as they come. While the run waits for
+        answers, it has no slot."""
         self._halts.stirred.clear()
         self._calls = Calls(self.log, self._halts.stirred) if self._calls is None else self._calls
         await self._calls.keep()
@@ -276,11 +276,11 @@ class Worker:
         await self._calls.wait()
 
     async def _seal(self, halt: Halt) -> None:
-        """Stops everything under way in one commit, and ends the run or goes on with what the user says. A halt that is
-        refused has changed nothing: calls stay under way, and the model is asked once more."""
+        """Stops everything that runs in one commit, and ends the run or continues with the user's message. A refused
+        halt has changed nothing: calls continue, and the model is called again."""
         try:
             if self._calls is not None:
-                await self._calls.keep_finished()  # what came before a halt is kept
+                await self._calls.keep_finished()  # results from before a halt are kept
             committed = await self._sealed(halt)
         except (NotecaseError, Replayed, Duplicate) as refused:
             self._halts.remove(halt)
@@ -338,7 +338,7 @@ class Worker:
     def _ending(
         self, state: v1.Run.State.ValueType, error: v1.Error | None = None, reason: str = "", cause_id: str = ""
     ) -> v1.Event:
-        """The event that ends the run, with the time for which it still waited for this worker to come to work."""
+        """Returns the event that ends the run, with the time for which it was still waiting for this worker."""
         event = self.log.ending(state, error, reason, cause_id)
         if self.log.run.state == RUNNING and (self.takes_over is not None or not self.seat.taken):
             event.run_state_changed.place_wait.FromMicroseconds(self.seat.idle)

@@ -25,7 +25,7 @@ AGENT_FILTER: Mapping[str, filters.FieldKind] = {
     "labels": "labels",
 }
 EDIT_TRIES = 20
-"""How often an update without an etag is merged anew when another one came between."""
+"""How often an update without an etag is merged again after a concurrent update."""
 
 AGENT_FIELDS = ("display_name", "description", "llm", "output_key", "labels")
 
@@ -89,7 +89,7 @@ class Agents(v1.AgentServiceServicer):
             stale = bool(etag) and etag != (newest.etag if newest is not None else "")
             edited = v1.Agent() if newest is None else copied(newest)
             merge(mask, request.agent, edited)
-            body = Check(most=sys.maxsize)  # what is outside of the mask is left out below, and counts for nothing
+            body = Check(most=sys.maxsize)  # fields outside of the mask are not applied, and are not checked
             validate.agent(body, edited, self.desk.providers, self.desk.toolbox)
             whole = agent_id and not stale and (newest is not None or request.allow_missing)
             check.within(body, ["agent"] if whole else [f"agent.{path}" for path in mask.paths])
@@ -107,7 +107,7 @@ class Agents(v1.AgentServiceServicer):
         raise AssertionError("the last try returns or raises")
 
     async def _judge(self, check: Check, agent: v1.Agent, paths: Container[str] = ("llm",)) -> None:
-        """Checks what takes a thread or a process to tell, of the fields that the paths name."""
+        """Checks the fields that the paths name and whose check needs a thread or a process."""
         if "llm" in paths or "llm.instruction" in paths:
             with check.taking():
                 await template.parsed(agent.llm.instruction)

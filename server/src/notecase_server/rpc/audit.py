@@ -21,7 +21,7 @@ FILTER: Mapping[str, filters.FieldKind] = {
 }
 
 OF_KEYS = And((Compare("method", ">=", "notecase.v1.KeyService/"), Compare("method", "<", "notecase.v1.KeyService0")))
-"""What an operator sees of a tenant's audit: 0 comes right behind the slash."""
+"""The entries of a tenant's audit that an operator sees. The character 0 follows the slash."""
 
 
 class TrailStore(AuditStore, PrincipalStore, TenantStore, Protocol):

@@ -74,7 +74,8 @@ class Blobs(v1.BlobServiceServicer):
 
 
 def _own(upload_id: str) -> str:
-    """The id under which an upload is kept: one that a caller bound to a user chose is no other's."""
+    """Returns the id under which an upload is stored. Ids chosen by a caller that is bound to a user are separate from
+    all others."""
     user = caller.get().user
     return f"{user} {upload_id}" if user else upload_id
 

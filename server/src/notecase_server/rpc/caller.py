@@ -13,7 +13,7 @@ NOBODY = Principal("", "", Role.VIEWER)
 
 
 class Caller(NamedTuple):
-    """A call's principal, and what tells the call apart."""
+    """A call's principal, and what identifies the call."""
 
     principal: Principal
     request_id: str
@@ -33,13 +33,14 @@ class Caller(NamedTuple):
         return f"users/{self.principal.user}" if self.principal.user else ""
 
     def audit(self, resource: str = "") -> AuditRow | None:
-        """Returns what the audit of the caller's tenant says of this call; None for a caller without credentials."""
+        """Returns the entry of this call in the audit of the caller's tenant, or None for a caller without
+        credentials."""
         return audit_row(self, self.tenant, self.principal_name, resource)
 
 
 def audit_row(who: Caller, tenant: str, principal_name: str, resource: str) -> AuditRow | None:
-    """Returns what the audit of a tenant says of a call, whose principal has that name there; None where it has
-    none."""
+    """Returns the entry of a call in the audit of a tenant, in which its principal has that name. None without a
+    name."""
     if not principal_name:
         return None
     entry = v1.AuditEntry(

@@ -66,9 +66,9 @@ class Desk:
     new_id: Callable[[], str]
 
     async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
-        """The session of this id, if the caller may see it, after a look whether the request was carried out before:
-        what it was about may be gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and
-        REQUEST_ID_REUSED."""
+        """Returns the key of the session with this id if the caller may see it. First checks whether the request was
+        carried out before, since its session may be gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND
+        and REQUEST_ID_REUSED."""
         await self.requests.recall(once)
         who = caller.get()
         key, _ = await self.sessions.find(who.tenant, session, if_uid, who.user)
@@ -82,7 +82,7 @@ class Desk:
 
     @asynccontextmanager
     async def patiently(self, *, heavy: bool = True) -> AsyncIterator[None]:
-        """Waits for a place for heavy work, tenants in turn, and holds it meanwhile; what is light goes on at once."""
+        """Waits for a slot for heavy work, tenants in turn, and holds it in the block. Light work does not wait."""
         if not heavy:
             yield
             return
@@ -95,12 +95,12 @@ class Desk:
     async def surely(
         self, once: Once | None, answer: Answer, write: Callable[[Once], Awaitable[R]], audit: AuditRow | None = None
     ) -> R:
-        """Makes a write that no session's log records, with what the audit says of it: see Sessions.surely."""
+        """Makes a write that is not recorded in a session's log, with its entry in the audit: see Sessions.surely."""
         record = self.sessions.record(once, caller.get().tenant, answer)._replace(audit=audit)
         return await self.sessions.surely(record, write)
 
     async def audit_of(self, tenant: str, resource: str) -> AuditRow | None:
-        """Returns what the audit of a tenant, or of the operators for "", says of this call."""
+        """Returns the entry of this call in the audit of a tenant, or of the operators for ""."""
         who = caller.get()
         return audit_row(who, tenant, await self.principals.name(who.principal, tenant), resource)
 
@@ -116,7 +116,7 @@ async def once(request: M, answer: Answer) -> Once | None:
 
 
 async def caused_by(request: M, answer: Answer) -> Caused:
-    """Names what is behind the events that this request leads to."""
+    """Returns the cause of the events that this request leads to."""
     repeat = await once(request, answer)
     return Caused(request.request_id, repeat, principal=caller.get().principal_name)  # type: ignore[attr-defined]
 
@@ -146,8 +146,8 @@ async def require_known(store: TenantStore, tenant: str) -> None:
 def masked(
     check: Check, mask: FieldMask, given: Message, allowed: Iterable[str], by_name: Iterable[str] = ()
 ) -> FieldMask:
-    """The fields that an update changes (AIP-134); those `by_name` only if the mask names them, neither by "*" nor
-    without a mask. Paths that cannot be changed are told to the check and left out."""
+    """Returns the fields that an update changes (AIP-134). Those of `by_name` are included only if the mask names them,
+    and not by "*" or without a mask. Paths that cannot be changed are reported to the check and left out."""
     known = list(allowed)
     if not check(len(mask.paths) <= MAX_PATHS, "update_mask", f"has more than {MAX_PATHS} paths"):
         return FieldMask()
@@ -164,8 +164,8 @@ def masked(
 
 
 def merge(mask: FieldMask, given: M, target: M) -> None:
-    """Gives `target` what the mask names of a message. A field that is not set there is cleared (AIP-134), also when
-    the message that it belongs to is not set."""
+    """Copies the fields of the mask from `given` to `target`. A field that is not set in `given` is cleared (AIP-134),
+    also when the message that contains it is not set."""
     mask.MergeMessage(given, target, replace_message_field=True, replace_repeated_field=True)
     for path in mask.paths:
         *parents, leaf = path.split(".")

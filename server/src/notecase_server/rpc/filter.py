@@ -81,7 +81,7 @@ _KEYWORDS = frozenset({"AND", "OR", "NOT"})
 
 
 class _Parser:
-    """Reads tokens from the left; each method takes what it stands for, and leaves `token` after it."""
+    """Reads tokens from the left. Each method reads one construct, and leaves `token` after it."""
 
     def __init__(self, text: str, fields: Mapping[str, FieldKind]) -> None:
         self._text = text
@@ -137,7 +137,8 @@ class _Parser:
             kind = self._fields[name]
         else:
             known = ", ".join(sorted(self._fields)).replace("labels", "labels.KEY")
-            raise self._wrong(f"unknown field; known are {known}", field)
+            advice = "; ':' is not supported, write =" if ":" in name else ""
+            raise self._wrong(f"unknown field; known are {known}{advice}", field)
         operator = self._take()
         if operator.kind != "operator":
             raise self._wrong("expected one of = != < <= > >=", operator)
@@ -204,7 +205,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def _microseconds(text: str) -> int | None:
-    """Since 1970; what is finer is cut off. None when it is no time."""
+    """Returns microseconds since 1970, truncated, or None if the text is not a time."""
     if not _RFC_3339.fullmatch(text.upper()):
         return None
     try:

@@ -19,8 +19,8 @@ MAX_MESSAGE_BYTES = 4 << 20
 details."""
 
 MAX_OTHER_BYTES = PAGE_BYTES + (64 << 10)
-"""The largest frame of any other method: room for an agent or a state, and what is around it. Nothing can interrupt the
-parser, which takes up to 30 ms for a MiB of the smallest messages."""
+"""The largest frame of any other method: room for an agent or a state, and for the fields around it. Nothing can
+interrupt the parser, which takes up to 30 ms for a MiB of the smallest messages."""
 
 MESSAGES = frozenset(
     {
@@ -46,8 +46,8 @@ class Decoder:
     def __init__(
         self, method: str, parse: Callable[[bytes], Any], judge: Callable[[Any], Awaitable[None]] | None = None
     ) -> None:
-        """`method` by its path, such as /notecase.v1.RunService/Run. `judge` looks at what was parsed where the caller
-        is bound to a user."""
+        """`method` is its path, such as /notecase.v1.RunService/Run. `judge` checks a parsed request whose caller is
+        bound to a user."""
         self._judge = judge
         self._most = MAX_MESSAGE_BYTES if method in MESSAGES else MAX_OTHER_BYTES
         self._parse = parse
@@ -55,7 +55,8 @@ class Decoder:
     async def __call__(self, frame: bytes) -> Any:
         """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD, and what the judge raises."""
         if len(frame) > self._most:
-            raise errors.too_large("The request", len(frame), self._most)
+            advice = "Upload large content (UploadBlob), and refer to it."
+            raise errors.too_large("The request", len(frame), self._most, advice)
         try:
             message = self._parse(frame)
         except DecodeError:
@@ -91,7 +92,7 @@ class Decoded:
 
 
 async def drain(frames: AsyncIterator[bytes]) -> None:
-    """Lets go of what a caller sends on, up to a bound: some clients lose the status of a call that ends while they
+    """Discards what a caller still sends, up to a limit. Some clients lose the status of a call that ends while they
     write."""
     left = DRAIN_BYTES
     with suppress(TimeoutError):

@@ -1,6 +1,6 @@
-"""Bounds what the transport holds for callers: the calls that are open, and the frames that wait for a reader.
+"""Limits what the transport holds for callers: the open calls, and the frames that wait for a reader.
 
-grpc keeps each frame until its connection takes it, and a connection whose other end reads nothing takes nothing. So a
+grpc keeps each frame until its connection takes it, and a connection whose client reads nothing takes nothing. So a
 call counts until grpc is done with it: its status was taken, or its connection is gone.
 """
 
@@ -53,8 +53,8 @@ class Gate:
 
     def enter(self, context: Any, *, probe: bool) -> "Call":
         """Counts a call until grpc is done with it. Raises NotecaseError UNAUTHENTICATED when its peer is not served,
-        and RATE_LIMITED when there is no room for it: on its connection, or, unless it is a `probe`, on the server: one
-        that is full is healthy. Probes have room of their own."""
+        and RATE_LIMITED when its connection or the server has too many calls. A `probe` has a separate limit, since a
+        server that is full is healthy."""
         peer = context.peer()
         connection = self._connections.get(peer)
         if connection is None and not self._peers.serves(peer):
@@ -143,11 +143,10 @@ class Outlet:
         self._time = asyncio.get_running_loop().time
 
     async def write(self, response: Any) -> None:
-        """Sends a response, and returns once there is room for it; `Call.due` says how long that may take. Raises
-        NotecaseError WATCHER_TOO_SLOW when it would wait where too much waits on its connection already.
+        """Sends a response, and returns once the transport has room for it; `Call.due` is the time by which it must.
+        Raises NotecaseError WATCHER_TOO_SLOW when it would have to wait and too much waits on its connection already.
 
-        Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too
-        slow."""
+        The transport takes a few megabytes in advance, so a stream with less to send is never too slow."""
         frame, call = self._serializer(response), self._call
         size = len(frame)
         if not call.has_room(size):
@@ -161,7 +160,7 @@ class Outlet:
         call.read(size)
 
     def sent(self, answers: Any) -> Awaitable[None]:
-        """Sends what a handler yields. One that yields nothing writes by itself."""
+        """Sends what a handler yields. A handler that is not a generator writes by itself."""
         responses: Any = answers
         sending: Awaitable[None] = self._deliver(responses) if isasyncgen(answers) else responses
         return sending

@@ -76,7 +76,8 @@ class UnderWay:
             self.task.cancel()
 
     def ended(self, error: BaseException) -> BaseException:
-        """Returns what the caller is to be told of a call that has ended with an error; nothing cuts it any more."""
+        """Returns the error that the caller receives for a call that has ended with an error. Afterwards the call
+        cannot be cut."""
         self.ends = True
         if self.why is None or (self.task.uncancel() and isinstance(error, asyncio.CancelledError)):
             return error
@@ -123,9 +124,9 @@ class Doorway(grpc.aio.ServerInterceptor):
         return self._endpoints[method]
 
     async def close(self, patience: float) -> None:
-        """Refuses new calls, lets those under way go on for `patience` seconds, and then ends them with
-        SERVER_DRAINING; one that is being refused already ends with what it was refused for. A call whose status
-        nobody reads is waited for once more as long. May be called again."""
+        """Refuses new calls, waits `patience` seconds for the open ones, and then ends them with SERVER_DRAINING; a
+        call that is being refused already keeps its error. Waits as long again for calls whose status is not read. May
+        be called again."""
         self._closing = True
         if self._under_way:
             await asyncio.wait(list(self._under_way), timeout=patience)
@@ -179,7 +180,7 @@ class Doorway(grpc.aio.ServerInterceptor):
         return found
 
     async def keep_judging(self) -> None:
-        """Judges calls that last, for ever."""
+        """Authenticates long calls again and again, without end."""
         while True:
             await asyncio.sleep(JUDGE_SECONDS)
             await self.judge()
@@ -202,7 +203,7 @@ class Doorway(grpc.aio.ServerInterceptor):
                 await asyncio.sleep(0)
 
     async def keep_moving(self) -> None:
-        """Ends the streams whose readers are too slow, for ever."""
+        """Ends the streams whose readers are too slow, without end."""
         time = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(min(LOOK_SECONDS, self.stall))
@@ -217,7 +218,7 @@ class Doorway(grpc.aio.ServerInterceptor):
 
 
 class Endpoint(ABC):
-    """One method of the server: decodes its frames, calls its handler, and turns what is raised into a status."""
+    """One method of the server: decodes its frames, calls its handler, and turns errors into a status."""
 
     make: ClassVar[Callable[..., Any]]
     """grpc's handler for this shape of call."""
@@ -270,10 +271,10 @@ class Single(Endpoint):
     """Answers with one message."""
 
     async def _respond(self, answer: Awaitable[Any], call: Call) -> bytes:
-        """Returns what the handler returns, or the bytes that answered the same request before.
+        """Returns the handler's answer, or the bytes that answered the same request before.
 
-        Raises NotecaseError RATE_LIMITED for what was only read when too much waits on the connection already: of a
-        write the caller has to hear."""
+        Raises NotecaseError RATE_LIMITED for the answer of a read when too much waits on the connection already. The
+        answer of a write is sent in any case."""
         try:
             frame: bytes = self._wrapped.response_serializer(await answer)
         except Replayed as replayed:
@@ -285,13 +286,14 @@ class Single(Endpoint):
 
 
 class Streaming(Endpoint):
-    """Answers with a stream of messages, which the handler yields, or writes to what it gets as its context."""
+    """Answers with a stream of messages, which the handler yields, or writes to the context that it is given."""
 
     def _outlet(self, context: Any, call: Call) -> Outlet:
         return Outlet(call, self._wrapped.response_serializer, context, self._door.stall)
 
     async def _refuse(self, context: Any, error: Exception) -> None:
-        """Waits at most the doorway's `stall`: the status is sent behind the frames, which nobody may be reading."""
+        """Waits at most the doorway's `stall`: the status is sent after the frames, and the client may not be
+        reading."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._door.stall):
                 await abort(context, error)

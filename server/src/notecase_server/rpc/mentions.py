@@ -1,4 +1,4 @@
-"""Looks at what a request refers to, for a caller that is bound to a user: content that is not its own is not there."""
+"""Checks the references in a request of a caller that is bound to a user: content of others does not exist for it."""
 
 from google.protobuf.message import Message
 
@@ -12,7 +12,7 @@ MAX_MENTIONED = 1000
 """Blobs that one request may refer to: no valid one refers to more."""
 
 UPLOAD = "/notecase.v1.BlobService/UploadBlob"
-"""It names what it is about to send."""
+"""Its frames name the blob that they are about to send."""
 
 
 class Mentions:

@@ -20,7 +20,7 @@ LIVENESS = "liveness"
 
 
 class Health:
-    """The health service; every service of this server has the server's own health, `LIVENESS` besides."""
+    """The health service. Every service of this server has the server's health; in addition there is `LIVENESS`."""
 
     def __init__(self, services: list[str]) -> None:
         self._names = ["", *services]
@@ -39,7 +39,7 @@ class Health:
         self._servicer.wake()
 
     async def stop(self) -> None:
-        """NOT_SERVING, for good."""
+        """Sets NOT_SERVING permanently."""
         await self._servicer.enter_graceful_shutdown()
         self._servicer.wake()
 

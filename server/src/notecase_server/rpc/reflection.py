@@ -98,7 +98,8 @@ class Reflection:
     """Answers questions about a catalog. A question without an answer does not end the stream."""
 
     def __init__(self, services: list[str], catalog: Catalog) -> None:
-        """Raises Refused when one of the services is not in the catalog: what is listed can be described."""
+        """Raises Refused when one of the services is not in the catalog, since everything that is listed must be
+        described."""
         for name in services:
             catalog.symbol(name)
         self._services = sorted(services)
@@ -209,7 +210,8 @@ def _with_nested(message: Descriptor) -> Iterator[Descriptor]:
 
 
 def _names(enum: EnumDescriptor) -> Iterator[str]:
-    """The enum's name and its values' names: beside the enum, where protobuf has them, and in it, where people look."""
+    """Yields the full names of an enum and its values. A value has two: next to the enum, where protobuf defines it,
+    and within it, where people look for it."""
     yield enum.full_name
     scope = enum.full_name.rpartition(".")[0]
     for value in enum.values:

@@ -1,4 +1,4 @@
-"""Keeps refusals in the audit: those for want of a role one by one up to a bound, calls without a credential by their
+"""Writes refusals to the audit: those for a missing role one by one up to a limit, calls without a credential as a
 number."""
 
 import asyncio
@@ -24,10 +24,10 @@ LOGGED_A_MINUTE = 100
 log."""
 
 WRITE_SECONDS = 1.0
-"""How long a refusal waits for its entry: what a process that is killed may lose."""
+"""How long a refusal waits for its entry. A process that is killed loses the refusals of that time."""
 
 MINUTE = 60
-"""Writes after which what was counted is written, too, and the count begins anew."""
+"""After so many writes the counts are written, too, and set back to 0."""
 
 MOST_PRINCIPALS = 10_000
 """Of one minute; refusals of others have one entry together."""
@@ -51,14 +51,14 @@ class Refusals:
         self._principals = principals
         self._waiting: list[tuple[Principal, v1.AuditEntry]] = []
         self._minute = Counter[Principal]()
-        """Refusals of this minute for want of a role."""
+        """Refusals of this minute for a missing role."""
         self._unknown = Counter[str]()
         """Refusals of this minute without a known caller, by reason."""
         self._lost = 0
 
     def note(self, error: NotecaseError) -> None:
-        """Logs why the call that is being answered was refused, and takes note of what is for the audit. Beyond
-        LOGGED_A_MINUTE, calls whose caller is not known are only counted: anybody can make any number of them."""
+        """Logs why the current call was refused, and collects the refusal for the audit. Beyond LOGGED_A_MINUTE, calls
+        whose caller is not known are only counted, since anybody can make any number of them."""
         who, reason = caller.get(), errors.reason_name(error.reason)
         if who.principal is NOBODY or reason == UNAUTHENTICATED:
             self._unknown[reason] += 1
@@ -81,7 +81,7 @@ class Refusals:
             self._lost += 1
 
     def count(self) -> None:
-        """Adds what was counted only, and begins to count anew."""
+        """Adds an entry for each count, and sets the counts back to 0."""
         for principal, refused in self._minute.items():
             beyond = refused if principal is NOBODY else refused - KEPT_A_MINUTE
             if beyond > 0:
@@ -108,7 +108,7 @@ class Refusals:
             self._lost = 0
 
     async def keep_writing(self) -> None:
-        """Writes them every WRITE_SECONDS, for ever."""
+        """Writes the collected entries every WRITE_SECONDS, without end."""
         while True:
             for _ in range(MINUTE):
                 await asyncio.sleep(WRITE_SECONDS)

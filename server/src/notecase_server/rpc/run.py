@@ -40,7 +40,7 @@ class Results:
     def __init__(self) -> None:
         self.waiting: list[v1.CommandResult] = []
         self._room: asyncio.Future[None] | None = None
-        """Done once one was taken, where the next has no room."""
+        """Done when a result was taken, while `put` waits for room."""
 
     async def put(self, result: v1.CommandResult) -> None:
         """Adds a result, once fewer than MAX_RESULTS wait. One task at a time."""
@@ -69,7 +69,7 @@ class Drain:
         self.grace: float | None = None
         """Seconds the streams have left; None while the server serves."""
         self.closing = False
-        """Runs have come to rest: what is sent now is the last."""
+        """Runs have stopped: what is sent now is the last."""
 
     def begin(self, grace: float) -> None:
         self.grace = grace
@@ -164,7 +164,7 @@ class Streams:
             head = session.last_sequence
         else:
             live = self._sessions.seen(started.key, started.session)
-            head = run.last_sequence  # it may be ahead already; what it has said since is new to this stream
+            head = run.last_sequence  # the run may be ahead already; what it has added since is new to this stream
         frame = v1.RunResponse()
         attached = frame.attached
         attached.session, attached.session_uid = names.session(started.key.session), started.key.uid
@@ -241,7 +241,7 @@ class Streams:
             )
 
     def check(self, check: Check, session: str, frame: v1.RunRequest) -> None:
-        """Tells the check what is wrong with a command in the session of that id."""
+        """Reports to the check what is wrong with a command in the session of that id."""
         check.token_id("command_id", frame.command_id)
         if frame.HasField("start"):
             validate.start(check, "start", frame.start)
@@ -339,7 +339,7 @@ def _go_away(sequence: int, grace: float) -> v1.GoAway:
 
 
 def _shown(frame: v1.RunResponse) -> v1.RunResponse:
-    """Leaves out of a batch what a caller that is bound to a user is not shown: the state of the whole tenant."""
+    """Removes from a batch what a caller that is bound to a user may not see: the state of the whole tenant."""
     events = frame.batch.events
     for index in range(len(events) - 1, -1, -1):
         if not events[index].sequence and events[index].state_changed.state == "app/state":

@@ -29,8 +29,7 @@ from notecase_server.store.contract import Store
 
 FIXED = {
     "grpc.max_receive_message_length": TRANSPORT_BYTES,
-    # None but "identity": grpc unpacks a request before anybody has judged its caller, and a frame of 15 KiB may hold
-    # 15 MiB.
+    # Only "identity": grpc decompresses a request before the caller is known, and a frame of 15 KiB may hold 15 MiB.
     "grpc.compression_enabled_algorithms_bitset": 1,
     # Headers: refused at random above the first, always above the second.
     "grpc.max_metadata_size": 16 << 10,
@@ -45,8 +44,8 @@ FIXED = {
     "grpc.keepalive_time_ms": 60_000,
     "grpc.keepalive_timeout_ms": 20_000,
     "grpc.max_connection_idle_ms": 30 * 60_000,
-    # A client behind a proxy that drops idle connections pings, with or without a call open. The default server takes
-    # pings more often than every five minutes for an attack and cuts the connection.
+    # A client behind a proxy that drops idle connections pings, with or without an open call. grpc's default server
+    # treats pings more often than every five minutes as an attack and cuts the connection.
     "grpc.http2.min_ping_interval_without_data_ms": 10_000,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.max_ping_strikes": 0,
@@ -57,15 +56,15 @@ FIXED = {
 
 
 def options(max_calls: int, max_connections: int) -> tuple[tuple[str, int], ...]:
-    """The arguments of grpc's channel. A connection may ask for more streams than the gate lets it have, so that it is
-    told why it does not get them, but not for any number."""
+    """Returns the arguments of grpc's server. A connection may open more streams than the gate allows, so that these
+    are refused with a reason, but not any number."""
     chosen = {"grpc.max_concurrent_streams": max_calls, "grpc.max_allowed_incoming_connections": max_connections}
     return tuple((FIXED | chosen).items())
 
 
 class _Unregistered:
     """Adds services by their generic handlers alone. For each method that is registered as well, grpc's asyncio server
-    keeps a task, and every call waits for all of them anew."""
+    keeps a task, and every call waits for all of them again."""
 
     def __init__(self, server: grpc.aio.Server) -> None:
         self.add_generic_rpc_handlers = server.add_generic_rpc_handlers

@@ -37,7 +37,7 @@ class _Doorway(Doorway):
 
 
 class _AnyMethod(grpc.GenericRpcHandler):
-    """Has a handler for every method, so that a caller is refused and not told that there is no such method."""
+    """Handles every method, so that a caller gets STORE_UNAVAILABLE and not the error of an unknown method."""
 
     def service(self, handler_call_details: Any) -> Any:
         return grpc.stream_stream_rpc_method_handler(_never)

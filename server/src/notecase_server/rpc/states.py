@@ -74,7 +74,8 @@ class States(v1.StateServiceServicer):
         return (await self.desk.parent(check, scope.id)).state if scope.kind == "session" else scope
 
     async def _found(self, scope: Scope, repeat: Once | None = None) -> tuple[SessionKey | None, Scope]:
-        """A state by its name as it is kept: a session's under the session's uid. SESSION_NOT_FOUND."""
+        """Returns the scope of a state in the store: a session's has the session's uid. Raises NotecaseError
+        SESSION_NOT_FOUND."""
         if scope.kind != "session":
             return None, scope
         key = await self.desk.session(scope.id, repeat)

@@ -11,7 +11,7 @@ from notecase_server import errors
 from notecase_server.errors import NotecaseError
 
 STATUS_BYTES = 4 << 10
-"""The size of the details at most: they travel in trailers, of which clients accept 8 KiB."""
+"""The most bytes of the details. They are sent in trailers, of which clients accept 8 KiB."""
 
 MESSAGE_BYTES = 1000
 """The size of the message at most, as the other trailer has it."""

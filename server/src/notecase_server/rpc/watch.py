@@ -1,8 +1,9 @@
-"""A watcher is a cursor over the log and the drafts of one session: it looks, sends what is missing, and waits.
+"""A watcher is a cursor over the log and the drafts of one session: it checks what is new, sends what is missing, and
+waits.
 
-Nothing is queued for it. What it has not seen is in the store or in the drafts, so a slow watcher gets larger batches,
-and one that missed every bell is only late. It knows how much of each draft it sent: the rest follows from the message
-before the message itself, and a draft that is gone without a message in the log was discarded.
+It has no queue. Whatever it has not sent is in the store or in the drafts, so a slow watcher gets larger batches, and
+one that missed every wake-up is only late. It knows how much of each draft it sent. The rest of a draft is sent before
+the message itself, and a draft that disappears without a message in the log was discarded.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from notecase_server.store.contract import PAGE_BYTES, History
 from notecase_server.store.fold import ENDED
 
 DEFAULT_BATCH_DELAY = 0.03
-"""Seconds that text waits for company. A message costs the same whether it carries one event or thirty, and nobody
+"""Seconds for which deltas are batched. A message costs the same whether it carries one event or thirty, and nobody
 reads faster than thirty times a second."""
 
 
@@ -27,7 +28,7 @@ class Pace(NamedTuple):
 
     heartbeat: float = 15.0
     poll: float = 5.0
-    """How often a watcher looks into the store although no bell rang."""
+    """How often a watcher looks into the store although nothing woke it."""
     stall: float = 60.0
     """How long a frame may wait for its reader: who reads nothing for so long is let go."""
 
@@ -48,7 +49,7 @@ class _Batch:
         self._size = 0
 
     def add(self, event: v1.Event) -> bool:
-        """Takes a copy of an event in its whole names; False, and the event is left out, when there is no room for
+        """Adds a copy of an event with full names. Returns False, and leaves the event out, when there is no room for
         it."""
         added = self.events.add()
         added.CopyFrom(event)
@@ -107,8 +108,8 @@ class Cursor:
         pace: Pace,
         run: str = "",
     ) -> None:
-        """Begins behind sequence `after`; `caught_up` is told at `head`, and replies behind `head` come after their
-        deltas. Unless `keep_open` it ends with `run`'s end, or when caught up if `run` is ""."""
+        """Begins after sequence `after`. Sets `caught_up` at `head`; replies after `head` come after their deltas.
+        Unless `keep_open` is set, it ends with `run`'s end, or when caught up if `run` is ""."""
         self.sequence = after
         self.finished = False
         self._live = live
@@ -123,14 +124,14 @@ class Cursor:
         self._noticed = live.noticed
         self._caught_up = False
         self._sent: dict[str, _Sent] = {}
-        """The messages, by name, of which some deltas were sent and not yet the end."""
+        """The messages, by name, of which some deltas were sent and the end was not."""
         self._cut_off = False
         """The last batch was full before all was in it."""
         self._flushed = 0.0
 
     async def next(self, woken: Callable[[], bool]) -> v1.RunResponse | None:
-        """Returns the frame of the next batch, as soon as something is due; None after a while in which nothing was, or
-        when `woken` says that the caller has something else to do. Afterwards `finished` tells whether it was the last.
+        """Returns the frame of the next batch as soon as one is due. Returns None after a while without one, or when
+        `woken` says that the caller has something else to do. Afterwards `finished` says whether it was the last.
 
         Raises NotecaseError SESSION_NOT_FOUND when the session is deleted, and what the store raises."""
         live, time = self._live, asyncio.get_running_loop().time
@@ -159,7 +160,7 @@ class Cursor:
             now = time()
 
     def _due(self) -> tuple[bool, bool]:
-        """Whether there is something to send at once, and whether there is something that can wait for company."""
+        """Returns whether there is something to send at once, and whether there are deltas that can wait for others."""
         live = self._live
         if live.head > self.sequence or not self._caught_up or live.noticed > self._noticed or self._cut_off:
             return True, False
@@ -180,7 +181,7 @@ class Cursor:
         return discarded, more and not discarded
 
     async def _look(self) -> None:
-        """What a lost bell would have told."""
+        """Reads from the store what a missed wake-up would have shown."""
         row = await self._store.get_session(self._live.key)
         if row is None:
             self._live.deleted = True
@@ -188,7 +189,7 @@ class Cursor:
             self._live.head = max(self._live.head, row.last_sequence)
 
     async def _batch(self) -> v1.RunResponse | None:
-        """Returns the frame of what is due; None when that is nothing after all."""
+        """Returns the frame of what is due, or None if nothing is."""
         live, batch = self._live, _Batch(self._live)
         self._cut_off = not (self.finished or live.head <= self.sequence or await self._add_log(batch))
         read = self.sequence >= live.head and not self._cut_off
@@ -201,8 +202,8 @@ class Cursor:
         return batch.frame if told or batch.events else None
 
     async def _add_log(self, batch: _Batch) -> bool:
-        """Adds the next events of the log, up to where the watch ends, each reply behind the deltas that make it whole;
-        False when the batch was full before."""
+        """Adds the next events of the log, up to where the watch ends, each reply after the deltas that complete it.
+        Returns False when the batch was full before."""
         live = self._live
         found = live.tail(self.sequence)
         if found is None:
@@ -210,7 +211,7 @@ class Cursor:
         for stored in found:
             kind = stored.WhichOneof("payload")
             ends = kind == "run_state_changed" and stored.run == self._run and stored.run_state_changed.state in ENDED
-            if ends and self._sent and not self._add_discarded(batch):  # nothing comes behind it
+            if ends and self._sent and not self._add_discarded(batch):  # nothing follows it
                 return False
             if kind == "message_added" and not self._complete(batch, stored):
                 return False
@@ -225,7 +226,7 @@ class Cursor:
         return True
 
     def _complete(self, batch: _Batch, stored: v1.Event) -> bool:
-        """Adds what the deltas lack of a reply that comes next in the log; False when the batch is full."""
+        """Adds the missing deltas of a reply that comes next in the log. Returns False when the batch is full."""
         message = stored.message_added
         if self._durable_only or stored.sequence <= self._head or message.role != v1.Message.ROLE_ASSISTANT:
             return True
@@ -236,7 +237,7 @@ class Cursor:
         return True
 
     def _add_passing(self, batch: _Batch) -> bool:
-        """Adds notices, discarded messages and what is new in the drafts; False when the batch is full."""
+        """Adds notices, discarded messages and new text of the drafts. Returns False when the batch is full."""
         live = self._live
         if live.noticed > self._noticed:
             notices = live.notices(self._noticed)
@@ -257,8 +258,8 @@ class Cursor:
         return True
 
     def _add_discarded(self, batch: _Batch) -> bool:
-        """Adds what the stream has to forget: the messages whose beginning was sent and which, with the log read behind
-        every message that can be in it, will not come. False when the batch is full."""
+        """Adds a notice for each message of which a part was sent and which will not come, since the log was read
+        beyond the point where it could be. Returns False when the batch is full."""
         drafts = {draft.name for draft in self._live.drafts.values()}
         for name, sent in list(self._sent.items()):
             if name in drafts:

@@ -8,8 +8,8 @@ from typing import Self
 
 
 class Clock:
-    """A time-out as a context: when it is over, what is inside is cancelled, and leaving raises TimeoutError. Used from
-    one event loop, entered once."""
+    """A time-out as a context manager: when the time is up, the block is cancelled, and leaving it raises TimeoutError.
+    Used from one event loop, entered once."""
 
     def __init__(self, seconds: float | None) -> None:
         """None sets no time-out."""
@@ -24,7 +24,7 @@ class Clock:
 
     @property
     def until(self) -> float | None:
-        """When it is over, by the loop's time; None while it stands still, or without a time-out."""
+        """When the time is up, by the loop's clock. None while the clock is stopped, or without a time-out."""
         return self._timeout.when()
 
     async def __aenter__(self) -> Self:
@@ -40,7 +40,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock, also from another task, for as long as anybody is in here."""
+        """Stops the clock, also from another task, while any task is in this block."""
         self._pauses += 1
         if self._pauses == 1:
             self._seconds = None if self.until is None else self.until - asyncio.get_running_loop().time()

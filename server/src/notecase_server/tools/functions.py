@@ -46,7 +46,7 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What every model's API takes as the name of a function."""
 
 _JSON: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_bytes="base64", ser_json_inf_nan="strings"))
-"""How a result is written: what JSON has no way to say becomes text."""
+"""Writes a result as JSON: values that JSON does not have become text."""
 
 Written = TypeVar("Written", bound=Callable[..., Any])
 
@@ -64,14 +64,13 @@ def tool(function: Written, /) -> Written: ...
 @overload
 def tool(*, name: str = "", description: str = "") -> Callable[[Written], Written]: ...
 def tool(function: Callable[..., Any] | None = None, /, *, name: str = "", description: str = "") -> Callable[..., Any]:
-    """Makes a function a tool of every server whose settings name its module; the function itself stays as it is.
+    """Makes a function a tool of every server whose settings name its module. The function itself is not changed.
 
-    It may be async, or plain: then it runs in a thread, which nothing can stop. A cancelled call is left at once, what
-    it still returns is dropped, and what it does outside is done. Parameters are passed by name and have types. It may
-    return text, anything that is JSON (a pydantic model or a dataclass is), bytes, None, or a `v1.Part` or a list of
-    them with text, a file or data; 512 KiB of text, 8 MiB of media.
-
-    `name` instead of the function's own; `description` instead of its docstring."""
+    It may be async, or plain: then it runs in a thread, which nothing can stop. When a call is cancelled, the call ends
+    at once, the thread continues, and its result is dropped. Parameters are passed by name and need types. It may
+    return text, anything that is JSON (pydantic models and dataclasses are), bytes, None, or a `v1.Part` or a list of
+    them with text, a file or data; at most 512 KiB of text and 8 MiB of media. `name` replaces the function's own name,
+    `description` its docstring."""
 
     def mark(written: Written) -> Written:
         setattr(written, _MARK, _Mark(name, description))
@@ -81,8 +80,8 @@ def tool(function: Callable[..., Any] | None = None, /, *, name: str = "", descr
 
 
 def load(modules: Sequence[str], entries: Iterable[EntryPoint] = ()) -> dict[str, "PythonTool"]:
-    """The tools of these modules and of these entry points, by name; an entry point names a module, or one function.
-    Raises ToolSettingsError, with a sentence for whoever starts the server."""
+    """Returns the tools of these modules and entry points, by name. An entry point names a module, or one function.
+    Raises ToolSettingsError, whose text is for the operator."""
     found: dict[str, PythonTool] = {}
     for origin, function in _functions(modules, entries):
         made = PythonTool(function)
@@ -142,7 +141,7 @@ class PythonTool:
         self.parameters = dump(self._arguments.schema)
 
     def offered(self, name: str, description: str, parameters: str) -> Function:
-        """As the model is told of it; what is empty is the tool's own."""
+        """Returns the tool as it is declared to the model. Empty arguments stand for the tool's own values."""
         implementation = v1.ToolBinding(function=self.name)
         return Function(
             name or self.name, description or self.description, parameters or self.parameters, implementation
@@ -180,8 +179,8 @@ class PythonTool:
 
 
 def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
-    """Runs `call` in a thread of its own. A pool's threads would be used up by tools that hang, and keep the process
-    from ending; a daemon's start costs nothing beside a model's call."""
+    """Runs `call` in a new thread. A pool's threads would be used up by tools that hang, and would keep the process
+    from ending; starting a daemon thread costs nothing compared with a model's call."""
     done: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
     def run() -> None:
@@ -200,7 +199,8 @@ def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
 
 
 def _parts(result: Any) -> Sequence[v1.Part]:
-    """A tool's result as parts. Raises ValueError for what is none, and for text that is no UTF-8."""
+    """Converts a tool's result to parts. Raises ValueError for a value that cannot be converted, and for text that is
+    not UTF-8."""
     match result:
         case None:
             return [v1.Part(text="")]

@@ -24,14 +24,14 @@ from notecase_server.tools.mcp_settings import McpServerSettings
 log = structlog.get_logger()
 
 FLUSH_SECONDS = 0.5
-"""How long what was already said to the program may take to reach it before its input is closed."""
+"""How long the program may take to read what was already written to it, before its input is closed."""
 
 EXIT_SECONDS = 2.0
 """How long a program may take to end by itself once its input is closed; and once more after SIGTERM."""
 
 LOOK_SECONDS = 0.01
-"""How often it is looked whether a program has ended. The loop would tell of it only after the end of its pipes, which
-its children may hold."""
+"""How often it is checked whether a program has ended. The loop would notice only after the end of its pipes, which its
+children may hold open."""
 
 ANSWERS = (types.JSONRPCResponse, types.JSONRPCError)
 
@@ -41,10 +41,10 @@ CLOSED = (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
 
 @asynccontextmanager
 async def program(name: str, settings: McpServerSettings, errors: TextIO) -> AsyncGenerator[tuple[Any, Any], None]:
-    """Starts a server's program, and ends it with the block, with its children if need be. Yields the streams of what
-    it says and of what it is told, as mcp.Client takes them. A line that is no answer of a size that is taken ends the
-    program. Raises OSError when it cannot be started."""
-    with anyio.CancelScope(shield=True):  # who leaves while it is started would leave it behind, with its pipes open
+    """Starts a server's program, and ends it with the block, with its children if necessary. Yields the streams of its
+    output and its input, as mcp.Client expects them. A line that is not an answer of an accepted size ends the program.
+    Raises OSError when it cannot be started."""
+    with anyio.CancelScope(shield=True):  # otherwise a caller who leaves meanwhile would leave the program behind
         process = await asyncio.create_subprocess_exec(
             settings.command or "",
             *settings.args,
@@ -79,8 +79,8 @@ async def _read(
     said: MemoryObjectSendStream[SessionMessage | Exception],
     asked: Asked,
 ) -> None:
-    """Passes on what the program says, and takes the ids of what it answers out of `asked`. What it says when nobody
-    listens any more is dropped, lest it wait for a full pipe and never end."""
+    """Passes on the program's output, and removes the ids of its answers from `asked`. Output that nobody reads any
+    more is dropped, because a program that waits for a full pipe would never end."""
     assert process.stdout is not None
     with suppress(*CLOSED):
         async with said:
@@ -112,8 +112,8 @@ async def _write(
     said: MemoryObjectSendStream[SessionMessage | Exception],
     asked: Asked,
 ) -> None:
-    """Tells the program what is to be told, and adds the ids of what it is asked to `asked`. Once it does not listen
-    any more, it is heard no more either."""
+    """Writes the messages to the program, and adds the ids of requests to `asked`. When the program has closed its
+    input, its output is not read any more either."""
     assert process.stdin is not None
     try:
         async with told:

@@ -1,12 +1,12 @@
-"""Which MCP servers there are: the operator's file, read whole or refused with a sentence.
+"""Reads the operator's list of MCP servers. A file with a mistake is refused as a whole, with a sentence.
 
 The format is the one that most MCP clients share, as JSON or TOML:
 
     {"mcpServers": {"files": {"command": "files-mcp", "args": ["--root", "."], "env": {"TOKEN": "…"}},
                     "search": {"url": "https://mcp.example.org/mcp", "headers": {"Authorization": "Bearer …"}}}}
 
-What other clients add to it and this server does not know is refused, because a member such as `disabled` that is read
-over changes what a model can do.
+Members that other clients add and this server does not know are refused: ignoring one such as `disabled` would change
+what a model can do.
 """
 
 import os
@@ -29,12 +29,12 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     command: str | None = None
     args: tuple[str, ...] = ()
     env: dict[str, str] = {}
-    """The process has these variables, the few of this one's that any program needs (PATH, HOME, USER and the like),
-    and no others: the keys of this server are none of its business."""
+    """The variables of the process, in addition to a few of this server's that any program needs (PATH, HOME, USER and
+    the like). It gets no others, so that it does not see the keys of this server."""
     cwd: str | None = None
     stderr: str | None = None
-    """A file to which what the process writes to its standard error is added. Unset it is dropped, because it may quote
-    what no log of this server may hold."""
+    """A file to which the standard error of the process is appended. By default it is dropped, because it may quote
+    contents that no log of this server may have."""
     url: str | None = None
     headers: dict[str, str] = {}
     """Sent with every request."""
@@ -42,7 +42,7 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Speaks this version where the server has it. Unset, the versions before it come first: in this one a running tool
     cannot send a question to its user, but only answer its call with one. In turn it needs no sessions."""
     connect_timeout: float = 10.0
-    """Seconds for starting the process or reaching the URL, and for it to say what it offers."""
+    """Seconds for starting the process or connecting to the URL, and for the handshake."""
     timeout: float = 300.0
     """Seconds for one call, whatever a tool's own `timeout` says; while its tool waits for a user's answer, they do not
     count."""

@@ -7,14 +7,14 @@ from notecase import v1
 from notecase_server.tools.contract import Outcome
 
 MAX_RESULT = 512 * 1024
-"""Bytes of a result beside its media. It is shown to the model with every later call of the session, and 512 KiB of
-text is more than most models can read at all."""
+"""Bytes of a result, not counting its media. It is shown to the model with every later call of the session, and 512 KiB
+of text is more than most models can read at all."""
 
 MAX_MEDIA = 8 << 20
 """Bytes of a result's images, audio and documents: they become blobs, and a photograph has some megabytes."""
 
 MAX_ERROR = 4096
-"""Characters of an error. It is meant to be a sentence; what is longer is a dump."""
+"""Characters of an error. It should be a sentence; a longer text is a dump."""
 
 
 def succeeded(parts: Sequence[v1.Part]) -> Outcome:
@@ -29,7 +29,7 @@ def succeeded(parts: Sequence[v1.Part]) -> Outcome:
 
 
 def _is_media(part: v1.Part) -> bool:
-    """A text file is no medium: a model reads it as text."""
+    """A text file does not count as media: a model reads it as text."""
     return part.HasField("data") and not part.data.media_type.lower().startswith("text/")
 
 
