@@ -147,7 +147,22 @@ def wav(samples: bytes) -> tuple[tuple[str, bytes | str], ...]:
     return (("audio/wav", file.getvalue()),)
 
 
+MORE = chunk({"content": "!"})
+
 REPLIES: dict[str, tuple[bytes, Came]] = {
+    **{
+        f"data that keeps the connection: {data}": (HI + f"data: {data}\n\n".encode() + MORE + END, Came(SAID + "!"))
+        for data in (": keepalive", "ping", "[PING]", "null", '""', "   ", "keep-alive", "2026-11-30T10:00:00Z", "{}")
+    },
+    "a beat of the heart, named": (HI + b"event: heartbeat\ndata: 17\n\n" + MORE + END, Came(SAID + "!")),
+    "events within events": ((HI + END).replace(b"data: ", b"data: data: "), Came(SAID)),
+    "a mark before each event": ((HI + END).replace(b"data: ", b"\xef\xbb\xbfdata: "), Came(SAID)),
+    "NUL behind each event": ((HI + END).replace(b"\n\n", b"\n\n\0"), Came(SAID)),
+    "fields with a capital": ((HI + END).replace(b"data: ", b"Data: "), Came(SAID)),
+    **{
+        f"the end as {data}": (HI + f"data:{data}\n\n".encode(), Came(SAID))
+        for data in ("  [DONE]", " [done]", " DONE", ' "[DONE]"')
+    },
     "a byte order mark": (b"\xef\xbb\xbf" + HI + END, Came(SAID)),
     "a byte order mark before JSON": (
         b"\xef\xbb\xbf" + json.dumps({"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}).encode(),
@@ -674,10 +689,47 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
             "The model answered only with an image that cannot be read.",
         ),
     ),
-    "what is not JSON": (
-        HI + b"data: oops\n\n" + END,
+    "half a chunk": (
+        HI + b'data: {"choices": [{"delta": {"con\n\n' + END,
+        failed(UNAVAILABLE, "The model provider sent a part of the reply that cannot be read.", text=SAID),
+    ),
+    "half a chunk, and an error behind it": (
+        HI + b'data: {"choices": [{"delta": {"con\n\n' + event({"error": {"message": "Gone."}}) + DONE,
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Gone.", text=SAID),
+    ),
+    "half a chunk, and an error in the same event": (
+        HI + b'data: {"choices": [{"delta": {"con\n' + event({"error": {"message": "Gone."}}) + DONE,
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Gone.", text=SAID),
+    ),
+    "words of a failure as data": (
+        HI + b"data: error: the pump is broken\n\n" + END,
         failed(
-            MODEL_ERROR, "The model provider sent something that is not part of a Chat Completions reply.", text=SAID
+            UNAVAILABLE, "The model provider cannot answer just now (an error): error: the pump is broken", text=SAID
+        ),
+    ),
+    "words as data, and no end": (
+        HI + b"data: oops\n\n" + DONE,
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): oops", text=SAID),
+    ),
+    "words in place of an event": (
+        HI + b"Internal Server Error",
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Internal Server Error", text=SAID),
+    ),
+    "words in place of a reply": (
+        b"Rate limit exceeded\n",
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Rate limit exceeded"),
+    ),
+    "a page in place of an event": (
+        HI + b"<html>Bad gateway</html>",
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error).", text=SAID),
+    ),
+    "an error as a field of llama.cpp": (
+        HI + b'error: {"code":400,"message":"the request exceeds the available context size"}\n\n',
+        failed(
+            MODEL_ERROR,
+            "The conversation is too long for the model 'asked': the request exceeds the available context size",
+            code="context_length_exceeded",
+            text=SAID,
         ),
     ),
 }

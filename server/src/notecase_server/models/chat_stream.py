@@ -5,6 +5,7 @@ There is no I/O here, so that every way to cut the bytes can be tried. The event
 the SDK because its chunk objects cost ten times as much as everything else done for a token.
 """
 
+import re
 from typing import Any
 
 from notecase_server import errors
@@ -18,7 +19,7 @@ from notecase_server.models.answers.event_stream import LAST, MAX_EVENT_BYTES, E
 from notecase_server.models.answers.finish_reasons import Finish as End
 from notecase_server.models.answers.finish_reasons import is_cut, is_none, meaning
 from notecase_server.models.answers.media import Audio, Encoded
-from notecase_server.models.answers.redaction import Redactor
+from notecase_server.models.answers.redaction import TOLD_CHARS, Redactor
 from notecase_server.models.answers.surrogates import mended
 from notecase_server.models.answers.think_tags import ThinkTags
 from notecase_server.models.answers.usage import Counts
@@ -39,6 +40,15 @@ _MOST_MISSES = 8
 about as much as a token."""
 
 _BOM = b"\xef\xbb\xbf"
+
+_AROUND_WORDS = b" \t\0\"'"
+_LAST = frozenset({b"[DONE]", b"DONE"})
+_KEEPS_ALIVE = re.compile(rb"(?i):.*|\W*(null|ping|pong|keep[ _-]?alive|heart[ _-]?beat|processing|waiting)?[\W\d]*")
+"""Data that only keeps the connection: Vertex AI sends comments as data (anomalyco/opencode#50871)."""
+
+_FAILS = re.compile(rb"(?i)error|exception|fail|timed? ?out|<html|<!doctype")
+
+_UNREAD = "The model provider sent a part of the reply that cannot be read."
 
 UNREADABLE = (ValueError, TypeError, RecursionError)
 """What reading may raise for values that no check foresaw, such as ones nested by the thousand."""
@@ -106,6 +116,10 @@ class ChatReply:
         self._ragged = False
         self._halves: dict[type[Text | Reasoning | Refusal] | int, str] = {}
         self._failure: NotecaseError | None = None
+        self._broken: NotecaseError | None = None
+        """What cut the reply, if that came in words or as half a chunk."""
+        self._remark: NotecaseError | None = None
+        """What was said besides the reply."""
         self.done = False
         """Nothing that follows matters: the server said that this was all, or the reply has failed."""
         self.heard = False
@@ -176,7 +190,12 @@ class ChatReply:
             if data.startswith(b"[DONE]"):
                 self.done = True
                 return
-            self._take(data, name, pieces)
+            try:
+                self._take(data, name, pieces)
+            except documents.NotJsonError:
+                self._take_words(data, name, pieces)
+                if self.done:
+                    return
         if pieces or self.heard:
             self._silent = 0
         else:
@@ -223,7 +242,9 @@ class ChatReply:
             try:
                 self._take(data, name, pieces)
             except documents.NotJsonError:
-                break
+                if _is_json(data):
+                    break
+                self._take_words(data, name, pieces)
 
     def _take_tokens(self, chunk: bytes, pieces: list[Piece]) -> bytes:
         """Takes those events of a chunk that are text alone, if there are many, and returns what is left to be fed."""
@@ -287,6 +308,32 @@ class ChatReply:
         if len(data) > MAX_TEXT_BYTES:
             self._bound_text(pieces, before)
 
+    def _take_words(self, data: bytes, name: str, pieces: list[Piece]) -> None:
+        """Takes data that is no JSON. What keeps the connection says nothing. Of a chunk that was cut on its way some
+        of the reply is lost. Other words count where the reply does not go on to its end, and those of a failure in any
+        case."""
+        text = data.strip(_AROUND_WORDS)
+        if text.startswith(b"data:"):  # some proxies frame what is framed
+            text = text[5:].lstrip()
+            if _is_json(text):
+                self._take(text, name, pieces)
+                return
+        if text.upper() in _LAST:
+            self.done = True
+        elif _is_json(text):
+            if (error := provider_errors.find(documents.last_line(text))) is not None:
+                raise provider_errors.failure(None, provider_errors.told_by(error), self._asked, self._redactor)
+            if not self._reason:
+                self._broken = errors.model_unavailable(_UNREAD)
+        elif not _KEEPS_ALIVE.fullmatch(text[:TOLD_CHARS]):
+            self._remark = self._said_by(text)
+            if _FAILS.search(text):
+                self._broken = self._remark
+
+    def _said_by(self, text: bytes) -> NotecaseError:
+        told = provider_errors.told_by(text.decode("utf-8", "replace"))
+        return provider_errors.failure(None, told, self._asked, self._redactor)
+
     def _plain(self, data: bytes, named: bool) -> Any:
         try:
             return documents.plain(data)
@@ -296,6 +343,8 @@ class ChatReply:
             raise
 
     def _take_plain(self, value: Any, named: bool, pieces: list[Piece]) -> None:
+        if not named and (value is None or isinstance(value, str | int | float)):
+            raise documents.NotJsonError  # JSON, but none of a reply
         before = len(pieces)
         for document in provider_errors.documents_in(value):
             if (error := provider_errors.find(document, named=named)) is not None:
@@ -469,6 +518,12 @@ class ChatReply:
         word = _WORDS.get(end, "stop")
         if self._reason != word:
             word = self._redactor.reason(mended(self._reason)) or word
+        if self._broken is not None:
+            raise self._broken
+        if not self._reason and cut is None and self._events.stray:
+            raise self._remark or self._said_by(self._events.stray)
+        if not self._reason and self._remark is not None:
+            raise self._remark
         if not (self._reason or self.done or (extras is not None and extras.audio.whole)):
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was complete.")
         if end is End.FAILED:
@@ -522,6 +577,10 @@ class ChatReply:
             self._halves[key] = text[-1]
             text = text[:-1]
         return mended(text)
+
+
+def _is_json(data: bytes) -> bool:
+    return data.startswith((b"{", b"[{"))
 
 
 def _words(said: Said) -> str | None:

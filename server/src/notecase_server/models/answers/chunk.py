@@ -239,6 +239,15 @@ def plain(data: bytes) -> Any:
         raise NotJsonError from None
 
 
+def last_line(text: bytes) -> Any:
+    """Decodes the last line of a text whose first ones were cut; None where that is no JSON either."""
+    _, line, rest = text.rpartition(b"\n")
+    try:
+        return plain(rest) if line else None
+    except NotJsonError:
+        return None
+
+
 def loose(value: Any) -> Chunk:
     """Makes a chunk of a plain value. Raises MODEL_ERROR when it is no object, or has choices that are none."""
     if not isinstance(value, dict):
