@@ -15,7 +15,7 @@ from notecase_server.models.answers.chunk import Choice, Chunk, Said
 from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply, Piece
-from notecase_server.models.contract import Call, Returned, Text
+from notecase_server.models.contract import Returned, Text
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold
@@ -499,7 +499,8 @@ class TestFaults:
         reply = made()
         piece = chunk({"tool_calls": [{"index": 0, "id": "a", "function": {"arguments": "x" * (1 << 18)}}]})
         for _ in range(MAX_HELD >> 18):
-            assert [Call(0, "", "")] == reply.feed(piece)
+            assert [] == reply.feed(piece)
+            assert reply.heard
         assert not reply.done
         reply.feed(piece)
         with pytest.raises(NotecaseError) as caught:

@@ -563,6 +563,62 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         + CALLS,
         Came(calls=(("ping", ""), *LOOK), finish="tool_calls"),
     ),
+    "two calls of one tool under one index, arguments late": (
+        call("look", "", index=0, id="a")
+        + call(None, '{"q":"x"}', index=0)
+        + call("look", "", index=0, id="b")
+        + call(None, '{"q":"y"}', index=0)
+        + CALLS,
+        Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
+    ),
+    "two calls of one tool without an index, arguments late": (
+        call("look", "", id="a") + call(None, '{"q":"x"}') + call("look", "", id="b") + call(None, '{"q":"y"}') + CALLS,
+        Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
+    ),
+    "a name sent again at the end, with another id": (
+        call("look", '{"q":"x"}', index=0, id="a") + call("look", "", index=0, id="b") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "an index as text": (
+        call("look", '{"q":', index="0", id="a") + call(None, '"x"}', index=0) + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "an index for each piece": (
+        call("look", "", index=0, id="a")
+        + call("", '{"q":', index=1, id="")
+        + call("", '"x"}', index=2, id="")
+        + call("ping", "", index=3, id="b")
+        + CALLS,
+        Came(calls=(*LOOK, ("ping", "")), finish="tool_calls"),
+    ),
+    "an index for each piece, with id and name": (
+        call("look", '{"q":', index=0, id="a") + call("look", '"x"}', index=1, id="a") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "an empty call beside text": (
+        chunk({"content": SAID, "tool_calls": [{"index": 0, "id": "", "function": {"name": "", "arguments": ""}}]})
+        + END,
+        Came(SAID),
+    ),
+    "an empty call behind another": (
+        call("look", '{"q":"x"}', index=0, id="a") + call("", "", index=1, id="b") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "a call in both forms": (
+        chunk(
+            {
+                "tool_calls": [{"index": 0, "id": "a", "function": {"name": "look", "arguments": '{"q":"x"}'}}],
+                "function_call": {"name": "look", "arguments": '{"q":"x"}'},
+            }
+        )
+        + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "messages without `object` for deltas": (
+        event({"choices": [{"message": {"content": "Grüß "}}]})
+        + event({"choices": [{"message": {"content": "dich"}, "finish_reason": "stop"}]}),
+        Came(SAID),
+    ),
     "one call that is no list": (
         chunk({"tool_calls": {"id": "a", "function": {"name": "look", "arguments": '{"q":"x"}'}}}) + CALLS,
         Came(calls=LOOK, finish="tool_calls"),
@@ -675,6 +731,10 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
             "The model provider could not read a call that the model wrote (finish reason 'MALFORMED_FUNCTION_CALL').",
             repeats=1,
         ),
+    ),
+    "an empty call and nothing else": (
+        call("", "", index=0, id="a") + END,
+        failed(UNAVAILABLE, "The model provider ended its answer without a reply (finish reason 'stop')."),
     ),
     "a web page": (
         b"<html>Sign in</html>",

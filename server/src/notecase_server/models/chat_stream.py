@@ -378,7 +378,7 @@ class ChatReply:
             if choice.delta is not None:
                 self._take_said(choice.delta, pieces)
             if choice.message is not None:
-                self._take_message(choice, chunk.object == "chat.completion.chunk", pieces)
+                self._take_message(choice, chunk.object, pieces)
             if choice.finish_reason and not is_none(choice.finish_reason):
                 self._reason = choice.finish_reason
 
@@ -387,9 +387,9 @@ class ChatReply:
             self._named = model
             self._model = self._redactor.name(model) or self._model
 
-    def _take_message(self, choice: Choice, incremental: bool, pieces: list[Piece]) -> None:
-        """Takes of a whole message what the pieces before it did not say. Some servers repeat the reply so at its end,
-        some send all of it so far each time, and some call each delta a message."""
+    def _take_message(self, choice: Choice, kind: Any, pieces: list[Piece]) -> None:
+        """Takes of a message in an object of that kind what the pieces before it did not say. Some servers repeat the
+        reply so at its end, some send all of it so far each time, and some call each delta a message."""
         message = choice.message
         assert message is not None
         if choice.delta is not None and (choice.delta.content or choice.delta.tool_calls):
@@ -397,15 +397,16 @@ class ChatReply:
         message.content = _words(message)
         extras = self._extras()
         if isinstance(message.audio, dict):
-            repeated = extras.audio and not incremental
+            repeated = extras.audio and kind != "chat.completion.chunk"
             message.audio = None if repeated else message.audio | {"transcript": None}
         if self._so_far or extras.calls:
             said, content = "".join(self._so_far), message.content or ""
+            repeated = kind == "chat.completion" or content.strip() == said.strip()
             if content.startswith(said):
-                message.content = content[len(said) :]
-            elif not incremental:
+                message.content, repeated = content[len(said) :], True
+            elif repeated:
                 message.content = None
-            if not incremental or content.startswith(said):
+            if repeated:
                 message.reasoning_content = message.reasoning = message.refusal = None
                 message.reasoning_details = None
             if extras.calls:
@@ -444,7 +445,8 @@ class ChatReply:
             extras.citations.annotated(said.annotations)
         for piece in said.tool_calls or ():
             self._take_call(piece, pieces)
-        if isinstance(said.function_call, dict):
+        # Gateways that know both forms send each call twice.
+        if isinstance(said.function_call, dict) and (not extras.calls or extras.calls.has_number("function_call")):
             self._take_call(documents.call_piece(said.function_call, "function_call"), pieces)
 
     def _take_text(self, text: str, pieces: list[Piece]) -> None:
@@ -482,12 +484,14 @@ class ChatReply:
         found = citations.all(self._redactor, self._think.skipped if self._think else 0)
         return [Cited(found)] if found else []
 
-    def _returned(self, data: ProviderData) -> list[Returned]:
+    def _returned(self, extras: _Extras) -> list[Returned]:
         """What goes back, without what holds the key, since callers can read it."""
+        given = extras.calls.given()
         return [
             returned
-            for returned in data.all()
-            if not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
+            for returned in extras.data.all()
+            if (returned.key is None or returned.key in given)
+            and not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
         ]
 
     def _take_call(self, piece: CallPiece, pieces: list[Piece]) -> None:
@@ -496,7 +500,9 @@ class ChatReply:
         extras = self._extras()
         call = extras.calls.take(piece)
         extras.data.call(call.key, piece)
-        pieces.append(Call(call.key, mended(call.tool), self._mended(call.key, call.arguments)))
+        self.heard = True
+        if call.tool or call.arguments:
+            pieces.append(Call(call.key, mended(call.tool), self._mended(call.key, call.arguments)))
 
     def _judge(self, pieces: list[Piece], cut: NotecaseError | None) -> None:
         """Adds what was held back, and the end of the reply. Raises what is no reply."""
@@ -540,7 +546,7 @@ class ChatReply:
         if not called and not self._spoken:
             self._judge_empty(end, word)
         if extras is not None:
-            pieces += [*self._cited(extras.citations), *self._returned(extras.data)]
+            pieces += [*self._cited(extras.citations), *self._returned(extras)]
         pieces.append(Finish(word, self._counts.usage(self._model), is_cut(end)))
 
     def _judge_empty(self, end: End, word: str) -> None:
