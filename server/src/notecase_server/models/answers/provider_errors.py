@@ -351,7 +351,7 @@ def failure(
         facts["code"] = "context_length_exceeded"
         return errors.model_error(f"The request is larger than the provider allows{words}", **facts)
     too_large = status == _TOO_LARGE or too_long.is_too_long(told.codes, told.words)
-    if status != 429 and verdict is not Verdict.ACCOUNT and too_large:
+    if status != 429 and verdict not in (Verdict.ACCOUNT, Verdict.CREDENTIAL) and too_large:
         facts["code"] = "context_length_exceeded"
         return errors.model_error(f"The conversation is too long for the model {model!r}{words}", **facts)
     match verdict:
