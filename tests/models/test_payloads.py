@@ -807,6 +807,17 @@ SHAPES: dict[str, bytes] = {
     "in an error": event({"error": {"error": TROUBLE}}),
     "in `errors`": event({"errors": [TROUBLE]}),
     "as words": event({"error": "The pump is broken."}),
+    **{
+        f"in `{name}`": event({name: held})
+        for name, held in (
+            ("Error", {"Code": "InternalError", "Message": "The pump is broken."}),
+            ("err", "The pump is broken."),
+            ("exception", "The pump is broken."),
+            ("fault", {"faultstring": "The pump is broken."}),
+        )
+    },
+    "of Tencent": event({"Response": {"Error": {"Code": "InternalError", "Message": "The pump is broken."}}}),
+    "of Spark": event({"header": {"code": 10013, "message": "The pump is broken."}}),
     "in a choice": event(
         {"choices": [{"index": 0, "delta": {"content": ""}, "error": TROUBLE, "finish_reason": "error"}]}
     ),

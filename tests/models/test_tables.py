@@ -118,6 +118,13 @@ CODES: Sequence[tuple[Any, Verdict]] = (
     ({"error": {"code": "insufficient_quota", "message": "x"}}, Verdict.ACCOUNT),
     ({"error": {"code": "billing_hard_limit_reached"}}, Verdict.ACCOUNT),
     ({"error": {"code": "billing_not_active"}}, Verdict.ACCOUNT),
+    ({"code": 403, "reason": "no", "type": "NOT_ENOUGH_BALANCE"}, Verdict.ACCOUNT),
+    ({"error": {"type": "insufficient_funds"}}, Verdict.ACCOUNT),
+    ({"error": {"type": "usage_limit_reached"}}, Verdict.ACCOUNT),
+    ({"error": {"code": "AccountOverdueError"}}, Verdict.ACCOUNT),
+    ({"error": {"code": "SetLimitExceeded"}}, Verdict.ACCOUNT),
+    ({"error": {"code": "1308"}}, Verdict.ACCOUNT),
+    ({"error": {"code": "1310"}}, Verdict.ACCOUNT),
     ({"error": {"type": "exceeded_current_quota_error"}}, Verdict.ACCOUNT),
     ({"code": "Arrearage", "message": "Access denied."}, Verdict.ACCOUNT),
     ({"error": {"code": "INSUFFICIENT_BALANCE"}}, Verdict.ACCOUNT),
@@ -215,6 +222,21 @@ WORDS: Sequence[tuple[str, Verdict]] = (
     ("You have exceeded your monthly included credits.", Verdict.ACCOUNT),
     ("Please make sure your account is in good standing.", Verdict.ACCOUNT),
     ("账户余额不足", Verdict.ACCOUNT),
+    ("用户剩余额度: $0.00", Verdict.ACCOUNT),
+    ("Sorry, your account balance is insufficient", Verdict.ACCOUNT),
+    ("Quota exceeded and account balance is $0.0, please pay", Verdict.ACCOUNT),
+    ("Insufficient USD or Diem balance to complete the request", Verdict.ACCOUNT),
+    ("You've run out of credits", Verdict.ACCOUNT),
+    ("Not enough credits", Verdict.ACCOUNT),
+    ("Your prepayment credits are depleted.", Verdict.ACCOUNT),
+    ("The free tier of the model has been exhausted.", Verdict.ACCOUNT),
+    ("Billing hard limit has been reached", Verdict.ACCOUNT),
+    ("Your account is not active, please check your billing details.", Verdict.ACCOUNT),
+    ("Credit limit exceeded", Verdict.ACCOUNT),
+    ("Weekly/Monthly Limit Exhausted. Your limit will reset at 2026-12-01", Verdict.ACCOUNT),
+    ("You have used up your daily free allocation of 10,000 neurons", Verdict.ACCOUNT),
+    ("ExceededBudget: Crossed spend within the team", Verdict.ACCOUNT),
+    ("You exceeded your current quota, please check your plan and billing details.", Verdict.PASSING),
     ("Incorrect API key provided.", Verdict.CREDENTIAL),
     ("API key not valid. Please pass a valid API key.", Verdict.CREDENTIAL),
     ("Authentication fails (no such user).", Verdict.CREDENTIAL),
@@ -492,6 +514,25 @@ def test_codes(body: Any, means: Verdict) -> None:
 @pytest.mark.parametrize(("words", "means"), WORDS)
 def test_words_of_an_error_without_code_and_status(words: str, means: Verdict) -> None:
     assert means is judge(None, told_by({"error": words}))
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 422])
+@pytest.mark.parametrize(
+    ("words", "means"),
+    [
+        ("Rate limit exceeded", Verdict.PASSING),
+        ("Too many requests", Verdict.PASSING),
+        ("The server is overloaded, please retry", Verdict.PASSING),
+        ("The model is currently loading", Verdict.PASSING),
+        ("This model is temporarily unavailable", Verdict.PASSING),
+        ("服务器繁忙", Verdict.PASSING),
+        ("Please adjust your input and try again", Verdict.REFUSED),
+        ("The model is not available in your region", Verdict.REFUSED),
+        ("`timeout` must be a number", Verdict.REFUSED),
+    ],
+)
+def test_words_of_what_passes_count_before_the_status_of_a_refusal(status: int, words: str, means: Verdict) -> None:
+    assert means is judge(status, told_by({"error": {"message": words, "type": "invalid_request_error"}}))
 
 
 @pytest.mark.parametrize("code", TOO_LONG_CODES)

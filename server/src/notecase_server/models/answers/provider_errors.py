@@ -38,6 +38,8 @@ _BOM = b"\xef\xbb\xbf"
 
 _HOLDERS = (
     "error",
+    "Error",
+    "err",
     "errors",
     "base_resp",
     "message",
@@ -55,6 +57,9 @@ _HOLDERS = (
 )
 """The members that may hold a further error, or its words, outermost first."""
 
+_ERRORS = ("error", "errors", "Error", "err", "exception", "fault")
+"""The members that hold an error, or say that there is none."""
+
 _SPEAKERS = (
     "message",
     "msg",
@@ -66,6 +71,9 @@ _SPEAKERS = (
     "status_msg",
     "detail",
     "error",
+    "err",
+    "Error",
+    "exception",
     "raw",
     "error_description",
     "description",
@@ -78,6 +86,7 @@ _SPEAKERS = (
 
 _CODES = (
     "code",
+    "Code",
     "type",
     "status",
     "error_code",
@@ -126,8 +135,11 @@ def find(value: object, *, named: bool = False) -> object | None:
         return next((error for item in value if (error := find(item, named=named)) is not None), None)
     if not isinstance(value, dict):
         return value if named else None
-    if _is_set(value.get("error")) or _is_set(value.get("errors")):
+    if any(_is_set(value.get(name)) for name in _ERRORS):
         return value
+    for held in (value.get("Response"), value.get("ResponseMetadata"), value.get("header")):
+        if isinstance(held, dict) and not value.get("choices") and find(held) is not None:
+            return held
     base = value.get("base_resp")
     if isinstance(base, dict) and str(base.get("status_code", 0)) not in _SUCCESS:
         return value
@@ -328,7 +340,8 @@ def judge(status: int | None, told: Told) -> Verdict:
         return by_words
     if status is not None:
         by_status = error_table.by_status(status)
-        return Verdict.PASSING if by_code is Verdict.PASSING else by_status
+        busy = by_code is Verdict.PASSING or (by_status is Verdict.REFUSED and error_table.is_busy(told.words))
+        return Verdict.PASSING if busy else by_status
     if by_code is None and told.status is not None:
         return error_table.by_status(told.status)
     return by_code or by_words or Verdict.PASSING
