@@ -411,6 +411,12 @@ TAGGED = (
     "<seed:think>hm</seed:think>Hi",
     "◁think▷hm◁/think▷Hi",
     "<|inner_prefix|>hm<|inner_suffix|>Hi",
+    "<Thought>hm</Thought>Hi",
+    "<reason>hm</reason>Hi",
+    "<|begin_of_thought|>hm<|end_of_thought|>Hi",
+    "<|channel>thoughthm<channel|>Hi",
+    "<|START_THINKING|>hm<|END_THINKING|>Hi",
+    "<longcat_think>hm</longcat_think>Hi",
 )
 
 
