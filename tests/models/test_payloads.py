@@ -619,6 +619,14 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         + event({"choices": [{"message": {"content": "dich"}, "finish_reason": "stop"}]}),
         Came(SAID),
     ),
+    "thinking blocks alone": (
+        chunk({"thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "s"}]}) + HI + END,
+        Came(SAID, "hm"),
+    ),
+    "a refusal as a part of the content": (
+        chunk({"content": [{"type": "refusal", "refusal": "No."}]}) + END,
+        Came(refusal="No."),
+    ),
     "one call that is no list": (
         chunk({"tool_calls": {"id": "a", "function": {"name": "look", "arguments": '{"q":"x"}'}}}) + CALLS,
         Came(calls=LOOK, finish="tool_calls"),

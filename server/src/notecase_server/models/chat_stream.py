@@ -424,7 +424,13 @@ class ChatReply:
         # Some servers send two fields with the same text.
         thought = said.reasoning_content or said.reasoning
         if not thought:
-            for other in (said.reasoning_text, said.thinking, said.thought, said.reasoning_details):
+            for other in (
+                said.reasoning_text,
+                said.thinking,
+                said.thought,
+                said.reasoning_details,
+                said.thinking_blocks,
+            ):
                 if other and (thought := thought_of(other)):
                     break
         content = _words(said)

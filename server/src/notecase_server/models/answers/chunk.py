@@ -295,7 +295,8 @@ def _said(value: Any) -> Said | None:
     content = value.get("content")
     if content is not None and not isinstance(content, str | list | dict):
         raise malformed()  # the reply itself, in a type that says nothing
-    said.content, said.refusal = _text_of(content), _text_of(value.get("refusal"))
+    refusal = value.get("refusal") or [part.get("refusal") for part in _parts(content) if isinstance(part, dict)]
+    said.content, said.refusal = _text_of(content), _text_of(refusal)
     thought = next((text for name in _THOUGHTS if (text := thought_of(value.get(name)))), "")
     said.reasoning_content = thought or _thoughts_within(content)
     if images := _images_within(content):
