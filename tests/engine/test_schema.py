@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from notecase import from_value
 from notecase_server.engine import schema
-from notecase_server.engine.schema import Schemas, Unfenced, value_of
+from notecase_server.engine.schema import Schemas, value_of
+from notecase_server.engine.unfenced import Unfenced
 from notecase_server.errors import NotecaseError, reason_name
 
 PERSON = {
@@ -252,7 +253,9 @@ def test_a_fence_is_taken_off_however_the_reply_is_cut(document: Any, fence: str
     assert (given_out + unfenced.end()).strip() == inner
 
 
-@pytest.mark.parametrize("reply", ["Here: {}", "```python\n1\n```", "````", "`{}`", "```json"])
+@pytest.mark.parametrize(
+    "reply", ["Here: {x}", "```python\n1\n```", "````", "`1`", "```json", "[Note: no", "{x}, no!", "(1) No."]
+)
 def test_what_is_no_fence_of_json_stays(reply: str) -> None:
     unfenced = Unfenced()
     assert unfenced.feed(reply) + unfenced.end() == reply
@@ -267,6 +270,20 @@ def test_what_is_no_fence_of_json_stays(reply: str) -> None:
         ('```\n"`` `"\n\n \n```', '"`` `"'),
         ("a</think> b</think>\n```\n1\n```", "1"),
         ("</think>" * 2000 + "1", "1"),
+        ('Here you are:\n{"a": "}"}', '{"a": "}"}'),
+        ('Sure! {"a": "\\""}', '{"a": "\\""}'),
+        ('{"a": {}} I hope it helps.', '{"a": {}}'),
+        ('{"a": 1}\n```', '{"a": 1}'),
+        ('{"a": 1}<|im_end|>', '{"a": 1}'),
+        ('{"a": 1}\n{"a": 2}', '{"a": 1}\n\n{"a": 2}'),
+        ('Not {"a": 1} but {"a": 2}', 'Not {"a": 1} but {"a": 2}'),
+        ('It is: [{"a": 1}].', '[{"a": 1}]'),
+        ('\ufeff{"a": 1}', '{"a": 1}'),
+        ('``` json\n{"a": 1}\n```', '{"a": 1}'),
+        ('```javascript\n{"a": 1}\n```', '{"a": 1}'),
+        ('```json {"a": 1} ```', '{"a": 1}'),
+        ('````\n{"a": 1}\n````', '{"a": 1}'),
+        ('<answer>\n{"a": 1}\n</answer>', '{"a": 1}'),
     ],
 )
 @pytest.mark.parametrize("size", [1, 2, 3, 1 << 20])

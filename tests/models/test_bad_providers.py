@@ -184,6 +184,11 @@ class TestTooMuch:
         server.script(Answer((b"data: {", *[b"x" * (1 << 20)] * 100)))
         assert MODEL_ERROR == (await failure(provider)).reason
 
+    async def test_a_head_that_proxies_have_added_to(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        policy = {"Content-Security-Policy": "x" * 40_000, **{f"X-Trace-{n}": "1" for n in range(300)}}
+        server.script(Answer(reply("Hi").pieces, 200, policy))
+        assert "Hi" == fold(await ask(provider)).text
+
     async def test_comments_for_ever(self, server: OpenAIServer) -> None:
         """Between two pieces there is no time at all, so that the first comment is one too many."""
         provider = OpenAIProvider(KEY, server.url, "m", first_timeout=30.0, idle_timeout=0.0)
@@ -299,6 +304,12 @@ class TestWords:
             ({"error": {"message": "Retry after 20 seconds."}}, 20.0),
             ([{"error": {"status": "RESOURCE_EXHAUSTED", "details": [{"retryDelay": "34s"}]}}], 34.0),
             ({"error": {"message": "no"}, "retry_after": 7}, 7.0),
+            ({"error": {"message": "Please wait 1 minute before you try again."}}, 60.0),
+            ({"error": {"message": "Try again in 2 minutes and 5 seconds"}}, 125.0),
+            ({"error": {"message": "The rate limit resets in 12 seconds."}}, 12.0),
+            ({"error": {"message": "no", "retry_after_ms": 1500}}, 1.5),
+            ({"error": {"message": "no", "resets_in_seconds": 9}}, 9.0),
+            ({"error": "The model is currently loading", "estimated_time": 20.5}, 20.5),
             ({"error": {"message": "Try again later."}}, None),
         ],
     )

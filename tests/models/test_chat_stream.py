@@ -15,7 +15,7 @@ from notecase_server.models.answers.chunk import Choice, Chunk, Said
 from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply, Piece
-from notecase_server.models.contract import Call, Returned, Text
+from notecase_server.models.contract import Returned, Text
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold
@@ -458,16 +458,9 @@ class TestFaults:
     @pytest.mark.parametrize(
         "data",
         [
-            b'{"choices": [',
-            b"hello",
             b"[]",
-            b'"text"',
-            b"null",
             b'{"choices": 5}',
             b'{"choices": [{"delta": {"content": 5}}]}',
-            b'{"choices": ' + b"[" * 100_000,
-            b'{"else": ' + b"[" * 100_000,
-            b'{"model": "\\ud83d", "else": ' + b"[" * 100_000,
         ],
         ids=lambda data: data[:24].decode(),
     )
@@ -475,6 +468,21 @@ class TestFaults:
         caught = failure(chunk({"content": "a"}) + b"data: " + data + b"\n\n")
         assert v1.ERROR_REASON_MODEL_ERROR == caught.reason
         assert "The model provider sent something that is not part of a Chat Completions reply." == caught.message
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b'{"choices": [',
+            b'{"choices": ' + b"[" * 100_000,
+            b'{"else": ' + b"[" * 100_000,
+            b'{"model": "\\ud83d", "else": ' + b"[" * 100_000,
+        ],
+        ids=lambda data: data[:24].decode(),
+    )
+    def test_a_chunk_that_cannot_be_read_cuts_the_reply(self, data: bytes) -> None:
+        caught = failure(chunk({"content": "a"}) + b"data: " + data + b"\n\n" + chunk({"content": "b"}) + DONE)
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
+        assert "The model provider sent a part of the reply that cannot be read." == caught.message
 
     def test_a_failure_does_not_take_the_pieces_before_it(self) -> None:
         reply = made()
@@ -491,7 +499,8 @@ class TestFaults:
         reply = made()
         piece = chunk({"tool_calls": [{"index": 0, "id": "a", "function": {"arguments": "x" * (1 << 18)}}]})
         for _ in range(MAX_HELD >> 18):
-            assert [Call(0, "", "")] == reply.feed(piece)
+            assert [] == reply.feed(piece)
+            assert reply.heard
         assert not reply.done
         reply.feed(piece)
         with pytest.raises(NotecaseError) as caught:

@@ -147,7 +147,22 @@ def wav(samples: bytes) -> tuple[tuple[str, bytes | str], ...]:
     return (("audio/wav", file.getvalue()),)
 
 
+MORE = chunk({"content": "!"})
+
 REPLIES: dict[str, tuple[bytes, Came]] = {
+    **{
+        f"data that keeps the connection: {data}": (HI + f"data: {data}\n\n".encode() + MORE + END, Came(SAID + "!"))
+        for data in (": keepalive", "ping", "[PING]", "null", '""', "   ", "keep-alive", "2026-11-30T10:00:00Z", "{}")
+    },
+    "a beat of the heart, named": (HI + b"event: heartbeat\ndata: 17\n\n" + MORE + END, Came(SAID + "!")),
+    "events within events": ((HI + END).replace(b"data: ", b"data: data: "), Came(SAID)),
+    "a mark before each event": ((HI + END).replace(b"data: ", b"\xef\xbb\xbfdata: "), Came(SAID)),
+    "NUL behind each event": ((HI + END).replace(b"\n\n", b"\n\n\0"), Came(SAID)),
+    "fields with a capital": ((HI + END).replace(b"data: ", b"Data: "), Came(SAID)),
+    **{
+        f"the end as {data}": (HI + f"data:{data}\n\n".encode(), Came(SAID))
+        for data in ("  [DONE]", " [done]", " DONE", ' "[DONE]"')
+    },
     "a byte order mark": (b"\xef\xbb\xbf" + HI + END, Came(SAID)),
     "a byte order mark before JSON": (
         b"\xef\xbb\xbf" + json.dumps({"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}]}).encode(),
@@ -548,6 +563,70 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         + CALLS,
         Came(calls=(("ping", ""), *LOOK), finish="tool_calls"),
     ),
+    "two calls of one tool under one index, arguments late": (
+        call("look", "", index=0, id="a")
+        + call(None, '{"q":"x"}', index=0)
+        + call("look", "", index=0, id="b")
+        + call(None, '{"q":"y"}', index=0)
+        + CALLS,
+        Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
+    ),
+    "two calls of one tool without an index, arguments late": (
+        call("look", "", id="a") + call(None, '{"q":"x"}') + call("look", "", id="b") + call(None, '{"q":"y"}') + CALLS,
+        Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
+    ),
+    "a name sent again at the end, with another id": (
+        call("look", '{"q":"x"}', index=0, id="a") + call("look", "", index=0, id="b") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "an index as text": (
+        call("look", '{"q":', index="0", id="a") + call(None, '"x"}', index=0) + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "an index for each piece": (
+        call("look", "", index=0, id="a")
+        + call("", '{"q":', index=1, id="")
+        + call("", '"x"}', index=2, id="")
+        + call("ping", "", index=3, id="b")
+        + CALLS,
+        Came(calls=(*LOOK, ("ping", "")), finish="tool_calls"),
+    ),
+    "an index for each piece, with id and name": (
+        call("look", '{"q":', index=0, id="a") + call("look", '"x"}', index=1, id="a") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "an empty call beside text": (
+        chunk({"content": SAID, "tool_calls": [{"index": 0, "id": "", "function": {"name": "", "arguments": ""}}]})
+        + END,
+        Came(SAID),
+    ),
+    "an empty call behind another": (
+        call("look", '{"q":"x"}', index=0, id="a") + call("", "", index=1, id="b") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "a call in both forms": (
+        chunk(
+            {
+                "tool_calls": [{"index": 0, "id": "a", "function": {"name": "look", "arguments": '{"q":"x"}'}}],
+                "function_call": {"name": "look", "arguments": '{"q":"x"}'},
+            }
+        )
+        + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "messages without `object` for deltas": (
+        event({"choices": [{"message": {"content": "Grüß "}}]})
+        + event({"choices": [{"message": {"content": "dich"}, "finish_reason": "stop"}]}),
+        Came(SAID),
+    ),
+    "thinking blocks alone": (
+        chunk({"thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "s"}]}) + HI + END,
+        Came(SAID, "hm"),
+    ),
+    "a refusal as a part of the content": (
+        chunk({"content": [{"type": "refusal", "refusal": "No."}]}) + END,
+        Came(refusal="No."),
+    ),
     "one call that is no list": (
         chunk({"tool_calls": {"id": "a", "function": {"name": "look", "arguments": '{"q":"x"}'}}}) + CALLS,
         Came(calls=LOOK, finish="tool_calls"),
@@ -661,6 +740,10 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
             repeats=1,
         ),
     ),
+    "an empty call and nothing else": (
+        call("", "", index=0, id="a") + END,
+        failed(UNAVAILABLE, "The model provider ended its answer without a reply (finish reason 'stop')."),
+    ),
     "a web page": (
         b"<html>Sign in</html>",
         failed(
@@ -674,10 +757,47 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
             "The model answered only with an image that cannot be read.",
         ),
     ),
-    "what is not JSON": (
-        HI + b"data: oops\n\n" + END,
+    "half a chunk": (
+        HI + b'data: {"choices": [{"delta": {"con\n\n' + END,
+        failed(UNAVAILABLE, "The model provider sent a part of the reply that cannot be read.", text=SAID),
+    ),
+    "half a chunk, and an error behind it": (
+        HI + b'data: {"choices": [{"delta": {"con\n\n' + event({"error": {"message": "Gone."}}) + DONE,
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Gone.", text=SAID),
+    ),
+    "half a chunk, and an error in the same event": (
+        HI + b'data: {"choices": [{"delta": {"con\n' + event({"error": {"message": "Gone."}}) + DONE,
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Gone.", text=SAID),
+    ),
+    "words of a failure as data": (
+        HI + b"data: error: the pump is broken\n\n" + END,
         failed(
-            MODEL_ERROR, "The model provider sent something that is not part of a Chat Completions reply.", text=SAID
+            UNAVAILABLE, "The model provider cannot answer just now (an error): error: the pump is broken", text=SAID
+        ),
+    ),
+    "words as data, and no end": (
+        HI + b"data: oops\n\n" + DONE,
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): oops", text=SAID),
+    ),
+    "words in place of an event": (
+        HI + b"Internal Server Error",
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Internal Server Error", text=SAID),
+    ),
+    "words in place of a reply": (
+        b"Rate limit exceeded\n",
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error): Rate limit exceeded"),
+    ),
+    "a page in place of an event": (
+        HI + b"<html>Bad gateway</html>",
+        failed(UNAVAILABLE, "The model provider cannot answer just now (an error).", text=SAID),
+    ),
+    "an error as a field of llama.cpp": (
+        HI + b'error: {"code":400,"message":"the request exceeds the available context size"}\n\n',
+        failed(
+            MODEL_ERROR,
+            "The conversation is too long for the model 'asked': the request exceeds the available context size",
+            code="context_length_exceeded",
+            text=SAID,
         ),
     ),
 }
@@ -695,6 +815,17 @@ SHAPES: dict[str, bytes] = {
     "in an error": event({"error": {"error": TROUBLE}}),
     "in `errors`": event({"errors": [TROUBLE]}),
     "as words": event({"error": "The pump is broken."}),
+    **{
+        f"in `{name}`": event({name: held})
+        for name, held in (
+            ("Error", {"Code": "InternalError", "Message": "The pump is broken."}),
+            ("err", "The pump is broken."),
+            ("exception", "The pump is broken."),
+            ("fault", {"faultstring": "The pump is broken."}),
+        )
+    },
+    "of Tencent": event({"Response": {"Error": {"Code": "InternalError", "Message": "The pump is broken."}}}),
+    "of Spark": event({"header": {"code": 10013, "message": "The pump is broken."}}),
     "in a choice": event(
         {"choices": [{"index": 0, "delta": {"content": ""}, "error": TROUBLE, "finish_reason": "error"}]}
     ),

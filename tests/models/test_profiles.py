@@ -543,7 +543,20 @@ PLAYS = [
             ("eu.api.openai.com", "Authorization"),
             ("a.openai.azure.com", "api-key"),
             ("a.services.ai.azure.com", "api-key"),
+            ("a.openai.azure.us", "api-key"),
+            ("a.cognitiveservices.azure.cn", "api-key"),
         )
+    ),
+    *(
+        Play(
+            f"the limit for {model} anywhere",
+            "models.example",
+            openai,
+            {"messages": [HELLO], "stream_options": USAGE, "max_completion_tokens": 64},
+            generation=v1.Generation(max_output_tokens=64),
+            model=model,
+        )
+        for model in ("gpt-5.1", "openai/gpt-5-mini", "azure/o4-mini", "o3")
     ),
     *(
         Play(

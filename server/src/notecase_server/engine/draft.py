@@ -6,7 +6,7 @@ from typing import Literal
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.engine.schema import Unfenced
+from notecase_server.engine.unfenced import Unfenced
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import (
     MAX_MEDIA_BYTES,

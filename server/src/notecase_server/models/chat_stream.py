@@ -5,6 +5,7 @@ There is no I/O here, so that every way to cut the bytes can be tried. The event
 the SDK because its chunk objects cost ten times as much as everything else done for a token.
 """
 
+import re
 from typing import Any
 
 from notecase_server import errors
@@ -18,7 +19,7 @@ from notecase_server.models.answers.event_stream import LAST, MAX_EVENT_BYTES, E
 from notecase_server.models.answers.finish_reasons import Finish as End
 from notecase_server.models.answers.finish_reasons import is_cut, is_none, meaning
 from notecase_server.models.answers.media import Audio, Encoded
-from notecase_server.models.answers.redaction import Redactor
+from notecase_server.models.answers.redaction import TOLD_CHARS, Redactor
 from notecase_server.models.answers.surrogates import mended
 from notecase_server.models.answers.think_tags import ThinkTags
 from notecase_server.models.answers.usage import Counts
@@ -39,6 +40,15 @@ _MOST_MISSES = 8
 about as much as a token."""
 
 _BOM = b"\xef\xbb\xbf"
+
+_AROUND_WORDS = b" \t\0\"'"
+_LAST = frozenset({b"[DONE]", b"DONE"})
+_KEEPS_ALIVE = re.compile(rb"(?i):.*|\W*(null|ping|pong|keep[ _-]?alive|heart[ _-]?beat|processing|waiting)?[\W\d]*")
+"""Data that only keeps the connection: Vertex AI sends comments as data (anomalyco/opencode#50871)."""
+
+_FAILS = re.compile(rb"(?i)error|exception|fail|timed? ?out|<html|<!doctype")
+
+_UNREAD = "The model provider sent a part of the reply that cannot be read."
 
 UNREADABLE = (ValueError, TypeError, RecursionError)
 """What reading may raise for values that no check foresaw, such as ones nested by the thousand."""
@@ -106,6 +116,10 @@ class ChatReply:
         self._ragged = False
         self._halves: dict[type[Text | Reasoning | Refusal] | int, str] = {}
         self._failure: NotecaseError | None = None
+        self._broken: NotecaseError | None = None
+        """What cut the reply, if that came in words or as half a chunk."""
+        self._remark: NotecaseError | None = None
+        """What was said besides the reply."""
         self.done = False
         """Nothing that follows matters: the server said that this was all, or the reply has failed."""
         self.heard = False
@@ -176,7 +190,12 @@ class ChatReply:
             if data.startswith(b"[DONE]"):
                 self.done = True
                 return
-            self._take(data, name, pieces)
+            try:
+                self._take(data, name, pieces)
+            except documents.NotJsonError:
+                self._take_words(data, name, pieces)
+                if self.done:
+                    return
         if pieces or self.heard:
             self._silent = 0
         else:
@@ -223,7 +242,9 @@ class ChatReply:
             try:
                 self._take(data, name, pieces)
             except documents.NotJsonError:
-                break
+                if _is_json(data):
+                    break
+                self._take_words(data, name, pieces)
 
     def _take_tokens(self, chunk: bytes, pieces: list[Piece]) -> bytes:
         """Takes those events of a chunk that are text alone, if there are many, and returns what is left to be fed."""
@@ -287,6 +308,32 @@ class ChatReply:
         if len(data) > MAX_TEXT_BYTES:
             self._bound_text(pieces, before)
 
+    def _take_words(self, data: bytes, name: str, pieces: list[Piece]) -> None:
+        """Takes data that is no JSON. What keeps the connection says nothing. Of a chunk that was cut on its way some
+        of the reply is lost. Other words count where the reply does not go on to its end, and those of a failure in any
+        case."""
+        text = data.strip(_AROUND_WORDS)
+        if text.startswith(b"data:"):  # some proxies frame what is framed
+            text = text[5:].lstrip()
+            if _is_json(text):
+                self._take(text, name, pieces)
+                return
+        if text.upper() in _LAST:
+            self.done = True
+        elif _is_json(text):
+            if (error := provider_errors.find(documents.last_line(text))) is not None:
+                raise provider_errors.failure(None, provider_errors.told_by(error), self._asked, self._redactor)
+            if not self._reason:
+                self._broken = errors.model_unavailable(_UNREAD)
+        elif not _KEEPS_ALIVE.fullmatch(text[:TOLD_CHARS]):
+            self._remark = self._said_by(text)
+            if _FAILS.search(text):
+                self._broken = self._remark
+
+    def _said_by(self, text: bytes) -> NotecaseError:
+        told = provider_errors.told_by(text.decode("utf-8", "replace"))
+        return provider_errors.failure(None, told, self._asked, self._redactor)
+
     def _plain(self, data: bytes, named: bool) -> Any:
         try:
             return documents.plain(data)
@@ -296,6 +343,8 @@ class ChatReply:
             raise
 
     def _take_plain(self, value: Any, named: bool, pieces: list[Piece]) -> None:
+        if not named and (value is None or isinstance(value, str | int | float)):
+            raise documents.NotJsonError  # JSON, but none of a reply
         before = len(pieces)
         for document in provider_errors.documents_in(value):
             if (error := provider_errors.find(document, named=named)) is not None:
@@ -329,7 +378,7 @@ class ChatReply:
             if choice.delta is not None:
                 self._take_said(choice.delta, pieces)
             if choice.message is not None:
-                self._take_message(choice, chunk.object == "chat.completion.chunk", pieces)
+                self._take_message(choice, chunk.object, pieces)
             if choice.finish_reason and not is_none(choice.finish_reason):
                 self._reason = choice.finish_reason
 
@@ -338,9 +387,9 @@ class ChatReply:
             self._named = model
             self._model = self._redactor.name(model) or self._model
 
-    def _take_message(self, choice: Choice, incremental: bool, pieces: list[Piece]) -> None:
-        """Takes of a whole message what the pieces before it did not say. Some servers repeat the reply so at its end,
-        some send all of it so far each time, and some call each delta a message."""
+    def _take_message(self, choice: Choice, kind: Any, pieces: list[Piece]) -> None:
+        """Takes of a message in an object of that kind what the pieces before it did not say. Some servers repeat the
+        reply so at its end, some send all of it so far each time, and some call each delta a message."""
         message = choice.message
         assert message is not None
         if choice.delta is not None and (choice.delta.content or choice.delta.tool_calls):
@@ -348,15 +397,16 @@ class ChatReply:
         message.content = _words(message)
         extras = self._extras()
         if isinstance(message.audio, dict):
-            repeated = extras.audio and not incremental
+            repeated = extras.audio and kind != "chat.completion.chunk"
             message.audio = None if repeated else message.audio | {"transcript": None}
         if self._so_far or extras.calls:
             said, content = "".join(self._so_far), message.content or ""
+            repeated = kind == "chat.completion" or content.strip() == said.strip()
             if content.startswith(said):
-                message.content = content[len(said) :]
-            elif not incremental:
+                message.content, repeated = content[len(said) :], True
+            elif repeated:
                 message.content = None
-            if not incremental or content.startswith(said):
+            if repeated:
                 message.reasoning_content = message.reasoning = message.refusal = None
                 message.reasoning_details = None
             if extras.calls:
@@ -374,7 +424,13 @@ class ChatReply:
         # Some servers send two fields with the same text.
         thought = said.reasoning_content or said.reasoning
         if not thought:
-            for other in (said.reasoning_text, said.thinking, said.thought, said.reasoning_details):
+            for other in (
+                said.reasoning_text,
+                said.thinking,
+                said.thought,
+                said.reasoning_details,
+                said.thinking_blocks,
+            ):
                 if other and (thought := thought_of(other)):
                     break
         content = _words(said)
@@ -395,7 +451,8 @@ class ChatReply:
             extras.citations.annotated(said.annotations)
         for piece in said.tool_calls or ():
             self._take_call(piece, pieces)
-        if isinstance(said.function_call, dict):
+        # Gateways that know both forms send each call twice.
+        if isinstance(said.function_call, dict) and (not extras.calls or extras.calls.has_number("function_call")):
             self._take_call(documents.call_piece(said.function_call, "function_call"), pieces)
 
     def _take_text(self, text: str, pieces: list[Piece]) -> None:
@@ -433,12 +490,14 @@ class ChatReply:
         found = citations.all(self._redactor, self._think.skipped if self._think else 0)
         return [Cited(found)] if found else []
 
-    def _returned(self, data: ProviderData) -> list[Returned]:
+    def _returned(self, extras: _Extras) -> list[Returned]:
         """What goes back, without what holds the key, since callers can read it."""
+        given = extras.calls.given()
         return [
             returned
-            for returned in data.all()
-            if not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
+            for returned in extras.data.all()
+            if (returned.key is None or returned.key in given)
+            and not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
         ]
 
     def _take_call(self, piece: CallPiece, pieces: list[Piece]) -> None:
@@ -447,7 +506,9 @@ class ChatReply:
         extras = self._extras()
         call = extras.calls.take(piece)
         extras.data.call(call.key, piece)
-        pieces.append(Call(call.key, mended(call.tool), self._mended(call.key, call.arguments)))
+        self.heard = True
+        if call.tool or call.arguments:
+            pieces.append(Call(call.key, mended(call.tool), self._mended(call.key, call.arguments)))
 
     def _judge(self, pieces: list[Piece], cut: NotecaseError | None) -> None:
         """Adds what was held back, and the end of the reply. Raises what is no reply."""
@@ -469,6 +530,12 @@ class ChatReply:
         word = _WORDS.get(end, "stop")
         if self._reason != word:
             word = self._redactor.reason(mended(self._reason)) or word
+        if self._broken is not None:
+            raise self._broken
+        if not self._reason and cut is None and self._events.stray:
+            raise self._remark or self._said_by(self._events.stray)
+        if not self._reason and self._remark is not None:
+            raise self._remark
         if not (self._reason or self.done or (extras is not None and extras.audio.whole)):
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was complete.")
         if end is End.FAILED:
@@ -485,7 +552,7 @@ class ChatReply:
         if not called and not self._spoken:
             self._judge_empty(end, word)
         if extras is not None:
-            pieces += [*self._cited(extras.citations), *self._returned(extras.data)]
+            pieces += [*self._cited(extras.citations), *self._returned(extras)]
         pieces.append(Finish(word, self._counts.usage(self._model), is_cut(end)))
 
     def _judge_empty(self, end: End, word: str) -> None:
@@ -522,6 +589,10 @@ class ChatReply:
             self._halves[key] = text[-1]
             text = text[:-1]
         return mended(text)
+
+
+def _is_json(data: bytes) -> bool:
+    return data.startswith((b"{", b"[{"))
 
 
 def _words(said: Said) -> str | None:

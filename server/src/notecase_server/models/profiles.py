@@ -88,7 +88,8 @@ class Row(NamedTuple):
         return bool(fits and (re.fullmatch(self.model, model) if self.model else True))
 
 
-_AZURE_OPENAI = r".+\.(openai\.azure\.com|cognitiveservices\.azure\.com)"
+_AZURE_OPENAI = r".+\.(openai|cognitiveservices)\.azure\.(com|us|cn)"
+_AZURE = rf"{_AZURE_OPENAI}|.+\.services\.ai\.azure\.(com|us|cn)"
 _MISTRAL = r"(api|codestral)\.mistral\.ai"
 _PRIVATE = r"(127|10)(\.\d+){3}|192\.168(\.\d+){2}|172\.(1[6-9]|2\d|3[01])(\.\d+){2}"
 _OWN = rf"[^.]+|{_PRIVATE}|.+\.(local|localdomain|lan|internal)"
@@ -109,16 +110,22 @@ ROWS: Sequence[Row] = (
         host=r".+\.openai\.com",
     ),
     Row(
+        "openai",
+        {"limit_field": "max_completion_tokens"},
+        "RooCodeInc/Roo-Code#6979, BerriAI/litellm#13432: GPT-5 and the o-series through gateways",
+        model=r"(.*[/:.])?(gpt-[5-9]|o[1-9])\b.*",
+    ),
+    Row(
         "azure",
         {"limit_field": "max_completion_tokens"},
         "mindsdb/mindshub#11285",
-        host=rf"{_AZURE_OPENAI}|.+\.services\.ai\.azure\.com",
+        host=_AZURE,
     ),
     Row(
         "azure",
         {"auth": "api-key"},
         "mindsdb/mindshub#11285, i-am-bee/agentstack#1316, SecureAI-Tools/SecureAI-Tools#94",
-        host=rf"{_AZURE_OPENAI}|.+\.services\.ai\.azure\.com",
+        host=_AZURE,
     ),
     Row(
         "azure",

@@ -31,6 +31,11 @@ _FAIR_BYTES = 32 << 10
 """Bytes of an answer after which other tasks get their turn: ten thousand lines of them take 10 ms, and packed answers
 come without a pause."""
 
+_MAX_HEADER_BYTES = 64 << 10
+_MOST_HEADERS = 1000
+"""Of the head of an answer: proxies add policies and cookies of more than the 8 KB that aiohttp takes by itself. The
+SDK's client takes 100 KB in all."""
+
 _MOST_REDIRECTS = 3
 
 _REDIRECTS = frozenset({301, 302, 307, 308})
@@ -108,6 +113,9 @@ class Wire:
             proxy=self._proxy,
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=_FAIR_BYTES,
+            max_line_size=_MAX_HEADER_BYTES,
+            max_field_size=_MAX_HEADER_BYTES,
+            max_headers=_MOST_HEADERS,
         )
         return self._session
 

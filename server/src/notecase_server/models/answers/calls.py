@@ -21,11 +21,15 @@ MAX_NAME = 256
 class _OpenCall:
     """One tool call of the reply, as far as it has come."""
 
-    __slots__ = ("arguments", "held", "held_size", "id", "key", "name", "size")
+    __slots__ = ("arguments", "doubtful", "given", "held", "held_size", "id", "key", "name", "size")
 
     def __init__(self, key: int, call_id: Label) -> None:
         self.key = key
         self.id = call_id
+        self.doubtful = False
+        """It has the name of a call that is whole, and no arguments so far: it may be that one's end."""
+        self.given = False
+        """Something of it was given out."""
         self.name = ""
         self.arguments: list[str] = []
         """What was given out."""
@@ -89,26 +93,39 @@ class Calls:
 
     def __init__(self) -> None:
         self._calls: list[_OpenCall] = []
-        self._by_index: dict[Label, _OpenCall] = {}
+        self._by_index: dict[str, _OpenCall] = {}
         self._by_id: dict[Label, _OpenCall] = {}
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return len(self.given())
+
+    def given(self) -> set[int]:
+        """The keys of what is certain to be a call. Some servers send an empty one with each reply."""
+        return {call.key for call in self._calls if call.given}
+
+    def has_number(self, index: str) -> bool:
+        return index in self._by_index
 
     def take(self, piece: CallPiece) -> Call:
+        """Returns what is certain of a call, which may be nothing."""
         function = piece.function or Function()
         name, arguments = (function.name or "")[:MAX_NAME], function.arguments or ""
         call = self._owner(piece, name, arguments)
         if call is None:
             call = _OpenCall(len(self._calls), _id(piece))
+            call.doubtful = self._may_be_end(piece, name)
             self._calls.append(call)
         if piece.index is not None:
-            self._by_index[piece.index] = call
+            self._by_index[str(piece.index)] = call
         if _id(piece) is not None:
             self._by_id[piece.id] = call
         name = name.removeprefix(call.name)[: MAX_NAME - len(call.name)]
         call.name += name
-        return Call(call.key, name, call.take(arguments))
+        said = call.take(arguments)
+        if call.given:
+            return Call(call.key, name, said)
+        call.given = bool(call.arguments or call.held or (call.name and not call.doubtful))
+        return Call(call.key, call.name if call.given else "", said)
 
     def end(self) -> list[Call]:
         """Returns what was held back of each call."""
@@ -118,7 +135,7 @@ class Calls:
         """The call that the piece goes on with; None when it begins another."""
         call_id = _id(piece)
         if piece.index is not None:
-            call = self._by_index.get(piece.index)
+            call = self._by_index.get(str(piece.index)) or self._numbered_anew(call_id, name, arguments)
         elif call_id is not None and call_id in self._by_id:
             return self._by_id[call_id]
         else:
@@ -130,7 +147,22 @@ class Calls:
         other = call_id is not None and call_id != call.id
         if other and renamed:
             return None
-        if (other or piece.index is None) and (arguments or renamed) and call.is_whole():
+        return None if (other or piece.index is None) and call.is_whole() else call
+
+    def _may_be_end(self, piece: CallPiece, name: str) -> bool:
+        """Whether a piece that begins a call may be the end of the one before it."""
+        if piece.index is not None:
+            before = self._by_index.get(str(piece.index))
+        else:
+            before = self._calls[-1] if self._calls else None
+        return before is not None and before.name == name
+
+    def _numbered_anew(self, call_id: Label, name: str, arguments: str) -> _OpenCall | None:
+        """The call that a piece with a new number goes on with: some servers number the pieces."""
+        if not arguments or not self._calls:
+            return None
+        call = self._calls[-1] if call_id is None else self._by_id.get(call_id)
+        if call is None or call.is_whole() or (name and (call_id is None or name != call.name or not call.size)):
             return None
         return call
 

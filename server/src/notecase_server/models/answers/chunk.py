@@ -239,6 +239,15 @@ def plain(data: bytes) -> Any:
         raise NotJsonError from None
 
 
+def last_line(text: bytes) -> Any:
+    """Decodes the last line of a text whose first ones were cut; None where that is no JSON either."""
+    _, line, rest = text.rpartition(b"\n")
+    try:
+        return plain(rest) if line else None
+    except NotJsonError:
+        return None
+
+
 def loose(value: Any) -> Chunk:
     """Makes a chunk of a plain value. Raises MODEL_ERROR when it is no object, or has choices that are none."""
     if not isinstance(value, dict):
@@ -286,7 +295,8 @@ def _said(value: Any) -> Said | None:
     content = value.get("content")
     if content is not None and not isinstance(content, str | list | dict):
         raise malformed()  # the reply itself, in a type that says nothing
-    said.content, said.refusal = _text_of(content), _text_of(value.get("refusal"))
+    refusal = value.get("refusal") or [part.get("refusal") for part in _parts(content) if isinstance(part, dict)]
+    said.content, said.refusal = _text_of(content), _text_of(refusal)
     thought = next((text for name in _THOUGHTS if (text := thought_of(value.get(name)))), "")
     said.reasoning_content = thought or _thoughts_within(content)
     if images := _images_within(content):

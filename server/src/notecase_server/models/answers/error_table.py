@@ -69,6 +69,13 @@ CODES = (
     Code("billingerror", Verdict.ACCOUNT, "Anthropic"),
     Code("paymentrequired", Verdict.ACCOUNT, "gateways"),
     Code("quotaexceeded", Verdict.ACCOUNT, "gateways"),
+    Code("notenoughbalance", Verdict.ACCOUNT, "Novita"),
+    Code("insufficientfunds", Verdict.ACCOUNT, "Vercel"),
+    Code("usagelimitreached", Verdict.ACCOUNT, "ChatGPT plans"),
+    Code("accountoverdueerror", Verdict.ACCOUNT, "Volcengine Ark"),
+    Code("setlimitexceeded", Verdict.ACCOUNT, "Volcengine Ark: the limit that its owner has set"),
+    Code("1308", Verdict.ACCOUNT, "Zhipu: the limit of the plan for some hours"),
+    Code("1310", Verdict.ACCOUNT, "Zhipu: the limit of the plan for the week or the month"),
     Code("creditsexhausted", Verdict.ACCOUNT, "gateways"),
     Code("invalidapikey", Verdict.CREDENTIAL, "OpenAI, DashScope, Groq"),
     Code("authenticationerror", Verdict.CREDENTIAL, "Anthropic, LiteLLM, DeepSeek"),
@@ -148,18 +155,31 @@ def _says(pattern: str, means: Verdict, source: str) -> Words:
 
 
 WORDS = (
-    _says(r"insufficient (account )?balance", Verdict.ACCOUNT, "DeepSeek, Zhipu, Moonshot, SiliconFlow"),
-    _says(r"insufficient (credit|fund)s?", Verdict.ACCOUNT, "OpenRouter, Vercel, xAI"),
-    _says(r"requires more credits|out of credits|no credits", Verdict.ACCOUNT, "OpenRouter, Hugging Face"),
-    _says(r"credit balance is too low", Verdict.ACCOUNT, "Anthropic"),
-    _says(r"credit balance has been exhausted|balance is not enough", Verdict.ACCOUNT, "gateways"),
-    _says(r"insufficient quota|quota has been exhausted", Verdict.ACCOUNT, "New API and other gateways"),
-    _says(r"budget has been exceeded", Verdict.ACCOUNT, "LiteLLM"),
-    _says(r"key limit exceeded", Verdict.ACCOUNT, "OpenRouter"),
-    _says(r"used all (available|of your) credits|monthly spending limit", Verdict.ACCOUNT, "xAI"),
-    _says(r"exceeded your monthly included credits", Verdict.ACCOUNT, "Hugging Face"),
-    _says(r"account is in good standing|arrearage|overdue[- ]payment", Verdict.ACCOUNT, "DashScope"),
-    _says(r"余额不足|欠费|请充值|额度(已)?(不足|用完|用尽)", Verdict.ACCOUNT, "Chinese gateways"),
+    _says(
+        r"\b(insufficient|not enough|no|low|out of|more|zero)\b[\w $]{0,30}\b(balance|credits?|funds|quota)\b",
+        Verdict.ACCOUNT,
+        "DeepSeek, Zhipu, Moonshot, OpenRouter, Vercel, xAI, Venice, Hugging Face",
+    ),
+    _says(
+        r"\b(balance|credits?|funds|quota|free tier)\b[^.!?]{0,40}"
+        r"\b(insufficient|not enough|too low|exhausted|depleted|used up|expired|negative)\b|balance (is|of) -?\$?0\b",
+        Verdict.ACCOUNT,
+        "Anthropic, SiliconFlow, Chutes, New API, Google AI Studio, DashScope",
+    ),
+    _says(
+        r"\b(spend(ing)?|billing|budget|monthly|weekly|credit)( \w+)? (limit|cap|budget)\b"
+        r"|(budget|key limit)[^.!?]{0,20} exceeded|exceeded ?budget|over budget|crossed spend",
+        Verdict.ACCOUNT,
+        "OpenAI, xAI, Fireworks, Together, Zhipu, LiteLLM, OpenRouter",
+    ),
+    _says(r"used (all|up) (available|of your|your)|monthly included credits", Verdict.ACCOUNT, "xAI, Cloudflare"),
+    _says(
+        r"account is (in good standing|not active)|arrearage|overdue[- ]payment|payment required"
+        r"|(valid|add a) (payment method|credit card)",
+        Verdict.ACCOUNT,
+        "DashScope, OpenAI, gateways",
+    ),
+    _says(r"余额不足|欠费|请充值|额度.{0,4}(不足|用完|用尽|失败)|剩余额度|限额", Verdict.ACCOUNT, "Chinese gateways"),
     _says(r"(invalid|incorrect|wrong|missing|expired|no) api[ _-]?key", Verdict.CREDENTIAL, "OpenAI and most others"),
     _says(
         r"api[ _-]?key (is |was )?(not valid|invalid|not found|expired|disabled|missing)", Verdict.CREDENTIAL, "Gemini"
@@ -185,6 +205,14 @@ WORDS = (
     _says(r"flagged|moderation|content (policy|filter)|safety system|sensitive", Verdict.REFUSED, "OpenRouter, OpenAI"),
 )
 """Looked at in order, where neither a code nor a status says more."""
+
+BUSY = re.compile(
+    r"(?i)rate.?limit(ed|s? (is |was |has been )?(reached|exceeded))|too many requests"
+    r"|overloaded|temporarily (unavailable|out)"
+    r"|\b(server|service|model|engine|system)[^.!?]{0,30}\b(busy|(is|still|currently) (being )?load(ing|ed))"
+    r"|at capacity|繁忙|请稍后(再|重)试"
+)
+"""Words of gateways that tell it with whatever status, such as 400 or 403."""
 
 LIMIT_AND_REQUESTED = re.compile(
     r"(?is)\blimit:? *(?P<limit>[\d,]{1,24}).{0,80}?\brequested:? *(?P<requested>[\d,]{1,24})"
@@ -215,6 +243,11 @@ def by_words(words: str) -> Verdict | None:
         if row.pattern.search(words):
             return row.means
     return None
+
+
+def is_busy(words: str) -> bool:
+    """Returns whether the words can only mean that the same request may be taken later."""
+    return BUSY.search(words) is not None
 
 
 def is_never_met(words: str) -> bool:

@@ -20,6 +20,9 @@ LAST = b"data: [DONE]\n\n"
 _NO_TEXT = 3
 """Events at the end of a reply that are no text: why it ended, its usage, and LAST."""
 
+_JUNK = b" \t\0\xef\xbb\xbf"
+"""What some servers write before a line: each write of theirs begins with a mark, or as deep as their code."""
+
 _LINE_BYTES = 64
 """What a line costs besides its bytes, so that a million empty ones are bounded too."""
 
@@ -38,6 +41,8 @@ class EventSplitter:
         self._lines: list[bytes] = []
         self._size = 0
         self._name = ""
+        self.stray = b""
+        """The last line that is none of an event: words, or a page, of whoever cut the answer."""
 
     def feed(self, chunk: bytes) -> list[Event]:
         """Returns the documents that `chunk` completes, in order. Events without data are left out. Raises MODEL_ERROR
@@ -113,6 +118,13 @@ class EventSplitter:
             self._add(line, found)
         elif line.startswith(b"event:"):
             self._name = line[6:].strip().decode("latin-1")[:64]
+        elif line.startswith(b"error:"):  # llama.cpp puts an event's name there
+            self._name = "error"
+            self._add(line[6:].strip(), found)
+        elif (bare := line.lstrip(_JUNK)) != line or line[:5] == b"Data:":
+            self._take(bare[:1].lower() + bare[1:], found)
+        elif not line.startswith((b":", b"id:", b"retry:")) and not b"data:".startswith(line):
+            self.stray = line
 
     def _add(self, data: bytes, found: list[Event]) -> None:
         """Adds a data line. In no JSON does "{" follow "}", so that a line which begins so behind one which ends so is

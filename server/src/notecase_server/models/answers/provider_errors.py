@@ -3,6 +3,7 @@
 What the words and codes mean stands in `error_table` and `too_long`; here is only how they are found.
 """
 
+import datetime
 import email.utils
 import math
 import re
@@ -38,6 +39,8 @@ _BOM = b"\xef\xbb\xbf"
 
 _HOLDERS = (
     "error",
+    "Error",
+    "err",
     "errors",
     "base_resp",
     "message",
@@ -55,6 +58,9 @@ _HOLDERS = (
 )
 """The members that may hold a further error, or its words, outermost first."""
 
+_ERRORS = ("error", "errors", "Error", "err", "exception", "fault")
+"""The members that hold an error, or say that there is none."""
+
 _SPEAKERS = (
     "message",
     "msg",
@@ -66,6 +72,9 @@ _SPEAKERS = (
     "status_msg",
     "detail",
     "error",
+    "err",
+    "Error",
+    "exception",
     "raw",
     "error_description",
     "description",
@@ -78,6 +87,7 @@ _SPEAKERS = (
 
 _CODES = (
     "code",
+    "Code",
     "type",
     "status",
     "error_code",
@@ -100,8 +110,20 @@ _CUT = {
 _PAGE = re.compile(r"(?i)<(!doctype|html|head|body|\?xml|!--|title|center|h1|p)\b")
 _OTHER = re.compile(r"[^a-z0-9]+")
 _MOMENT = re.compile(
-    r"(?i)\b(?:try again|retry|wait)\b[^.]{0,24}?\b(?:in|after|for)\b[^\d]{0,12}((?:\d+(?:\.\d+)?\s*(?:ms|[a-z]+)\s*)+)"
+    r"(?i)\b(?:(?:try again|retry|wait|resets?|available)\b[^.]{0,24}?\b(?:in|after|for)\b[^\d]{0,12}"
+    r"|(?:wait|retry)\s+)"
+    r"((?:\d+(?:\.\d+)?\s*(?:ms|[a-z]+)\s*(?:and\s+)?)+)"
 )
+_WAITS = {
+    **dict.fromkeys(("retry_after", "retryAfter", "retryDelay", "retry_after_seconds", "resets_in_seconds"), 1.0),
+    "retry_after_ms": 0.001,
+    "estimated_time": 1.0,  # Hugging Face: until a model is loaded
+}
+"""The members that say how long to wait, and what part of a second one of theirs is."""
+
+_SPANS = re.compile(r"-?[\d.]+(e\d+)?\s*([a-z]+\s*([\d.]+\s*[a-z]+\s*)*)?")
+_EPOCH = 1e9
+"""Seconds: what is above it counts from 1970, be it in seconds or in milliseconds."""
 _SPAN = re.compile(
     r"(\d+(?:\.\d+)?)\s*(ms|milliseconds?|h|hours?|m|min|minutes?|s|secs?|seconds?)(?![a-z])", re.IGNORECASE
 )
@@ -126,8 +148,11 @@ def find(value: object, *, named: bool = False) -> object | None:
         return next((error for item in value if (error := find(item, named=named)) is not None), None)
     if not isinstance(value, dict):
         return value if named else None
-    if _is_set(value.get("error")) or _is_set(value.get("errors")):
+    if any(_is_set(value.get(name)) for name in _ERRORS):
         return value
+    for held in (value.get("Response"), value.get("ResponseMetadata"), value.get("header")):
+        if isinstance(held, dict) and not value.get("choices") and find(held) is not None:
+            return held
     base = value.get("base_resp")
     if isinstance(base, dict) and str(base.get("status_code", 0)) not in _SUCCESS:
         return value
@@ -247,8 +272,8 @@ def _walk(
                 codes.append(
                     (f"{name}." if name in _SCOPED and str(held).isdecimal() else scope, str(held)[:_MAX_CODE])
                 )
-        spans = (_seconds(value.get(name)) for name in ("retry_after", "retryDelay", "retry_after_seconds"))
-        after.extend(seconds for seconds in spans if seconds is not None)
+        spans = ((_seconds(value.get(name)), part) for name, part in _WAITS.items())
+        after.extend(seconds * part for seconds, part in spans if seconds is not None)
         where = value.get("loc")
         if isinstance(where, list) and isinstance(value.get("msg"), str):
             words.append(f"{'.'.join(str(part) for part in where[:8])}: {value['msg']}")
@@ -269,7 +294,7 @@ def _http_status(code: str) -> int | None:
     return int(code) if len(code) == 3 and code.isdecimal() and 400 <= int(code) < 600 else None
 
 
-def _seconds(value: object) -> float | None:
+def _seconds(value: object, most: float = _MAX_RETRY_AFTER) -> float | None:
     """A span as a number of seconds or as text such as "34s" or "1m2.5s"."""
     if isinstance(value, str):
         spans = _SPAN.findall(value)
@@ -286,7 +311,7 @@ def _seconds(value: object) -> float | None:
             )
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return min(max(float(value), 0.0), _MAX_RETRY_AFTER)
+    return min(max(float(value), 0.0), most)
 
 
 def _moment_in(words: str) -> float | None:
@@ -298,21 +323,32 @@ def _moment_in(words: str) -> float | None:
 def retry_after(headers: Mapping[str, str], clock: Callable[[], int]) -> float | None:
     """Returns the seconds that a provider asks to wait. A date counts from the answer's own Date, since clocks differ,
     or from ours, in microseconds, where there is none."""
-    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / per_second
-        except ValueError:
-            continue
-        if math.isfinite(seconds):
-            return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
-    until, now = (email.utils.parsedate_tz(headers.get(name, "")) for name in ("retry-after", "date"))
-    if until is None:
+    told = headers.get("retry-after", "").strip()
+    seconds = _seconds(headers.get("retry-after-ms", ""), most=math.inf)
+    if seconds is not None:
+        return min(seconds / 1000.0, _MAX_RETRY_AFTER)
+    if not _SPANS.fullmatch(told.partition(",")[0]):
+        moment = _moment(told)
+    else:
+        seconds = _seconds(told.partition(",")[0], most=math.inf)
+        if seconds is None or not _EPOCH < seconds < _EPOCH * 1e4:
+            return None if seconds is None else min(seconds, _MAX_RETRY_AFTER)
+        moment = seconds if seconds < _EPOCH * 100 else seconds / 1000.0
+    if moment is None:
         return None
+    now = _moment(headers.get("date", ""))
+    return min(max(moment - (clock() / 1e6 if now is None else now), 0.0), _MAX_RETRY_AFTER)
+
+
+def _moment(text: str) -> float | None:
+    """A date, as HTTP or as ISO 8601 has it, in seconds since 1970."""
     try:
-        seconds = float(email.utils.mktime_tz(until) - (email.utils.mktime_tz(now) if now else clock() / 1e6))
+        if (parsed := email.utils.parsedate_tz(text)) is not None:
+            return float(email.utils.mktime_tz(parsed))
+        moment = datetime.datetime.fromisoformat(text)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
     except (ValueError, OverflowError):
         return None
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
 
 
 def judge(status: int | None, told: Told) -> Verdict:
@@ -328,7 +364,8 @@ def judge(status: int | None, told: Told) -> Verdict:
         return by_words
     if status is not None:
         by_status = error_table.by_status(status)
-        return Verdict.PASSING if by_code is Verdict.PASSING else by_status
+        busy = by_code is Verdict.PASSING or (by_status is Verdict.REFUSED and error_table.is_busy(told.words))
+        return Verdict.PASSING if busy else by_status
     if by_code is None and told.status is not None:
         return error_table.by_status(told.status)
     return by_code or by_words or Verdict.PASSING
@@ -351,7 +388,7 @@ def failure(
         facts["code"] = "context_length_exceeded"
         return errors.model_error(f"The request is larger than the provider allows{words}", **facts)
     too_large = status == _TOO_LARGE or too_long.is_too_long(told.codes, told.words)
-    if status != 429 and verdict is not Verdict.ACCOUNT and too_large:
+    if status != 429 and verdict not in (Verdict.ACCOUNT, Verdict.CREDENTIAL) and too_large:
         facts["code"] = "context_length_exceeded"
         return errors.model_error(f"The conversation is too long for the model {model!r}{words}", **facts)
     match verdict:

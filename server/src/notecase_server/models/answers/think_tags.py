@@ -15,11 +15,17 @@ TAGS = (
     Tag("<think>", "</think>", "DeepSeek R1, Qwen 3, MiniMax M2, GLM and most others"),
     Tag("<thinking>", "</thinking>", "Claude-like fine-tunes, Granite"),
     Tag("<thought>", "</thought>", "Gemini's compatible endpoint"),
+    Tag("<Thought>", "</Thought>", "fine-tunes, as Open WebUI knows them"),
+    Tag("<reason>", "</reason>", "fine-tunes, as Open WebUI knows them"),
     Tag("<reasoning>", "</reasoning>", "Reka, fine-tunes"),
     Tag("[THINK]", "[/THINK]", "Magistral"),
     Tag("<seed:think>", "</seed:think>", "Seed-OSS"),
     Tag("◁think▷", "◁/think▷", "Kimi-VL"),
     Tag("<|inner_prefix|>", "<|inner_suffix|>", "Apertus"),
+    Tag("<|begin_of_thought|>", "<|end_of_thought|>", "Sky-T1, OpenThinker"),
+    Tag("<|channel>thought", "<channel|>", "Gemma 4: NousResearch/hermes-agent#67632, jundot/omlx#560"),
+    Tag("<|START_THINKING|>", "<|END_THINKING|>", "Cohere Command A Reasoning"),
+    Tag("<longcat_think>", "</longcat_think>", "LongCat"),
 )
 
 _LONGEST = max(len(tag.opens) for tag in TAGS)

@@ -46,62 +46,50 @@ CODES = (
     Code("10907", "iFlytek Spark: too many tokens"),
 )
 
+_SAID = r"\b(prompt|inputs?|messages?|conversation|history|context|chat|request|payload|sequence|query|tokens?)\b"
+_ABOVE = (
+    r"\b(exceed(s|ed|ing)?|overflow(s|ed)?|(above|beyond|longer|larger|greater|more) (than )?(the|its|this|our|max|\d))"
+)
+_CONTEXT = r"context (length|window|size|limit|budget)"
+
 WORDINGS = (
-    _says(r"maximum context (length|window|size)", "OpenAI, vLLM, OpenRouter, DeepSeek"),
-    _says(r"configured limit of [\d,]+ tokens", "OpenAI: input tokens exceed it"),
-    _says(r"longer than the maximum model length", "vLLM: decoder prompt"),
-    _says(r"exceeds (the )?model'?s maximum (context|sequence|input)? ?length", "SGLang, gateways"),
-    _says(r"longer than the model'?s context length", "SGLang: the input"),
-    _says(r"requested token count exceeds", "SGLang: the model's maximum context"),
-    _says(r"input token count\b.*\bexceeds", "Gemini"),
+    _says(rf"{_SAID}[^.!?]{{0,80}}?\btoo (long|large|big)\b", "Anthropic, Bedrock, Fireworks, Moonshot, Mistral, Groq"),
+    _says(r"too many (messages|((total|input|prompt) )*(tokens|text bytes))\b(?! per)", "Cohere, Bedrock, Anthropic"),
+    _says(rf"\btokens?\b[^.!?]{{0,80}}?{_ABOVE}", "Gemini, GitHub Copilot, Together, Volcengine, gateways"),
+    _says(rf"{_ABOVE}[^.!?]{{0,60}}?\btokens?\b", "Moonshot, watsonx, NIM, gateways"),
+    _says(r"\btokens?\b[^.!?]{0,60}? (must|should) be (less|fewer|at most|no more|<)", "gateways before TGI"),
+    _says(r"(supports?|allows?|accepts?|takes?) (only|at most|up to|a maximum of) [\d,]+ tokens", "gateways"),
+    _says(rf"{_CONTEXT}[^.!?]{{0,40}}?\b(exceed|overflow|reached|full\b)", "llama.cpp, Ollama, LM Studio, MiniMax"),
+    _says(r"\bcontext (is |was )?(overflow|full\b|exceeded)|\b(out of|fit \w+( the)?) context\b", "gateways"),
+    _says(
+        rf"{_ABOVE}[^.!?]{{0,60}}?\b(context|n_ctx)\b(?! deadline| cancel)", "OpenAI, llama.cpp, ds4, MLX, Cloudflare"
+    ),
+    _says(rf"{_CONTEXT} (is|of)( only)? [\d,.]+ ?k?\b", "OpenAI, vLLM, OpenRouter, DeepSeek, DwarfStar"),
+    _says(
+        r"\b(prompt|inputs?|messages?|conversation|history|sequence|query)\b[^.!?]{0,60}?"
+        rf"{_ABOVE}[^.!?]{{0,40}}?(max|limit|length|allowed|\d{{4,}})",
+        "vLLM, SGLang, Poolside, Zhipu, Qianfan, Tencent Hunyuan, DashScope",
+    ),
+    _says(r"conversation (length|limit)\b[^.!?]{0,20}\b(exceed|reach)|reached its conversation limit", "Moonshot"),
+    _says(r"(payload|body|request) size exceeds", "Gemini"),
+    _says(r"input_ids is \d+, but `?max_length", "Hugging Face"),
+    _says(r"n_keep\b.{0,40}n_ctx", "LM Studio"),
     _says(r"unable to submit request because the input token count", "Vertex AI"),
-    _says(r"(prompt|conversation) (is )?too long", "Anthropic, Fireworks, gateways"),
-    _says(r"messages (are )?too long", "gateways"),
-    _says(r"input is too long", "Bedrock"),
-    _says(r"too many (input )?tokens\b(?! per)", "Cohere, Bedrock Titan"),
     _says(r"maximum prompt length", "xAI"),
     _says(r"reduce the length of (the|your) (messages|prompt|input)", "Groq, Azure"),
     _says(r"`?inputs`? (tokens \+ `?max_new_tokens`? )?must (be <=|have less than)", "TGI, Together"),
     _says(r"range of input length should be", "DashScope"),
-    _says(r"exceeds max(imum)? length", "Zhipu"),
-    _says(r"request body too large for .* model", "GitHub Models"),
-    _says(r"prompt token count of \d+ exceeds", "GitHub Copilot"),
-    _says(r"maximum allowed input length", "Poolside"),
-    _says(
-        r"exceed(s|ed)? ((the|this) )?(model'?s? )?(available )?context (size|length|limit|window)",
-        "llama.cpp, llama-cpp-python, ds4, MLX; OpenAI, Responses and later models; Cloudflare; Anthropic",
-    ),
-    _says(r"greater than the context length", "LM Studio"),
-    _says(
-        r"context (length|window|size) (is |was |has been |of \d+ )?(exceeded|overflow)",
-        "llama.cpp, Ollama, LM Studio, gateways",
-    ),
-    _says(r"reached context length of", "LM Studio: overflow policy"),
-    _says(r"when (the )?context (the )?overflows", "LM Studio: tokens to keep"),
     _says(r"maximum supported sequence length", "SambaNova"),
-    _says(r"message token length exceed", "DashScope"),
-    _says(r"exceed max message tokens", "Volcengine Ark"),
-    _says(r"exceed max_num_tokens", "TensorRT-LLM"),
     _says(r"expected maxLength: \d{4,}", "Bedrock"),
-    _says(r"exceeds? (the |model'?s? )*(maximum )?token limit", "gateways"),
-    _says(r"exceeds? (the )?max model len", "gateways before vLLM"),
-    _says(r"context window exceeds limit", "MiniMax"),
-    _says(r"exceeded model token limit", "Moonshot"),
-    _says(r"input (text )?(length|tokens?) exceeds the (model's )?(max|limit)", "Baidu Qianfan, Tencent Hunyuan"),
-    _says(r"prompt tokens? too long", "Baidu Qianfan"),
-    _says(r"prompt contains \d+ tokens.{0,40}too large", "Mistral"),
     _says(r"prompt length \(?\d+\)? exceeds", "Fireworks, TensorRT-LLM"),
-    _says(r"prompt (has|with) \d+ tokens,? (which )?exceeds", "NIM, Perplexity"),
-    _says(r"exceeds the maximum (number of )?(input )?tokens (allowed|supported)", "watsonx, Databricks"),
-    _says(r"number of input tokens \d+ cannot exceed", "watsonx"),
-    _says(r"max_seq_len|max_position_embeddings|max_sequence_length", "LMDeploy, TensorRT-LLM, NIM"),
     _says(r"current length is \d+ while limit is \d+", "Cerebras"),
-    _says(r"request too large for model|your request is too large for the model", "Groq, Anyscale"),
     _says(
-        r"(对话|消息)(内容)?过长|输入(内容|文本|长度)?.{0,8}(过长|超出|超过)|上下文.{0,6}(超出|过长|超过)|超(出|过).{0,12}(上下文|最大长度)",
+        r"(输入|上下文|提示|prompt|对话|消息|请求|messages?|tokens?|内容|文本).{0,12}(过长|过大|超)"
+        r"|(上下文|tokens?数?)过多|超(出|过)?.{0,12}(上下文|最大长度)",
         "Chinese gateways",
     ),
 )
+"""What was said, and that it is above what the model takes: most servers say so within a sentence, in either order."""
 
 OTHERS = (
     _says(
@@ -115,7 +103,22 @@ OTHERS = (
     ),
     _says(r"string too long|string_above_max_length", "OpenAI: one string is too long"),
     _says(r"(tool|function)[^.]{0,40}(description|name)[^.]{0,40}too long", "one description is too long"),
-    _says(r"(per|a|this|each) (minute|hour|day)|\b[tr]p[md]\b", "limits by time, which end"),
+    _says(
+        r"\b(output|completion|response) tokens?\b[^.!?]{0,20}\b(exceed|must|should|cannot)"
+        r"|exceeds the max\w* (number of )?(output|completion)",
+        "gateways: too much output is asked for",
+    ),
+    _says(
+        r"\b(images?|audio|video|files?|headers?|cookies?|ur[il])\b[^.!?]{0,60}\btoo (long|large|big)\b|image tokens",
+        "one part of the request is too large",
+    ),
+    _says(r"(图片|图像|文件|音频|视频|工具).{0,12}(过长|过大|超)", "Chinese gateways: the same"),
+    _says(
+        r"\b(per|a|this|each) (minute|hour|day)|\b[tr]p[md]\b|\b(rate|quota|daily|weekly|monthly)\b"
+        r"|please wait|again (in|later)|retry after",
+        "limits by time, which end",
+    ),
+    _says(r"(频率|并发|额度|配额|限流|限速|请求(数|次数|量)|每(秒|分|小时|天|日|月))", "Chinese gateways: the same"),
 )
 """No request that is too long, although a row above applies."""
 

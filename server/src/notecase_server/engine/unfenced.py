@@ -1,0 +1,210 @@
+"""Takes from a reply that is to be JSON what models put around it, while it comes. Pure."""
+
+import re
+
+import msgspec
+
+_FENCE = re.compile(r"`{3,}[ \t]*[a-zA-Z0-9+-]{0,16}[ \t]*\r?")
+
+_ONE_LINE = re.compile(r"`{3,}[ \t]*[a-zA-Z0-9+-]{0,16}[ \t]*(?=[{\[])")
+
+_PLAIN_FENCE = re.compile(r"(?i)`{3}[ \t]*(json[5c]?)?[ \t]*\r?")
+
+_BEGINS_JSON = frozenset('{["-0123456789`')
+
+_AROUND = "` \t\r\n"
+"""What a fence and the space around JSON are made of."""
+
+_HELD_PROSE = 16 << 10
+"""Characters in front of JSON that are waited through, and of those behind it that are kept: a sentence or two."""
+
+
+_BLANK = re.compile(r"[\s\ufeff\u200b]*")
+
+_OBJECT = re.compile(r'\[\s*\{\s*"|\{\s*["}]')
+"""How an object, or a list of them, begins among words."""
+
+_MARKS = re.compile(r'["{}\[\]]')
+_IN_STRING = re.compile(r'["\\]')
+
+
+def _blank_until(text: str, start: int) -> int:
+    found = _BLANK.match(text, start)
+    return found.end() if found else start
+
+
+class _Brackets:
+    """Finds the end of a JSON object or list, piece by piece."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+
+    def end(self, text: str) -> int:
+        """Returns the index behind its last bracket; -1 where that is still to come."""
+        at = int(self._escaped and bool(text))
+        self._escaped = self._escaped and not text
+        while found := (_IN_STRING if self._in_string else _MARKS).search(text, at):
+            at, mark = found.end(), found[0]
+            if mark == "\\":
+                self._escaped = at == len(text)
+                at += 1
+            elif mark == '"':
+                self._in_string = not self._in_string
+            else:
+                self._depth += 1 if mark in "{[" else -1
+                if self._depth == 0:
+                    return at
+        return -1
+
+
+class Unfenced:
+    """A reply's JSON without what models put around it, piece by piece: a fence, "```json" before it and "```" behind,
+    and words before and behind.
+
+    What may turn out to be around it is held back until more comes, so that what was given out is never taken back, and
+    all of it together is the reply. Words without any JSON stay, which the model is then told."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        """Characters that were taken in and not given out: with those behind the JSON, which are not kept."""
+        self._held: list[str] = []
+        self._begun = False
+        self._fenced = False
+        self._brackets: _Brackets | None = None
+        """Of an object or a list that no fence is around."""
+        self._given: list[str] = []
+        """Of that, what was given out."""
+        self._closed = False
+        self._again = False
+        """What may be another reply has come behind the end of this one."""
+        self._last = ""
+        """The last two characters behind it."""
+
+    def feed(self, piece: str) -> str:
+        """As much of the reply as is certain."""
+        if self._closed:
+            self._behind(piece)
+            return ""
+        if self._begun and not piece.strip(_AROUND):
+            ends_fence = self._fenced and "\n```" in "".join(self._held[-3:])[-3:] + piece
+            if not ends_fence:
+                self._hold(piece)
+                return ""
+        text = self._taken() + piece
+        if not self._begun:
+            found = self._begin(text)
+            if found is None:
+                self._hold(text)
+                return ""
+            text = found
+            self._begun = bool(text) or self._fenced
+            if text.startswith(("{", "[")) and not self._fenced:
+                self._brackets = _Brackets()
+        if self._fenced:
+            # No string of JSON holds a line break, so that this is the fence.
+            inner, closed, behind = text.partition("\n```")
+            if closed:
+                self._closed = True
+                self._behind(behind)
+                return inner.rstrip()
+        sure = text.rstrip(_AROUND)
+        if self._brackets is not None:
+            end = self._brackets.end(sure)
+            self._given.append(sure if end < 0 else sure[:end])
+            if end >= 0:
+                self._closed = True
+                self._behind(text[end:])
+                return sure[:end]
+        self._hold(text[len(sure) :])
+        return sure
+
+    def _hold(self, piece: str) -> None:
+        if piece:
+            self._held.append(piece)
+            self.held += len(piece)
+
+    def _behind(self, piece: str) -> None:
+        """Takes in what comes behind the reply. Of that only the beginning is kept."""
+        joint = self._last + piece
+        self._again = self._again or ("```" if self._fenced else "{") in joint
+        self._last = joint[-2:]
+        if self.held < _HELD_PROSE:
+            self._held.append(piece[:_HELD_PROSE])
+        self.held += len(piece)
+
+    def _begin(self, text: str) -> str | None:
+        """The text behind the opening fence, or all of it where it begins as JSON does. None while that is open."""
+        start = _blank_until(text, 0)
+        while start < len(text) and text[start] not in _BEGINS_JSON:
+            thought = text.find("</think>", start)
+            if thought < 0:
+                break
+            start = _blank_until(text, thought + len("</think>"))  # opened in the prompt, where the template has it
+        text = text[start:]
+        if not text:
+            return ""
+        if text[0] == "`":
+            return self._behind_fence(text, "")
+        if text[0] in _BEGINS_JSON:
+            return text
+        words, fence, rest = text.partition("\n```")
+        if fence:
+            return self._behind_fence(fence[1:] + rest, words + "\n")
+        return None if len(text) < _HELD_PROSE else text
+
+    def _behind_fence(self, text: str, words: str) -> str | None:
+        if (found := _ONE_LINE.match(text)) is not None:
+            return text[found.end() :]
+        line, end, rest = text.partition("\n")
+        if not _FENCE.fullmatch(line):
+            return words + text if end or len(line) > _HELD_PROSE else None
+        begins = rest[_blank_until(rest, 0) :][:1]
+        if end and (_PLAIN_FENCE.fullmatch(line) or begins in ("{", "[")):
+            self._fenced = True
+            return rest
+        return words + text if begins else None
+
+    def words(self) -> str:
+        """What was held back, once a call shows that it was said beside that."""
+        if self._begun:
+            return ""
+        words = self._taken()
+        self._begun = bool(words.strip())
+        return words
+
+    def _taken(self) -> str:
+        held = "".join(self._held)
+        self._held, self.held = [], 0
+        return held
+
+    def end(self) -> str:
+        """The rest, once the reply is whole."""
+        rest = self._taken().rstrip()
+        if self._closed:
+            # Words behind the reply are left out; another object or fence makes it more than one.
+            if rest and not self._fenced and not (self._again or _is_json("".join(self._given))):
+                return rest  # it only begins as JSON does
+            return f"\n{'```' if self._fenced else ''}{rest}" if self._again else ""
+        if not self._begun:
+            return _object_among(rest)
+        return rest.removesuffix("```").rstrip() if self._fenced else rest
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _object_among(words: str) -> str:
+    """The one object, or list of objects, among words without a fence; the words where there is none, or another."""
+    found = _OBJECT.search(words)
+    if found is None:
+        return words
+    text = words[found.start() :]
+    end = _Brackets().end(text)
+    return words if end < 0 or "{" in text[end:] else text[:end]
