@@ -199,7 +199,7 @@ AGENTS = {
     "128 MCP tools with 128 names each": refused(
         AGENT,
         lambda: agent(
-            tools=[v1.Tool(mcp=v1.McpTool(server=f"s{n}", tools=[f"n{m}" for m in range(128)])) for n in range(128)]
+            tools=[v1.Tool(mcp=v1.McpTool(server=f"s{n}", tools=[f"{n}.{m}" for m in range(128)])) for n in range(128)]
         ),
     ),
     "a generation with 1 MiB of members": refused(

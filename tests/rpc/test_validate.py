@@ -83,6 +83,13 @@ TOO_MANY = {
         "tool_result.result",
     ),
     "tools": (lambda check: check.tools("tools", [v1.Tool()] * 129), "tools"),
+    "names of MCP servers' tools": (
+        lambda check: check.tools(
+            "tools",
+            [v1.Tool(name=f"p{n}", mcp=v1.McpTool(server="s", tools=map(str, range(126)))) for n in range(8)],
+        ),
+        "tools",
+    ),
     "bytes of an agent": (
         lambda check: check.agent_body(
             v1.Agent(llm=v1.LlmAgent(instruction="{%" * 600_000, tools=[v1.Tool()])), [], None

@@ -70,6 +70,8 @@ MAX_ID_BYTES = 128
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_TOOLS = 128
 """What providers take in one request."""
+MAX_MCP_NAMES = 1000
+"""Names of MCP servers' tools that one agent lists: each takes some 2 microseconds to look at."""
 MAX_CLIENT_TOOLS_BYTES = 256 << 10
 """Limit for all client tools of a run together: every answer about the run holds them."""
 MAX_RESULT_BYTES = 512 << 10
@@ -591,6 +593,8 @@ class Check:
             lengths = {*map(len, tool.mcp.tools[:MAX_TOOLS])}
             short = lengths.isdisjoint({0}) and max(lengths, default=0) <= naming.OWN_LENGTH
             bounded &= self(short, f"{at}.mcp.tools", f"must be names of 1 to {naming.OWN_LENGTH} characters") and few
+        listed = sum(len(tool.mcp.tools) for tool in tools)
+        bounded &= self(listed <= MAX_MCP_NAMES, field, f"lists more than {MAX_MCP_NAMES} names of MCP servers' tools")
         if bounded:
             self._mcp_names(field, tools)
 
