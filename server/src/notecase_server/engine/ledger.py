@@ -98,7 +98,11 @@ def _described(binding: v1.ToolBinding) -> str:
 
 def declaration(agent: v1.Agent, run: v1.Run, call: v1.ToolCall) -> v1.Tool:
     """Returns the declaration that a call was bound to; an empty one when there was no tool of its name."""
-    tools = declared(agent, run)
+    return declaration_of(declared(agent, run), call)
+
+
+def declaration_of(tools: Sequence[v1.Tool], call: v1.ToolCall) -> v1.Tool:
+    """As `declaration`, of the tools that the run has."""
     index = call.binding.declaration
     return tools[index] if call.HasField("binding") and 0 <= index < len(tools) else v1.Tool()
 
