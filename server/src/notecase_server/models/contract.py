@@ -19,6 +19,15 @@ def is_text(media_type: str) -> bool:
     return plain.startswith("text/") or plain in _TEXTS or plain.endswith(("+json", "+xml"))
 
 
+MANY_PARTS = 1000
+"""Parts of messages from which on what looks at each of them is done in a thread: it takes up to 7 microseconds."""
+
+
+def is_many(messages: Sequence[v1.Message]) -> bool:
+    """Whether messages have so many parts together that a look at each takes long."""
+    return sum(len(message.parts) for message in messages) > MANY_PARTS
+
+
 class Tool(NamedTuple):
     """A function that the model may call."""
 

@@ -9,14 +9,14 @@ import json
 import mimetypes
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import msgspec
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import ModelRequest, Tool, is_text
+from notecase_server.models.contract import ModelRequest, Tool, is_many, is_text
 from notecase_server.models.pieces import Base64
 from notecase_server.models.profiles import Profile
 
@@ -141,7 +141,7 @@ def is_large(request: ModelRequest) -> bool:
     declared = len(request.output_schema)
     for tool in request.tools:
         declared += len(tool.description) + len(tool.parameters)
-    return declared > LARGE_BYTES or len(request.messages) > MANY_MESSAGES
+    return declared > LARGE_BYTES or len(request.messages) > MANY_MESSAGES or is_many(request.messages)
 
 
 async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
@@ -152,13 +152,13 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     such content or too much of it, before any is read."""
     if request.only_text:
         return request
-    messages = request.messages
-    newest = _newest_images(messages, profile)
-    if not any(any(_carried(message, index == newest)) for index, message in enumerate(messages)):
+    messages, look = request.messages, partial(_look, request.messages, profile)
+    newest, chosen = await asyncio.to_thread(look) if is_many(messages) else look()
+    if chosen is None:
         return request
     assert request.load is not None, "who refers to content brings the means to load it"
     filled = list(messages)
-    for index, places in sorted(_chosen(messages, newest).items()):
+    for index, places in sorted(chosen.items()):
         filled[index] = v1.Message()
         filled[index].CopyFrom(messages[index])
         for place, part in enumerate(_carried(filled[index], index == newest)):
@@ -169,6 +169,14 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
             part.data.media_type, part.data.filename = media_type, filename
             await asyncio.to_thread(setattr, part.data, "data", data)
     return request._replace(messages=filled)
+
+
+def _look(messages: Sequence[v1.Message], profile: Profile) -> tuple[int, dict[int, set[int]] | None]:
+    """Returns what `_newest_images` and `_chosen` say; None in place of the latter where there is no content."""
+    newest = _newest_images(messages, profile)
+    if not any(any(_carried(message, index == newest)) for index, message in enumerate(messages)):
+        return newest, None
+    return newest, _chosen(messages, newest)
 
 
 def _chosen(messages: Sequence[v1.Message], newest: int) -> dict[int, set[int]]:
