@@ -24,8 +24,15 @@ MANY_PARTS = 1000
 
 
 def is_many(messages: Sequence[v1.Message]) -> bool:
-    """Whether messages have so many parts together that a look at each takes long."""
-    return sum(len(message.parts) for message in messages) > MANY_PARTS
+    """Whether messages have so many parts together, those of results too, that a look at each takes long."""
+    left = MANY_PARTS
+    for message in messages:
+        left -= len(message.parts)
+        if left < 0:
+            return True
+        if message.role == v1.Message.ROLE_ASSISTANT:
+            left -= sum(len(part.tool_call.result) for part in message.parts if part.HasField("tool_call"))
+    return left < 0
 
 
 class Tool(NamedTuple):

@@ -141,7 +141,8 @@ def is_large(request: ModelRequest) -> bool:
     declared = len(request.output_schema)
     for tool in request.tools:
         declared += len(tool.description) + len(tool.parameters)
-    return declared > LARGE_BYTES or len(request.messages) > MANY_MESSAGES or is_many(request.messages)
+    many = len(request.messages) > MANY_MESSAGES or (not request.only_text and is_many(request.messages))
+    return declared > LARGE_BYTES or many
 
 
 async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
