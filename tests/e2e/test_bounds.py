@@ -299,6 +299,8 @@ async def test_files_to_import_are_bounded_together(store_url: str) -> None:
         assert 0 == served.server.arrivals.size
 
 
+PARTS = v1.ExportRecord(event=v1.Event(sequence=1, message_added=v1.Message(parts=[v1.Part()] * 20_001)))
+
 NONSENSE = {
     "no magic": b"garbage!" + bytes(100),
     "no header": b"notecase\x02" + b"\x02\x22\x00",
@@ -308,6 +310,7 @@ NONSENSE = {
     "a record that says nothing": b"notecase\x02" + b"\x02\x0a\x00" + b"\x02\x30\x01",
     "an entry out of place": b"notecase\x02" + b"\x02\x0a\x00" + b"\x04\x12\x02\x08\x05",
     "content that nobody told": b"notecase\x02" + b"\x02\x0a\x00" + b"\x03\x22\x01x",
+    "a record of very many parts": b"notecase\x02" + b"\x02\x0a\x00" + b"\xcc\xb8\x02" + PARTS.SerializeToString(),
     "more behind the end": b"notecase\x02" + b"\x02\x0a\x00" + b"\x00" + bytes(33),
 }
 

@@ -1,6 +1,7 @@
 """The draft of a reply: pieces in, blocks that only grow, a message out."""
 
 import itertools
+from collections.abc import Sized
 
 import pytest
 from notecase import v1
@@ -133,3 +134,23 @@ def test_sources_cost_no_reply() -> None:
     (part,) = made.message("a", COMPLETED).parts
     assert 0 < len(part.citations) < 10
     assert {(0, 0)} == {(citation.start, citation.end) for citation in part.citations}
+
+
+def test_many_places_in_a_long_text_are_found_in_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else is served meanwhile."""
+    encoded = 0
+
+    def counting(sized: Sized) -> int:
+        nonlocal encoded
+        encoded += len(sized) if isinstance(sized, bytes) else 0
+        return len(sized)
+
+    made, text = draft(), "aé漢🔎" * 10_000
+    made.feed(Text(text))
+    monkeypatch.setattr("notecase_server.engine.draft.len", counting, raising=False)
+    places = [(39_000 - 700 * number, 39_001 - 650 * number) for number in range(50)]
+    made.feed(Cited([Source("https://a", "", *place) for place in places]))
+    assert encoded <= len(text.encode())
+    (part,) = made.message("a", COMPLETED).parts
+    told = [(citation.start, citation.end) for citation in part.citations]
+    assert [(len(text[:start].encode()), len(text[:end].encode())) for start, end in places] == told

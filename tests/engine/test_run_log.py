@@ -13,6 +13,7 @@ from notecase_server.tools.contract import Outcome
 from tests.engine.rooms import House, client_tool, house, kinds
 from tests.store.build import ManualClock, increment, refused
 from tests.support.failing import Failing, Mode
+from tests.support.work import instructions
 
 
 async def called(rooms: House) -> tuple[SessionKey, RunLog, v1.ToolCall]:
@@ -84,3 +85,24 @@ async def test_what_users_said_is_taken_up_in_order_or_named_at_the_end(store: S
         await log.durably(lambda: [log.ending(v1.Run.STATE_CANCELLED)])
         assert ["a"] == (await rooms.log(key))[-1].run_state_changed.dropped_commands
         assert log.ended
+
+
+async def test_a_thousand_approvals_are_denied_in_time_that_grows_with_their_number(
+    store: Store, clock: ManualClock
+) -> None:
+    """Nobody else is served while it is found out whether the run then goes on."""
+    async with house(store, clock) as rooms:
+        (key,) = await rooms.prepare()
+        log = await rooms.run_log(key)
+
+        def taken(number: int) -> int:
+            log.message = v1.Message()
+            del log.run.pending_inputs[:]
+            for n in range(number):
+                call = v1.ToolCall(call_id=f"c{n}", outcome=v1.ToolCall.OUTCOME_PENDING)
+                log.message.parts.add(tool_call=call)
+                log.run.pending_inputs.add(input_id=f"i{n}", kind=v1.InputRequest.KIND_APPROVAL, call=call)
+            denied = ledger.withdrawn(log.run, log.message, "No.", deny=True)
+            return instructions(lambda: log.consequence(denied))
+
+        assert taken(160) < 6 * taken(40)

@@ -16,6 +16,7 @@ from tests.hostile.making import (
     ALBUM,
     ARMED,
     BIG,
+    BRIEF,
     CASE,
     CLERK,
     EYES,
@@ -23,6 +24,7 @@ from tests.hostile.making import (
     INT64_MAX,
     LOOPER,
     NESTED,
+    PARTS,
     SEED,
     agent,
     append,
@@ -199,7 +201,7 @@ AGENTS = {
     "128 MCP tools with 128 names each": refused(
         AGENT,
         lambda: agent(
-            tools=[v1.Tool(mcp=v1.McpTool(server=f"s{n}", tools=[f"n{m}" for m in range(128)])) for n in range(128)]
+            tools=[v1.Tool(mcp=v1.McpTool(server=f"s{n}", tools=[f"{n}.{m}" for m in range(128)])) for n in range(128)]
         ),
     ),
     "a generation with 1 MiB of members": refused(
@@ -329,6 +331,18 @@ RUN = {
         INVOKE,
         lambda: v1.InvokeRequest(start=v1.StartRun(session=ALBUM, agent=EYES, messages=[said("What is this?")])),
         handovers=110,
+    ),
+    "a run behind 20,000 parts": accepted(
+        INVOKE,
+        lambda: v1.InvokeRequest(start=v1.StartRun(session=PARTS, agent=EYES, messages=[said("And now?")])),
+    ),
+    "a run behind 20,000 parts, of which few are shown": accepted(
+        INVOKE,
+        lambda: v1.InvokeRequest(start=v1.StartRun(session=PARTS, agent=BRIEF, messages=[said("And now?")])),
+    ),
+    "a summary of 20,000 parts": accepted(
+        "SessionService/CompactSession",
+        lambda: v1.CompactSessionRequest(name=PARTS, agent=EYES, keep_recent=1),
     ),
     "1,000 commands on one stream": Hostile(
         "RunService/Run",

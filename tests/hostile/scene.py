@@ -8,13 +8,14 @@ import grpc
 from notecase import v1
 
 from tests.hostile import making
-from tests.hostile.making import ADA, BIG, CLERK, CONTENT, said
+from tests.hostile.making import ADA, BIG, CLERK, CONTENT, PARTS, said
 
 AGENTS = {
     "clerk": v1.LlmAgent(provider="offline", instruction="Answer briefly."),
     "looper": v1.LlmAgent(provider="offline", instruction=making.LOOPS),
     "nested": v1.LlmAgent(provider="offline", instruction=making.NESTED_LOOPS),
     "eyes": v1.LlmAgent(provider="openai", model="tokens-1"),
+    "brief": v1.LlmAgent(provider="openai", model="tokens-1", context=v1.Context(max_tokens=15_000)),
     "armed": v1.LlmAgent(provider="openai", model="tokens-1", tools=making.tools(126, 8000)),
 }
 
@@ -30,6 +31,7 @@ async def scene(channel: grpc.aio.Channel, many: int) -> AsyncIterator[None]:
     await sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=case, state=making.SEED))
     await _make_album(channel)
     await _make_big(channel)
+    await _make_parts(channel)
     watchers = [await _watched(channel, number) for number in range(many)]
     try:
         yield
@@ -57,6 +59,14 @@ async def _make_big(channel: grpc.aio.Channel) -> None:
     await state.PutState(making.put(making.wide_list(9_998), "0", f"{BIG}/state"))
     for _ in range(12):
         await v1.MessageServiceStub(channel).AppendMessages(making.append([said("x" * 1000)] * 100, BIG))
+
+
+async def _make_parts(channel: grpc.aio.Channel) -> None:
+    await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="parts"))
+    asked, replied = making.parts(1000), making.parts(1000, v1.Part(json="1"))
+    replied.role = v1.Message.ROLE_ASSISTANT
+    for _ in range(10):
+        await v1.MessageServiceStub(channel).AppendMessages(making.append([asked, replied], PARTS))
 
 
 async def _watched(channel: grpc.aio.Channel, number: int) -> Any:

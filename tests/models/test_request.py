@@ -1,14 +1,15 @@
 """A request as it is written, where no server's profile matters: choices among tools, calls of strangers, summaries."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
 from notecase import v1
-from notecase_server.models.contract import ModelRequest, Tool
+from notecase_server.models.contract import MANY_PARTS, ModelRequest, Tool, is_many
 from notecase_server.models.profiles import ROWS, Profile, Row
-from notecase_server.models.request import body
+from notecase_server.models.request import body, is_large
 
 PING = Tool("ping", "", "")
 FORCED = {"type": "function", "function": {"name": "ping"}}
@@ -174,3 +175,24 @@ def test_a_strict_schema_has_its_properties_whatever_was_written(parameters: str
 def test_a_schema_nested_without_end_is_sent_as_it_is() -> None:
     parameters = '{"not":' * 2000 + "{}" + "}" * 2000
     assert parameters.encode() == sent_as(parameters)
+
+
+def replied(parts: int) -> v1.Message:
+    """A reply with a call whose result has so many parts."""
+    call = v1.ToolCall(result=[v1.Part(text="x")] * parts)
+    return v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(tool_call=call)])
+
+
+@pytest.mark.parametrize(
+    ("messages", "many"),
+    [
+        ([v1.Message(parts=[v1.Part(text="x")] * MANY_PARTS)], False),
+        ([v1.Message(parts=[v1.Part(text="x")] * (MANY_PARTS // 2))] * 3, True),
+        ([replied(MANY_PARTS // 2)], False),
+        ([replied(MANY_PARTS // 2), replied(MANY_PARTS // 2)], True),
+    ],
+    ids=["parts", "too many parts", "parts of a result", "too many parts of results"],
+)
+def test_what_is_many_depends_on_parts_and_those_of_results(messages: Sequence[v1.Message], many: bool) -> None:
+    assert is_many(messages) == many
+    assert is_large(ModelRequest("m", "", messages, v1.Generation())) == many

@@ -91,6 +91,14 @@ TOO_MANY = {
         "tool_result.result",
     ),
     "tools": (lambda check: validate.tools(check, "tools", [v1.Tool()] * 129), "tools"),
+    "names of MCP servers' tools": (
+        lambda check: validate.tools(
+            check,
+            "tools",
+            [v1.Tool(name=f"p{n}", mcp=v1.McpTool(server="s", tools=map(str, range(126)))) for n in range(8)],
+        ),
+        "tools",
+    ),
     "bytes of an agent": (
         lambda check: validate.agent(
             check, v1.Agent(llm=v1.LlmAgent(instruction="{%" * 600_000, tools=[v1.Tool()])), [], NO_TOOLS

@@ -3,14 +3,15 @@
 import asyncio
 import tracemalloc
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import PAGE_BYTES, Store
-from notecase_server.store.fold import ENDED, KINDS, add_usage, can_hold, ops_fit
+from notecase_server.store.contract import PAGE_BYTES, Commit, Store
+from notecase_server.store.fold import ENDED, KINDS, Rows, add_usage, apply, can_hold, ops_fit
 
 from tests.store.build import (
     APP_STATE,
@@ -45,6 +46,7 @@ from tests.store.build import (
     used,
 )
 from tests.store.fixtures import Open
+from tests.support.work import instructions
 
 RUNS = st.sampled_from(["r1", "r2", "r3"])
 KEYS = st.sampled_from(["a", "b", "c"])
@@ -366,3 +368,27 @@ def test_a_value_is_looked_into_item_by_item_and_only_if_a_page_holds_it() -> No
         value = v1.Value(string_value=text)
         assert ops_fit([v1.StateOp(key="k", set=value)]) == fits
         assert ops_fit([v1.StateOp(key="k", append=value)]) == fits
+
+
+def test_the_calls_of_a_reply_are_dispatched_asked_about_and_ended_in_time_that_grows_with_their_number() -> None:
+    """A reply may have a thousand, and all others wait for the store meanwhile."""
+
+    def taken(number: int) -> list[int]:
+        ids = [f"c{n}" for n in range(number)]
+        rows, told = Rows(v1.Session(name="s"), 0), []
+        apply(rows, Commit(key=KEY, claim=True, start=RECORD, events=[started("r1")]), 0)
+        for name, events in (
+            ("m1", [dispatched(one, "r1") for one in ids]),
+            ("m1", [finished(one, "r1") for one in ids]),
+            ("m2", [asked(f"i-m2-{one}", f"m2-{one}", "r1") for one in ids]),
+            ("m2", [answered(f"i-m2-{one}", "r1") for one in ids]),
+        ):
+            if name not in rows.messages:
+                message = called(name, "r1", *(ids if name == "m1" else [f"{name}-{one}" for one in ids]))
+                apply(rows, Commit(key=KEY, events=[message]), 0)
+            rows.open.clear()  # as loaded for a commit
+            told.append(instructions(partial(apply, rows, Commit(key=KEY, events=events), 0)))
+        assert ([], []) == (list(rows.runs["r1"].pending_calls), list(rows.runs["r1"].pending_inputs))
+        return told
+
+    assert all(many < 6 * few for few, many in zip(taken(40), taken(160), strict=True))

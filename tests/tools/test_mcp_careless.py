@@ -11,7 +11,7 @@ import pytest
 from mcp import types
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.tools import mcp
+from notecase_server.tools import mcp, naming
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
@@ -87,6 +87,15 @@ async def test_a_list_without_end_is_none(monkeypatch: pytest.MonkeyPatch, limit
         with pytest.raises(NotecaseError, match="does not list its tools"):
             await listed(box)
     assert asked == len(server.cursors)
+
+
+async def test_a_run_has_a_bounded_number_of_tools_of_a_server_that_lists_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(naming, "MOST", 2)
+    async with Lists(lambda cursor: {"tools": [{**T, "name": f"t{n}"} for n in range(3)]}).box() as box:
+        with pytest.raises(NotecaseError, match="has 3 tools, of which a run has at most 2"):
+            await listed(box)
+        found = await box.resolve(v1.Tool(mcp=v1.McpTool(server="s", tools=["t2", "t0"])))
+        assert ["t0", "t2"] == [function.name for function in found]
 
 
 @pytest.mark.parametrize("code", [-32000, -32001, -32700])

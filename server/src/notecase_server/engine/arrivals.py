@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import BinaryIO, cast
 
 import structlog
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from notecase import v1
 
 from notecase_server import errors
@@ -20,6 +20,12 @@ from notecase_server.engine import transfer
 from notecase_server.errors import NotecaseError
 
 log = structlog.get_logger()
+
+MOST_WITHIN = 20_000
+"""Messages within one record, and other items of its lists and maps: twice what the largest result of a tool has. Those
+of values of state are not counted, which are bounded by their bytes."""
+
+VALUE = v1.Value.DESCRIPTOR.full_name
 
 
 class Arrivals:
@@ -124,6 +130,8 @@ class _Judge:
             record = v1.ExportRecord.FromString(body)
         except DecodeError:
             raise errors.import_invalid("has a record that cannot be decoded") from None
+        if len(body) > 2 * MOST_WITHIN and not _has_few(record):  # none takes less than two bytes
+            raise errors.import_invalid(f"has a record with more than {MOST_WITHIN} parts, labels or the like")
         kind = record.WhichOneof("record")
         self._records += 1
         if (kind == "header") != (self._records == 1):
@@ -140,3 +148,23 @@ class _Judge:
                 raise errors.import_invalid("has more content than it says")
         elif kind is None:
             raise errors.import_invalid("has an empty record")
+
+
+def _has_few(record: Message) -> bool:
+    """Whether a record has at most MOST_WITHIN items. A list that is too long is not looked into."""
+    number, left = 0, [record]
+    while left:
+        for described, held in left.pop().ListFields():
+            kind = described.message_type
+            number += len(held) if described.is_repeated else kind is not None
+            if number > MOST_WITHIN:
+                return False
+            if kind is None or kind.full_name == VALUE:
+                continue
+            if not described.is_repeated:
+                left.append(held)
+            elif not kind.GetOptions().map_entry:
+                left.extend(held)
+            elif kind.fields_by_name["value"].message_type not in {None, v1.Value.DESCRIPTOR}:
+                left.extend(held.values())
+    return True

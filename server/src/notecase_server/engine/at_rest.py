@@ -132,7 +132,7 @@ class AtRest:
 
     async def _summarized(self, plan: summary.Plan, llm: v1.LlmAgent, usage: list[v1.Event]) -> list[v1.Event]:
         """Returns the summary's event. Adds to `usage` what each call of a model took, also where there is none."""
-        request = plan.request(llm)
+        request = await plan.request(llm)
 
         async def once(source: Source) -> list[v1.Event]:
             taken: v1.Usage | None = None

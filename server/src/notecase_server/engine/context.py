@@ -4,8 +4,10 @@ the part of the history that fits.
 The log is never cut; only the request is.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 from notecase import v1
 
@@ -15,7 +17,10 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
 from notecase_server.engine.transcripts import Transcript, Transcripts, is_only_text
+from notecase_server.models.contract import is_many
 from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
+
+T = TypeVar("T")
 
 PAGE = 500
 """Messages read at a time."""
@@ -176,15 +181,18 @@ async def shown(
     page = newest
     if page is None:
         page = await store.list_messages(key, Query(read_first(context) or PAGE), newest_first=True, step=step)
-    gauge = Gauge(page.rows if room.tokens else ())
+    gauge = await _in_turn(page.rows, partial(Gauge, page.rows if room.tokens else ()))
     room.used = sum(map(gauge.tokens, told))
     while True:
-        for message in page.rows:
-            if message.sequence <= covered or not room.take(message, gauge):
-                return told + _aligned(room.newest[::-1])
-        if page.next is None or room.full:
+        all_taken = await _in_turn(page.rows, partial(room.take_all, page.rows, covered, gauge))
+        if not all_taken or page.next is None or room.full:
             return told + _aligned(room.newest[::-1])
         page = await store.list_messages(key, Query(PAGE, page.next), newest_first=True, step=step)
+
+
+async def _in_turn(messages: Sequence[v1.Message], look: Callable[[], T]) -> T:
+    """Looks at messages; in a thread if they have many parts."""
+    return await asyncio.to_thread(look) if is_many(messages) else look()
 
 
 class _Window:
@@ -203,6 +211,11 @@ class _Window:
     def full(self) -> bool:
         """Nothing more fits, however short."""
         return self._heard and 0 < self.messages <= len(self.newest)
+
+    def take_all(self, messages: Sequence[v1.Message], covered: int, gauge: Gauge) -> bool:
+        """Takes the messages, up to the first that does not fit or is not behind the sequence `covered`; returns
+        whether all were taken."""
+        return all(message.sequence > covered and self.take(message, gauge) for message in messages)
 
     def take(self, message: v1.Message, gauge: Gauge) -> bool:
         """Takes the message, or says that it does not fit."""

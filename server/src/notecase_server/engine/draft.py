@@ -1,6 +1,6 @@
 """Builds the reply of one step of a run: takes deltas, limits the blocks, and returns a message. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Literal
 
 from notecase import v1
@@ -219,19 +219,19 @@ class Draft:
         which surrounding text may have been removed, positions are not reliable."""
         blocks = [block for block in self.blocks if block.kind in {"text", "json"}]
         texts = [block.data.decode() if block.kind == "text" else "" for block in blocks]
-        for source in sources if blocks else ():
-            start, end, at = source.start, source.end, 0
-            while at < len(texts) - 1 and start >= len(texts[at]):
-                start, end, at = start - len(texts[at]), end - len(texts[at]), at + 1
+        places = [_place(texts, source) for source in sources] if blocks else []
+        offsets = [
+            _offsets(text, {place for where, *ends in places if where == at for place in ends})
+            for at, text in enumerate(texts)
+        ]
+        for source, (at, start, end) in zip(sources, places, strict=False):
             citation = v1.Citation(uri=source.uri, title=source.title)
             if source.end and end <= len(texts[at]):
-                citation.start, citation.end = (len(texts[at][:where].encode()) for where in (start, end))
-            elif not source.end:
-                at = -1
+                citation.start, citation.end = offsets[at][start], offsets[at][end]
             self._size += citation.ByteSize() + 4
             if self._size + BLOCK_BYTES * len(self.blocks) > MAX_REPLY_BYTES:
                 return
-            blocks[at].citations.append(citation)
+            blocks[at if source.end else -1].citations.append(citation)
 
     def _begin(self, block: Block) -> Block:
         self.blocks.append(block)
@@ -247,6 +247,23 @@ class Draft:
         if self.blocks and self.blocks[-1].kind == kind:
             return self.blocks[-1]
         return self._begin(Block(kind))
+
+
+def _place(texts: Sequence[str], source: Source) -> tuple[int, int, int]:
+    """The index of the text that a source is cited in, and from which character to which."""
+    start, end, at = source.start, source.end, 0
+    while at < len(texts) - 1 and start >= len(texts[at]):
+        start, end, at = start - len(texts[at]), end - len(texts[at]), at + 1
+    return at, start, end
+
+
+def _offsets(text: str, places: Set[int]) -> dict[int, int]:
+    """How many bytes of UTF-8 a text has before each of these characters. It is gone through once."""
+    found, at, size = dict[int, int](), 0, 0
+    for place in sorted(places):
+        size += len(text[at:place].encode())
+        at, found[place] = place, size
+    return found
 
 
 def _too_long() -> NotecaseError:

@@ -14,6 +14,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.store import bindings
 from notecase_server.store.bindings import declared
 from notecase_server.store.fold import OPEN_OUTCOMES, open_calls
+from notecase_server.tools import naming
 from notecase_server.tools.contract import ASK_USER, Function, Outcome
 
 RETRY, ASK, FAIL = v1.Tool.ON_INTERRUPT_RETRY, v1.Tool.ON_INTERRUPT_ASK, v1.Tool.ON_INTERRUPT_FAIL
@@ -63,13 +64,18 @@ def called_by_caller(tool: v1.Tool) -> Function:
 def bind(agent: v1.Agent, run: v1.Run, found: Sequence[Sequence[Function]]) -> dict[str, Bound]:
     """Returns what the model may call, by name. `found` has the functions behind each declared tool, in order.
 
-    Raises NotecaseError TOOL_ERROR when two have one name: the one left out may be the one that needs approval."""
+    Raises NotecaseError TOOL_ERROR when two have one name: the one left out may be the one that needs approval; and for
+    more tools than a run may have."""
+    if (number := sum(map(len, found))) > naming.MOST:
+        told = f"This run has {number} tools, of which at most {naming.MOST} are allowed"
+        raise errors.tool_error(f"{told}; list those of MCP servers that are to be used (`mcp.tools`).")
     bound: dict[str, Bound] = {}
     for index, (tool, functions) in enumerate(zip(declared(agent, run), found, strict=True)):
+        declaration = bindings.declared_as(agent, tool, index)
         for name, description, parameters, implementation in functions:
             if name in bound:
                 raise errors.tool_error(_clash(name, bound[name].binding, implementation))
-            binding = bindings.bound(agent, run, index, implementation)
+            binding = bindings.implemented(declaration, index, implementation)
             bound[name] = Bound(tool, name, description, parameters, binding)
     return bound
 
@@ -92,7 +98,11 @@ def _described(binding: v1.ToolBinding) -> str:
 
 def declaration(agent: v1.Agent, run: v1.Run, call: v1.ToolCall) -> v1.Tool:
     """Returns the declaration that a call was bound to; an empty one when there was no tool of its name."""
-    tools = declared(agent, run)
+    return declaration_of(declared(agent, run), call)
+
+
+def declaration_of(tools: Sequence[v1.Tool], call: v1.ToolCall) -> v1.Tool:
+    """As `declaration`, of the tools that the run has."""
     index = call.binding.declaration
     return tools[index] if call.HasField("binding") and 0 <= index < len(tools) else v1.Tool()
 

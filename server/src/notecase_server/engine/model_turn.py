@@ -21,9 +21,9 @@ from notecase_server.engine.ledger import Bound
 from notecase_server.engine.results import READ_RESULT, Results
 from notecase_server.engine.run_log import RunLog, taken
 from notecase_server.engine.schema import value_of
-from notecase_server.engine.tokens import Gauge
+from notecase_server.engine.tokens import tokens_of
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, Media, ModelRequest, Used
+from notecase_server.models.contract import Finish, Media, ModelRequest, Used, is_many
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
 from notecase_server.tools.contract import Function, Outcome, Toolbox
@@ -234,7 +234,8 @@ class ModelTurn:
             raise error
         again, self._shortened = self._shortened, True
         self._log.log.info("request_too_long", messages=len(request.messages))
-        self._budget.most_tokens = sum(map(Gauge(request.messages).tokens, request.messages)) // 2
+        total = partial(tokens_of, request.messages)
+        self._budget.most_tokens = (await asyncio.to_thread(total) if is_many(request.messages) else total()) // 2
         if not again and await self._summarize(keep=1, batch=1):
             return
         if (await self._request()).messages == request.messages:
@@ -253,7 +254,7 @@ class ModelTurn:
             return False
         self._budget.spend()
         try:
-            made = await self._asking.ask(partial(self._write, plan.request(self._llm)))
+            made = await self._asking.ask(partial(self._write, await plan.request(self._llm)))
         except NotecaseError as error:
             self._budget.may_summarize = False
             reason = errors.reason_name(error.reason)

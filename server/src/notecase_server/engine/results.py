@@ -5,8 +5,10 @@ Only requests to the model are shortened. The log has every result in full, as a
 would not fit into a page together, and the tool reads from there.
 """
 
+import asyncio
 import codecs
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +18,7 @@ from notecase import v1
 from notecase_server import names
 from notecase_server.engine.content import MEDIA_TYPES, Contents
 from notecase_server.engine.tokens import Gauge
-from notecase_server.models.contract import Tool, is_text
+from notecase_server.models.contract import Tool, is_many, is_text
 from notecase_server.store.contract import PAGE_BYTES, History, SessionKey
 from notecase_server.tools.contract import Outcome
 
@@ -113,12 +115,16 @@ class Results:
         and, with `most_tokens`, of the newest turn's oldest results where they are, until the messages fit or only the
         newest result is left. The same sequence where nothing is shortened."""
         made: Sequence[v1.Message] = messages
-        for index, at, call, most in _too_large(messages):
+        look = partial(list, _too_large(messages))
+        for index, at, call, most in await asyncio.to_thread(look) if is_many(messages) else look():
             begun, end = await self._text(call, 0, most)
             name = _name(messages[index], at)
             told = f"{begun}\n[{_of(end, call)}. Read on with {READ_RESULT}: result {name!r}, offset {end}.]"
             made = _with(made, messages, index, at, told)
-        return self._left_out(made, messages, most_tokens) if most_tokens else made
+        if not most_tokens:
+            return made
+        leave_out = partial(self._left_out, made, messages, most_tokens)
+        return await asyncio.to_thread(leave_out) if is_many(messages) else leave_out()
 
     def _left_out(
         self, made: Sequence[v1.Message], whole: Sequence[v1.Message], most_tokens: int

@@ -120,12 +120,8 @@ class RunLog:
         left = ledger.left_open(self.message, events)
         asked = {request.call.call_id for request in self.run.pending_inputs}
         asked |= {event.input_requested.call.call_id for event in events if event.HasField("input_requested")}
-        asked -= {
-            request.call.call_id
-            for request in self.run.pending_inputs
-            for event in events
-            if event.input_resolved.response.input_id == request.input_id
-        }
+        resolved = {event.input_resolved.response.input_id for event in events if event.HasField("input_resolved")}
+        asked -= {request.call.call_id for request in self.run.pending_inputs if request.input_id in resolved}
         wanted = WAITING if left and not self._own_calls(left, asked) else RUNNING
         if wanted == self.run.state:
             return []

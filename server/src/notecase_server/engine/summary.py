@@ -5,6 +5,7 @@ Nothing is durable but that event: a call of the model whose summary was not com
 that was read stands, whatever is said meanwhile, unless it was summarised or rewound; then the store refuses.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool, Used
+from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool, Used, is_many
 from notecase_server.store.contract import History, Query, SessionKey
 
 KEEP_RECENT = 10
@@ -62,7 +63,11 @@ class Plan(NamedTuple):
     messages: Sequence[v1.Message]
     """What it is to cover beyond `before`, oldest first, ending with a turn."""
 
-    def request(self, llm: v1.LlmAgent) -> ModelRequest:
+    async def request(self, llm: v1.LlmAgent) -> ModelRequest:
+        """Returns the request that asks for it; where the messages have many parts it is made in a thread."""
+        return await asyncio.to_thread(self._request, llm) if is_many(self.messages) else self._request(llm)
+
+    def _request(self, llm: v1.LlmAgent) -> ModelRequest:
         """Shown like any request, with what to do as its last message: no provider then lacks the alternation that it
         wants, and with the tools that it called, since some providers refuse calls without. Limits, stops and choices
         among tools that the agent sets are for its replies."""

@@ -9,6 +9,7 @@ import asyncio
 import heapq
 import math
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
 from notecase import v1
 
@@ -17,6 +18,7 @@ from notecase_server.engine import ledger
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RunLog
 from notecase_server.engine.session import Bell, LiveSession
+from notecase_server.store.bindings import declared
 from notecase_server.store.contract import Clock, RunStore, SessionKey
 from notecase_server.store.fold import ENDED
 from notecase_server.tools.contract import Outcome
@@ -82,25 +84,34 @@ def deadline(log: RunLog) -> int | None:
 def expired(log: RunLog) -> list[v1.Event]:
     """Returns what becomes of requests and calls that were left unanswered too long."""
     now = log.services.clock()
-    return [event for at, events in _deadlines(log) if at <= now for event in events]
+    return [event for at, becomes in _deadlines(log) if at <= now for event in becomes()]
 
 
-def _deadlines(log: RunLog) -> Iterator[tuple[int, list[v1.Event]]]:
-    run = log.run
+def _deadlines(log: RunLog) -> Iterator[tuple[int, Callable[[], list[v1.Event]]]]:
+    run, limits = log.run, log.run.limits
+    calls = {call.call_id: call for call in log.open}
     for request in run.pending_inputs:
         if request.HasField("expire_time"):
-            reason = "Nobody answered in time."
-            decision = ledger.CANCEL if ledger.asked_by_tool(request) else ledger.DENY
-            nobody = v1.InputResponse(input_id=request.input_id, decision=decision, reason=reason)
-            call = log.call(request.call.call_id)
-            yield request.expire_time.ToMicroseconds(), ledger.answered(request, nobody, call)
+            call = calls.get(request.call.call_id) or log.call(request.call.call_id)
+            yield request.expire_time.ToMicroseconds(), partial(_unanswered, request, call)
+    tools = declared(log.agent, run) if run.pending_calls else []
     for call in run.pending_calls:
-        tool, limits = ledger.declaration(log.agent, run, call), run.limits
+        tool = ledger.declaration_of(tools, call)
         times = [tool.timeout.ToMicroseconds()] if tool.HasField("timeout") else []
         times += [limits.input_timeout.ToMicroseconds()] if limits.HasField("input_timeout") else []
         if times:
-            late = ledger.finished(call, Outcome(error="The caller gave no result in time."))
-            yield call.start_time.ToMicroseconds() + min(times), [late]
+            yield call.start_time.ToMicroseconds() + min(times), partial(_late, call)
+
+
+def _unanswered(request: v1.InputRequest, call: v1.ToolCall) -> list[v1.Event]:
+    reason = "Nobody answered in time."
+    decision = ledger.CANCEL if ledger.asked_by_tool(request) else ledger.DENY
+    nobody = v1.InputResponse(input_id=request.input_id, decision=decision, reason=reason)
+    return ledger.answered(request, nobody, call)
+
+
+def _late(call: v1.ToolCall) -> list[v1.Event]:
+    return [ledger.finished(call, Outcome(error="The caller gave no result in time."))]
 
 
 class Alarm:

@@ -6,7 +6,7 @@ its model. Only what has no such measure is a rough figure.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from notecase import v1
 
@@ -79,6 +79,11 @@ class Gauge:
         if kind == "image":
             return IMAGE_TOKENS
         return size // (AUDIO_BYTES if kind == "audio" else DOCUMENT_BYTES)
+
+
+def tokens_of(messages: Sequence[v1.Message]) -> int:
+    """Returns the tokens of messages together, counted by what they tell."""
+    return sum(map(Gauge(messages).tokens, messages))
 
 
 def _reported(message: v1.Message) -> int:

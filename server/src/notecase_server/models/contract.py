@@ -19,6 +19,22 @@ def is_text(media_type: str) -> bool:
     return plain.startswith("text/") or plain in _TEXTS or plain.endswith(("+json", "+xml"))
 
 
+MANY_PARTS = 1000
+"""Parts of messages from which on what looks at each of them is done in a thread: it takes up to 7 microseconds."""
+
+
+def is_many(messages: Sequence[v1.Message]) -> bool:
+    """Whether messages have so many parts together, those of results too, that a look at each takes long."""
+    left = MANY_PARTS
+    for message in messages:
+        left -= len(message.parts)
+        if left < 0:
+            return True
+        if message.role == v1.Message.ROLE_ASSISTANT:
+            left -= sum(len(part.tool_call.result) for part in message.parts if part.HasField("tool_call"))
+    return left < 0
+
+
 class Tool(NamedTuple):
     """A function that the model may call."""
 

@@ -131,7 +131,8 @@ class OpenAIProvider:
             given, request = request, await loaded(request, profile)
             large = large or request is not given
             behind_calls = _is_behind_calls(request.messages)
-            if returns_data(request, model, self._tag):
+            look = partial(returns_data, request, model, self._tag)
+            if await asyncio.to_thread(look) if large else look():
                 plainer = partial(_written, request, model, profile, "", with_data=False)
         write = partial(_written, request, model, profile, self._tag)
         sent = await asyncio.to_thread(write) if large else write()

@@ -9,7 +9,7 @@ import msgspec
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import ModelRequest
+from notecase_server.models.contract import ModelRequest, is_many
 from notecase_server.models.profiles import Profile
 from notecase_server.models.request_content import (
     content_of,
@@ -117,7 +117,8 @@ def is_large(request: ModelRequest) -> bool:
     size = len(request.output_schema)
     for tool in request.tools:
         size += len(tool.description) + len(tool.parameters)
-    return size > LARGE_BYTES or len(request.messages) > MANY_MESSAGES
+    many = len(request.messages) > MANY_MESSAGES or (not request.only_text and is_many(request.messages))
+    return size > LARGE_BYTES or many
 
 
 def _extra(text: str) -> Json:

@@ -3,11 +3,12 @@
 import asyncio
 import mimetypes
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import ModelRequest, is_text
+from notecase_server.models.contract import ModelRequest, is_many, is_text
 from notecase_server.models.pieces import Base64
 from notecase_server.models.profiles import Profile
 from notecase_server.models.request_tools import Json
@@ -30,13 +31,13 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     such content or too much of it, before any is read."""
     if request.only_text:
         return request
-    messages = request.messages
-    newest = newest_images(messages, profile)
-    if not any(any(_carried(message, index == newest)) for index, message in enumerate(messages)):
+    messages, look = request.messages, partial(_look, request.messages, profile)
+    newest, chosen = await asyncio.to_thread(look) if is_many(messages) else look()
+    if chosen is None:
         return request
     assert request.load is not None, "who refers to content brings the means to load it"
     filled = list(messages)
-    for index, places in sorted(_chosen(messages, newest).items()):
+    for index, places in sorted(chosen.items()):
         filled[index] = v1.Message()
         filled[index].CopyFrom(messages[index])
         for place, part in enumerate(_carried(filled[index], index == newest)):
@@ -47,6 +48,14 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
             part.data.media_type, part.data.filename = media_type, filename
             await asyncio.to_thread(setattr, part.data, "data", data)
     return request._replace(messages=filled)
+
+
+def _look(messages: Sequence[v1.Message], profile: Profile) -> tuple[int, dict[int, set[int]] | None]:
+    """Returns the results of `newest_images` and `_chosen`; None in place of the latter if there is no content."""
+    newest = newest_images(messages, profile)
+    if not any(any(_carried(message, index == newest)) for index, message in enumerate(messages)):
+        return newest, None
+    return newest, _chosen(messages, newest)
 
 
 def _chosen(messages: Sequence[v1.Message], newest: int) -> dict[int, set[int]]:

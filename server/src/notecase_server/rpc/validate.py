@@ -33,6 +33,8 @@ MAX_CHUNK_BYTES = 1 << 20
 MAX_FALLBACKS = 8
 MAX_TOOLS = 128
 """What providers take in one request."""
+MAX_MCP_NAMES = 1000
+"""Names of MCP servers' tools that one agent lists: each takes some 2 microseconds to look at."""
 MAX_CLIENT_TOOLS_BYTES = 256 << 10
 """Bytes of all client tools of a run together: every answer about the run holds them."""
 MAX_RECENT = 500
@@ -265,6 +267,8 @@ def tools(check: Check, field: str, declared: Sequence[v1.Tool], only_client: bo
         few = check.few(f"{at}.mcp.tools", tool.mcp.tools, MAX_TOOLS, "names; leave it empty for all tools")
         short = all(0 < len(name) <= naming.OWN_LENGTH for name in tool.mcp.tools[:MAX_TOOLS])
         bounded &= check(short, f"{at}.mcp.tools", f"must be names of 1 to {naming.OWN_LENGTH} characters") and few
+    listed = sum(len(tool.mcp.tools) for tool in declared)
+    bounded &= check(listed <= MAX_MCP_NAMES, field, f"lists more than {MAX_MCP_NAMES} names of MCP servers' tools")
     if bounded:
         _mcp_names(check, field, declared)
 

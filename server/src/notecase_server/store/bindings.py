@@ -17,11 +17,19 @@ def declared(agent: v1.Agent, run: v1.Run) -> list[v1.Tool]:
 
 def bound(agent: v1.Agent, run: v1.Run, index: int, implementation: v1.ToolBinding) -> v1.ToolBinding:
     """Returns what calls are bound to that mean the tool declared at `index`, implemented like this."""
+    return implemented(declared_as(agent, declared(agent, run)[index], index), index, implementation)
+
+
+def declared_as(agent: v1.Agent, tool: v1.Tool, index: int) -> bytes:
+    """Returns the digest of the declaration at `index`, and of whose it is."""
     whose = b"agent" if index < len(agent.llm.tools) else b"caller"
-    tool = declared(agent, run)[index]
-    declared_as = hashlib.sha256(whose + tool.SerializeToString(deterministic=True)).digest()
+    return hashlib.sha256(whose + tool.SerializeToString(deterministic=True)).digest()
+
+
+def implemented(declaration: bytes, index: int, implementation: v1.ToolBinding) -> v1.ToolBinding:
+    """As `bound`, by the digest of the declaration: one may stand for many tools."""
     implemented_by = implementation.SerializeToString(deterministic=True)
-    binding = v1.ToolBinding(declaration=index, digest=hashlib.sha256(declared_as + implemented_by).digest())
+    binding = v1.ToolBinding(declaration=index, digest=hashlib.sha256(declaration + implemented_by).digest())
     binding.MergeFrom(implementation)
     return binding
 

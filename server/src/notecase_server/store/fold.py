@@ -77,6 +77,9 @@ class Rows:
     """Sequences of messages that are not superseded, of those asked for."""
     sealing: int | None = None
     """Where a rewind went back to, for as long as nothing but the calls it cancels has followed."""
+    open: dict[str, dict[str, list[v1.ToolCall]]] = field(default_factory=dict)
+    """The open calls of messages that were asked for one, by the message and by their ids: a commit may end a thousand
+    calls of one message."""
 
 
 def state_scope(key: SessionKey, user: str, state: str) -> Scope:
@@ -414,21 +417,41 @@ def _take_up(session: v1.Session, taken: Callable[[v1.QueuedCommand], bool]) -> 
 def _call(rows: Rows, call_id: str, run: str) -> tuple[v1.Message, v1.ToolCall]:
     """The open call of the run with its message; NotecaseError CALL_NOT_PENDING."""
     message = rows.messages.get(rows.calls.get(call_id, ""))
-    if message is not None and message.run == run:
-        for call in open_calls(message):
-            if call.call_id == call_id:
-                return message, call
+    if message is not None and message.run == run and (found := _open(rows, message).get(call_id)):
+        return message, found[0]
     raise errors.call_not_pending(call_id)
+
+
+def _open(rows: Rows, message: v1.Message) -> dict[str, list[v1.ToolCall]]:
+    """The open calls of a message by their ids. Two with one id come from imports only."""
+    found = rows.open.get(message.name)
+    if found is None:
+        found = rows.open[message.name] = {}
+        for call in open_calls(message):
+            found.setdefault(call.call_id, []).append(call)
+    return found
+
+
+def _change_call(rows: Rows, message: v1.Message, call: v1.ToolCall, changed: v1.ToolCall) -> None:
+    """Makes an open call of a message what an event says of it."""
+    call.CopyFrom(changed)
+    if call.outcome not in OPEN_OUTCOMES:
+        held = _open(rows, message)
+        held[call.call_id].pop(0)
+        if not held[call.call_id]:
+            del held[call.call_id]
 
 
 def _start_call(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     message, call = _call(rows, event.tool_started.call_id, event.run)
     run = rows.runs[event.run]
-    run.tool_calls += call.outcome == v1.ToolCall.OUTCOME_PENDING
+    if call.outcome == v1.ToolCall.OUTCOME_PENDING:
+        run.tool_calls += 1
+    else:
+        _drop_pending(run, call.call_id)
     event.tool_started.start_time.CopyFrom(event.create_time)
-    call.CopyFrom(event.tool_started)
+    _change_call(rows, message, call, event.tool_started)
     message.update_sequence = event.sequence
-    _drop_pending(run, call.call_id)
     if call.client_executed:
         run.pending_calls.append(call)
 
@@ -442,8 +465,8 @@ def _finish_call(rows: Rows, key: SessionKey, event: v1.Event) -> None:
         took = event.create_time.ToMicroseconds() - call.start_time.ToMicroseconds()
         event.tool_finished.start_time.CopyFrom(call.start_time)
         event.tool_finished.elapsed.FromMicroseconds(max(took, 0))
-    call.CopyFrom(event.tool_finished)
-    _complete(message, event)
+    _change_call(rows, message, call, event.tool_finished)
+    _complete(rows, message, event)
     _drop_pending(rows.runs[event.run], call.call_id)
 
 
@@ -457,20 +480,23 @@ def _seal_call(rows: Rows, event: v1.Event) -> None:
     for part in message.parts:
         if part.tool_call.call_id == sealed.call_id:
             part.tool_call.CopyFrom(sealed)
-    _complete(message, event)
+    _open(rows, message).pop(sealed.call_id, None)
+    _complete(rows, message, event)
 
 
-def _complete(message: v1.Message, event: v1.Event) -> None:
+def _complete(rows: Rows, message: v1.Message, event: v1.Event) -> None:
     """Takes note that one of its calls has an outcome."""
-    if message.status == v1.Message.STATUS_IN_PROGRESS and not open_calls(message):
+    if message.status == v1.Message.STATUS_IN_PROGRESS and not _open(rows, message):
         message.status = v1.Message.STATUS_COMPLETED
     message.update_sequence = event.sequence
 
 
 def _drop_pending(run: v1.Run, call_id: str) -> None:
-    left = [pending for pending in run.pending_calls if pending.call_id != call_id]
-    run.ClearField("pending_calls")
-    run.pending_calls.extend(left)
+    """Takes a dispatched call from those that wait; each is there once, and the first ones end first."""
+    for index, pending in enumerate(run.pending_calls):
+        if pending.call_id == call_id:
+            del run.pending_calls[index]
+            return
 
 
 def open_calls(message: v1.Message) -> list[v1.ToolCall]:
@@ -484,14 +510,9 @@ def _request_input(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 
 def _resolve_input(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     response, run = event.input_resolved.response, rows.runs[event.run]
-    asked = [pending for pending in run.pending_inputs if pending.input_id == response.input_id]
-    if not asked:
-        raise errors.input_not_pending(response.input_id)
-    left = [pending for pending in run.pending_inputs if pending.input_id != response.input_id]
-    run.ClearField("pending_inputs")
-    run.pending_inputs.extend(left)
-    if asked[0].kind == v1.InputRequest.KIND_APPROVAL:
-        call = asked[0].call
+    asked = _take_input(run, response.input_id)
+    if asked.kind == v1.InputRequest.KIND_APPROVAL:
+        call = asked.call
         answer = v1.RememberedApproval(
             agent=run.agent,
             tool=call.tool,
@@ -503,6 +524,17 @@ def _resolve_input(rows: Rows, key: SessionKey, event: v1.Event) -> None:
             run.remembered[response.input_id].CopyFrom(answer)
         elif response.remember == v1.InputResponse.REMEMBER_SESSION:
             rows.session.remembered[response.input_id].CopyFrom(answer)
+
+
+def _take_input(run: v1.Run, input_id: str) -> v1.InputRequest:
+    """Takes a request from those that wait. Raises NotecaseError INPUT_NOT_PENDING."""
+    for index, pending in enumerate(run.pending_inputs):
+        if pending.input_id == input_id:
+            asked = v1.InputRequest()
+            asked.CopyFrom(pending)
+            del run.pending_inputs[index]
+            return asked
+    raise errors.input_not_pending(input_id)
 
 
 def can_hold(value: v1.Value, depth: int = 1) -> bool:

@@ -83,13 +83,16 @@ class McpServer:
 
     async def functions(self, prefix: str, only: Sequence[str]) -> list[Function]:
         """Its tools, or those named in `only`, in the server's order, under names that a model's API takes. Raises
-        NotecaseError TOOL_ERROR when the server cannot be reached, has no such tool, or has one whose name nobody
-        could record."""
-        tools = await self._tools()
-        if missing := set(only) - {tool.name for tool in tools}:
+        NotecaseError TOOL_ERROR when the server cannot be reached, has no such tool, has too many, or has one whose
+        name nobody could record."""
+        tools, wanted = await self._tools(), set(only)
+        if missing := wanted - {tool.name for tool in tools}:
             told = ", ".join(map(repr, sorted(missing)))
             raise errors.tool_error(f"The MCP server {self._name!r} has no tool {told}.")
-        chosen = [tool for tool in tools if not only or tool.name in only]
+        chosen = [tool for tool in tools if not wanted or tool.name in wanted]
+        if len(chosen) > naming.MOST:
+            told = f"has {len(chosen)} tools, of which a run has at most {naming.MOST}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {told}; list those to be used in `mcp.tools`.")
         if any(len(tool.name) > naming.OWN_LENGTH for tool in chosen):
             told = f"has a tool whose name is longer than {naming.OWN_LENGTH}; list the tools to be used in `mcp.tools`"
             raise errors.tool_error(f"The MCP server {self._name!r} {told}.")

@@ -17,6 +17,9 @@ LENGTH = 64
 OWN_LENGTH = 256
 """Characters of a server's own name of a tool, which every call of it carries: more than anybody would write."""
 
+MOST = 1000
+"""Tools of one run, more than any model takes: each takes some 10 microseconds, while nobody else is served."""
+
 _DIGEST = 8
 """Hexadecimal digits that keep names apart: few tokens, and enough for the tools of one agent."""
 
