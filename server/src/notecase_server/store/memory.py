@@ -66,7 +66,7 @@ class MemoryStore(TableStore):
         with self._lock:
             return step(self._open())
 
-    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "", *, piece: bool = False) -> T:
         with self._lock:
             return step(self._open(), self._clock())
 
@@ -253,13 +253,13 @@ class _MemoryTables(Saving):
     def touch(self) -> None:
         pass
 
-    def forget_requests(self, before: int, limit: int) -> int:
+    def forget_requests(self, before: int, batch: Batch) -> int:
         old = [
             (tenant, place)
             for tenant in self._tenants.values()
             for place, request in tenant.requests.items()
-            if request.create_time < before
-        ][:limit]
+            if request.create_time < before and batch.takes(len(request.recorded.response or b""))
+        ]
         for tenant, place in old:
             del tenant.requests[place]
         return len(old)
@@ -866,7 +866,7 @@ class _MemoryTables(Saving):
     def has_deleted_sessions(self, tenant: str) -> bool:
         return bool(self._tenants[tenant].deleted)
 
-    def erase_rows(self, tenant: str, limit: int) -> bool:
+    def erase_rows(self, tenant: str, batch: Batch) -> None:
         rows = self._tenants.pop(tenant, _Tenant())
         kept = [*(blob.row.content for blob in rows.blobs.values())]
         kept += [upload.content for upload in rows.uploads.values() if not upload.sha256]
@@ -875,9 +875,8 @@ class _MemoryTables(Saving):
         mine = [key_id for key_id, row in self._keys.items() if row.tenant == tenant]
         for key_id in mine:
             del self._keys[key_id]
-        return bool(
-            mine or kept or rows.states or rows.agents or rows.requests or rows.uploads or rows.principals or rows.audit
-        )
+        if mine or kept or rows.states or rows.agents or rows.requests or rows.uploads or rows.principals or rows.audit:
+            batch.takes(0)
 
     def count_keys(self, tenant: str) -> int:
         return sum(row.tenant == tenant for row in self._keys.values())

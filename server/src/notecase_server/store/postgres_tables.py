@@ -75,19 +75,20 @@ DATA_TABLES = ("sessions", "states", "agents", "blobs", "uploads")
 """The tables of which a tenant that has data has rows in at least one."""
 
 TENANT_ROWS = (
-    ("entries", "kind, id, key"),
-    ("states", "kind, id"),
-    ("blob_references", "kind, id, key, sha256"),
-    ("requests", "subject, rpc, request_id"),
-    ("uploaders", "sha256, subject"),
-    ("uploads", "upload_id"),
-    ("agents", "agent"),
-    ("revisions", "agent, revision"),
-    ("keys", "key"),
-    ("principals", "principal"),
-    ("audit", "number"),
+    ("entries", "kind, id, key", "length(body)"),
+    ("states", "kind, id", "0"),
+    ("blob_references", "kind, id, key, sha256", "0"),
+    ("requests", "subject, rpc, request_id", "length(response)"),
+    ("uploaders", "sha256, subject", "0"),
+    ("uploads", "upload_id", "0"),
+    ("agents", "agent", "0"),
+    ("revisions", "agent, revision", "length(body)"),
+    ("keys", "key", "0"),
+    ("principals", "principal", "0"),
+    ("audit", "number", "length(body)"),
 )
-"""The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
+"""The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found, and
+how many bytes it has beyond a few."""
 
 CHANGES_READ = 500
 """Events that tell the past read at a time."""
@@ -396,12 +397,19 @@ class PostgresTables:
     def touch(self) -> None:
         self._do("UPDATE notecase_store SET keyed = keyed")
 
-    def forget_requests(self, before: int, limit: int) -> int:
-        return self._do(
-            """DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
-                (SELECT tenant, subject, rpc, request_id FROM requests WHERE create_time < $1 LIMIT $2)""",
-            *(before, limit),
+    def forget_requests(self, before: int, batch: Batch) -> int:
+        rows = self._rows(
+            """SELECT length(response), tenant, subject, rpc, request_id FROM requests WHERE create_time < $1
+                ORDER BY create_time LIMIT $2""",
+            *(before, batch.left),
         )
+        if taken := [tuple(map(unescaped, place)) for size, *place in rows if batch.takes(size or 0)]:
+            self._do(
+                """DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
+                    (SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]))""",
+                *_columns(taken),
+            )
+        return len(taken)
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None:
         row = self._one(
@@ -1090,26 +1098,19 @@ class PostgresTables:
     def has_deleted_sessions(self, tenant: str) -> bool:
         return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = $1 LIMIT 1", tenant) is not None
 
-    def erase_rows(self, tenant: str, limit: int) -> bool:
+    def erase_rows(self, tenant: str, batch: Batch) -> None:
         contents = self._rows(
             """SELECT content FROM blobs WHERE tenant = $1 UNION ALL
                 SELECT content FROM uploads WHERE tenant = $1 AND sha256 = '' ORDER BY content LIMIT $2""",
-            *(tenant, limit),
+            *(tenant, batch.left),
         )
         for (content,) in contents:
+            batch.takes(0)
             self.discard(content)
             for table in ("blobs", "uploads"):
                 self._do(f"DELETE FROM {table} WHERE tenant = $1 AND content = $2", tenant, content)
-        if contents:
-            return True
-        erased = 0
-        for table, place in TENANT_ROWS:
-            erased += self._do(
-                f"""DELETE FROM {table} WHERE tenant = $1 AND ({place}) IN
-                    (SELECT {place} FROM {table} WHERE tenant = $1 LIMIT $2)""",
-                *(tenant, limit),
-            )
-        return erased > 0
+        for table, place, size in TENANT_ROWS:
+            self._delete_some(table, "tenant = $1", (tenant,), place, size, batch)
 
     def count_keys(self, tenant: str) -> int:
         return int(self._one("SELECT count(*) FROM keys WHERE tenant = $1", tenant)[0])

@@ -101,20 +101,21 @@ DATA_TABLES = ("sessions", "states", "agents", "blobs", "uploads")
 """The tables of which a tenant that has data has rows in at least one."""
 
 TENANT_ROWS = (
-    ("entries", "kind, id, key"),
-    ("states", "kind, id"),
-    ("blob_references", "kind, id, key, sha256"),
-    ("requests", "subject, rpc, request_id"),
-    ("uploaders", "sha256, subject"),
-    ("uploads", "upload_id"),
-    ("agents", "agent"),
-    ("revisions", "agent, revision"),
-    ("retired_revisions", "agent, revision"),
-    ("keys", "key"),
-    ("principals", "principal"),
-    ("audit", "number"),
+    ("entries", "kind, id, key", "length(body)"),
+    ("states", "kind, id", "0"),
+    ("blob_references", "kind, id, key, sha256", "0"),
+    ("requests", "subject, rpc, request_id", "length(response)"),
+    ("uploaders", "sha256, subject", "0"),
+    ("uploads", "upload_id", "0"),
+    ("agents", "agent", "0"),
+    ("revisions", "agent, revision", "length(body)"),
+    ("retired_revisions", "agent, revision", "length(body)"),
+    ("keys", "key", "0"),
+    ("principals", "principal", "0"),
+    ("audit", "number", "length(body)"),
 )
-"""The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
+"""The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found, and
+how many bytes it has beyond a few."""
 
 ONE_SESSION = "SELECT body, epoch, commits FROM heads WHERE tenant = ? AND uid = ?"
 
@@ -424,14 +425,16 @@ class SqliteTables(Saving):
         # A row is not written again when it stays as it is; the file's header is.
         self._execute(f"PRAGMA user_version = {VERSION}")
 
-    def forget_requests(self, before: int, limit: int) -> int:
-        dropped = self._execute(
-            """DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
-                (SELECT tenant, subject, rpc, request_id FROM requests WHERE create_time < ? LIMIT ?)""",
-            (before, limit),
-        ).rowcount
-        self.deleted |= dropped > 0
-        return dropped
+    def forget_requests(self, before: int, batch: Batch) -> int:
+        rows = self._execute(
+            """SELECT length(response), tenant, subject, rpc, request_id FROM requests WHERE create_time < ?
+                ORDER BY create_time LIMIT ?""",
+            (before, batch.left),
+        ).fetchall()
+        taken = [place for size, *place in rows if batch.takes(size or 0)]
+        self._executemany("DELETE FROM requests WHERE tenant = ? AND subject = ? AND rpc = ? AND request_id = ?", taken)
+        self.deleted |= bool(taken)
+        return len(taken)
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None:
         row = self._one(
@@ -1153,27 +1156,20 @@ class SqliteTables(Saving):
     def has_deleted_sessions(self, tenant: str) -> bool:
         return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = ? LIMIT 1", tenant) is not None
 
-    def erase_rows(self, tenant: str, limit: int) -> bool:
+    def erase_rows(self, tenant: str, batch: Batch) -> None:
         self.deleted = True
         contents = self._execute(
             """SELECT content FROM blobs WHERE tenant = ?1 UNION ALL
                 SELECT content FROM uploads WHERE tenant = ?1 AND sha256 = '' ORDER BY content LIMIT ?2""",
-            (tenant, limit),
+            (tenant, batch.left),
         ).fetchall()
         for (content,) in contents:
+            batch.takes(0)
             self.discard(content)
             for table in ("blobs", "uploads"):
                 self._execute(f"DELETE FROM {table} WHERE tenant = ? AND content = ?", (tenant, content))
-        if contents:
-            return True
-        erased = 0
-        for table, place in TENANT_ROWS:
-            erased += self._execute(
-                f"""DELETE FROM {table} WHERE tenant = ? AND ({place}) IN
-                    (SELECT {place} FROM {table} WHERE tenant = ? LIMIT ?)""",
-                (tenant, tenant, limit),
-            ).rowcount
-        return erased > 0
+        for table, place, size in TENANT_ROWS:
+            self._delete_some(table, "tenant = ?", (tenant,), place, size, batch)
 
     def count_keys(self, tenant: str) -> int:
         return int(self._one("SELECT count(*) FROM keys WHERE tenant = ?", tenant)[0])
