@@ -74,6 +74,11 @@ SWEEP_SECONDS = 600.0
 EXPIRY_SECONDS = 1.0
 """How often it is looked for sessions whose time has come, and for what is left of deleted ones on disk."""
 
+SWITCH_SECONDS = 0.001
+"""How long a thread may go on while another waits for the interpreter, a fifth of Python's default. A commit takes the
+interpreter again after each of its statements, so beside a thread that replays an import it waited that long ten times
+over."""
+
 TRIM_SECONDS = 10.0
 """How often memory that is free goes back to the system: glibc keeps what a burst of answers or connections has left,
 and for good. It takes about 2 ms of a thread."""
@@ -467,6 +472,7 @@ def run(settings: Settings, ready: Callable[[Server], None] = lambda server: Non
 
     if not variable("MALLOC_ARENA_MAX"):
         allocator.share_arenas()
+    sys.setswitchinterval(SWITCH_SECONDS)
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
