@@ -89,8 +89,8 @@ async def test_entries_that_are_old_are_forgotten_in_bounded_steps(
     await store.add_audit([row(f"{number}") for number in range(5)])
     write, removed = cast(TableStore, store)._write, list[int]()
 
-    async def counted(step: Any, *within: str) -> Any:
-        removed.append(await write(step, *within))
+    async def counted(step: Any, *within: str, **how: Any) -> Any:
+        removed.append(await write(step, *within, **how))
         return removed[-1]
 
     monkeypatch.setattr(store, "_write", counted)

@@ -284,8 +284,8 @@ async def test_uploads_without_a_byte_are_removed_in_small_steps_too(
     removed: list[object] = []
     write = cast("TableStore", store)._write
 
-    async def counted(step: Any, *within: str) -> Any:
-        removed.append(await write(step, *within))
+    async def counted(step: Any, *within: str, **how: Any) -> Any:
+        removed.append(await write(step, *within, **how))
         return removed[-1]
 
     for number in range(40):

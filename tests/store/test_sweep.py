@@ -179,9 +179,9 @@ async def test_a_sweep_that_fails_goes_on_where_it_was(
     await fill(store, KEY)
     await store.delete_session(KEY)
 
-    async def failing(step: Step, *within: str) -> Any:
+    async def failing(step: Step, *within: str, **how: Any) -> Any:
         if made:
-            await write(step, *within)
+            await write(step, *within, **how)
         raise errors.store_unavailable()
 
     failures = 0

@@ -39,11 +39,11 @@ async def nothing(_: int) -> None:
 def transactions(store: Any, *, before: Act = nothing, after: Act = nothing) -> Iterator[Made]:
     write, made = store._write, Made()
 
-    async def counted(step: Any, *within: Any) -> Any:
+    async def counted(step: Any, *within: Any, **how: Any) -> Any:
         if getattr(step, "func", None) not in STEPS:
-            return await write(step, *within)
+            return await write(step, *within, **how)
         await before(made.count + 1)
-        result = await write(step, *within)
+        result = await write(step, *within, **how)
         made.count += 1
         await after(made.count)
         return result

@@ -165,9 +165,9 @@ def _die_deleting(store: Any, after: int) -> None:
     write, made = store._write, 0
     steps.SWEEP_ROWS = 2
 
-    async def counted(step: Any, *within: Any) -> Any:
+    async def counted(step: Any, *within: Any, **how: Any) -> Any:
         nonlocal made
-        result = await write(step, *within)
+        result = await write(step, *within, **how)
         does = getattr(step, "func", None)
         if does in BEGINS or (made and does in GOES_ON):
             made += 1

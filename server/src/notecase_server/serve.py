@@ -75,6 +75,11 @@ SWEEP_SECONDS = 600.0
 EXPIRY_SECONDS = 1.0
 """How often expired sessions are deleted, and the remains of deleted sessions on disk."""
 
+SWITCH_SECONDS = 0.001
+"""How long a thread may go on while another waits for the interpreter, a fifth of Python's default. A commit takes the
+interpreter again after each of its statements, so beside a thread that replays an import it waited that long ten times
+over."""
+
 TRIM_SECONDS = 10.0
 """How often free memory is returned to the system. Otherwise glibc keeps the memory of a burst of answers or
 connections for ever. Takes about 2 ms of a thread."""
@@ -471,6 +476,7 @@ def run(settings: Settings, ready: Callable[[Server], None] = lambda server: Non
 
     if not variable("MALLOC_ARENA_MAX"):
         allocator.share_arenas()
+    sys.setswitchinterval(SWITCH_SECONDS)
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:

@@ -39,7 +39,7 @@ from notecase_server.store.tables import Tables
 T = TypeVar("T")
 
 FORGET_BATCH = 1000
-"""Records dropped in one transaction: few enough that commits wait for some milliseconds only."""
+"""Entries of the audit dropped in one transaction: few enough that commits wait for some milliseconds only."""
 
 
 SWEEP, PRINCIPALS, AUDIT, PROBE = "sweep", "principals", "audit", "probe"
@@ -67,10 +67,11 @@ class TableStore(ABC):
         is consistent by itself."""
 
     @abstractmethod
-    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "", *, piece: bool = False) -> T:
         """Runs a step in a transaction, given the time. What it raises undoes it. `within` names what it writes to and
         depends on, a session or a copy by its uid: a store may run steps with different names side by side. One without
-        a name runs alone."""
+        a name runs alone. `piece` says that the step is one of many that a long job consists of, such as a fork: a
+        store that runs one step at a time runs those that wait for no such job first."""
 
     async def commit(self, commit: Commit) -> Committed:
         return await self._write(self._commit(commit), commit.key.uid)
@@ -115,7 +116,7 @@ class TableStore(ABC):
             await self._write(partial(copies.begin_fork, fork=fork, quotas=self.quotas))
             last = copies.BEGINNING
             while pieces := await self._read(partial(copies.rows_to_copy, fork=fork, after=last)):
-                await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces), fork.key.uid)
+                await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces), fork.key.uid, piece=True)
                 await asyncio.sleep(0)  # others have their turn in a store that waits for nothing, too
                 last = pieces[-1]
             whole = await self._read(partial(copies.whole, fork=fork))
@@ -136,7 +137,8 @@ class TableStore(ABC):
     async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterable[copies.Row]) -> None:
         """Writes rows of a copy, in bounded transactions."""
         for writes in copies.batches(rows):
-            await self._write(partial(copies.write_rows, key=key, source=source, writes=writes), key.uid)
+            step = partial(copies.write_rows, key=key, source=source, writes=writes)
+            await self._write(step, key.uid, piece=True)
             await asyncio.sleep(0)
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
@@ -171,7 +173,7 @@ class TableStore(ABC):
         if tenant is not None:
             await self._copies.end(tenant, user)
         sweep = partial(steps.sweep_sessions, tenant=tenant, user=user, spared=self._copies.scopes)
-        while not await self._write(sweep, SWEEP):
+        while not await self._write(sweep, SWEEP, piece=True):
             pass
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
@@ -312,7 +314,8 @@ class TableStore(ABC):
         # They are looked for beside the writes, since among many blobs few are loose.
         find = partial(content.find_loose, before=uploaded_before, limit=limit)
         while found := await self._read(partial(find, after=last)):
-            removed += await self._write(partial(content.remove_loose, found=found, before=uploaded_before, held=held))
+            remove = partial(content.remove_loose, found=found, before=uploaded_before, held=held)
+            removed += await self._write(remove, piece=True)
             last = found[-1]
         await self._all(lambda tables, _: tables.content.delete_chunks(limit), limit, SWEEP)
         return removed
@@ -320,7 +323,7 @@ class TableStore(ABC):
     async def _all(self, step: Callable[[Tables, int], int], limit: int, within: str = "") -> int:
         """Repeats a step that does at most `limit` of something until it finds fewer; returns how many it did."""
         done = 0
-        while (more := await self._write(step, within)) == limit:
+        while (more := await self._write(step, within, piece=True)) == limit:
             done += more
         return done + more
 
@@ -377,10 +380,15 @@ class TableStore(ABC):
         return await self._write(partial(tenants.set_tenant_state, tenant=tenant, state=state, once=once))
 
     async def erase_tenant(self, tenant: str) -> bool:
-        return await self._write(partial(tenants.erase_tenant, tenant=tenant))
+        return await self._write(partial(tenants.erase_tenant, tenant=tenant), piece=True)
 
     async def probe(self) -> None:
         await self._write(lambda tables, _: tables.touch(), PROBE)
 
     async def forget_requests(self, before: int) -> int:
-        return await self._all(lambda tables, _: tables.forget_requests(before, FORGET_BATCH), FORGET_BATCH, SWEEP)
+        forgotten, last = 0, False
+        while not last:
+            step = partial(steps.forget_requests, before=before)
+            more, last = await self._write(step, SWEEP, piece=True)
+            forgotten += more
+        return forgotten

@@ -63,7 +63,7 @@ class MemoryStore(TableStore):
         with self._lock:
             return step(self._open())
 
-    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "", *, piece: bool = False) -> T:
         with self._lock:
             return step(self._open(), self._clock())
 
@@ -178,13 +178,13 @@ class _MemoryTables:
     def touch(self) -> None:
         pass
 
-    def forget_requests(self, before: int, limit: int) -> int:
+    def forget_requests(self, before: int, batch: Batch) -> int:
         old = [
             (tenant, place)
             for tenant in self._tenants.values()
             for place, request in tenant.requests.items()
-            if request.create_time < before
-        ][:limit]
+            if request.create_time < before and batch.takes(len(request.recorded.response or b""))
+        ]
         for tenant, place in old:
             del tenant.requests[place]
         return len(old)
@@ -635,14 +635,15 @@ class _MemoryTables:
     def has_deleted_sessions(self, tenant: str) -> bool:
         return bool(self._tenants[tenant].deleted)
 
-    def erase_rows(self, tenant: str, limit: int) -> bool:
+    def erase_rows(self, tenant: str, batch: Batch) -> None:
         rows = self._tenants.pop(tenant, TenantRows())
         kept = [*(blob.row.content for blob in rows.blobs.values())]
         kept += [upload.content for upload in rows.uploads.values() if not upload.sha256]
         for content in kept:
             self.content.discard(content)
         others = (rows.states, rows.agents, rows.requests, rows.uploads, rows.principals, rows.audit)
-        return self.directory.erase_keys(tenant) or bool(kept) or any(others)
+        if self.directory.erase_keys(tenant) or kept or any(others):
+            batch.takes(0)
 
 
 def _before(rows: Sequence[P], after: Position | None) -> Iterator[P]:

@@ -134,7 +134,7 @@ class PostgresStore(TableStore):
             finally:
                 await _end(connection)
 
-    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "", *, piece: bool = False) -> T:
         return await self._own(self._repeated(partial(self._transact, step), within))
 
     async def _transact(self, step: Callable[[Tables, int], T], alone: bool) -> T:

@@ -27,6 +27,16 @@ class Rows(NamedTuple):
     of_state: bool
 
 
+class TenantRows(NamedTuple):
+    """A table with rows of a tenant."""
+
+    table: str
+    place: str
+    """The columns that tell the rows of one tenant apart."""
+    size: str
+    """How many bytes a row has beyond a few."""
+
+
 def _rows(table: Table) -> Rows:
     place, columns = (", ".join(name for name in names if name not in WHOSE) for names in (table.key, table.columns))
     size = "length(body)" if "body" in table.columns else "0"
@@ -47,11 +57,15 @@ OF_TENANT = frozenset(
     | {"principals", "audit"}
 )
 TENANT_ROWS = tuple(
-    (table.name, ", ".join(name for name in table.key if name != "tenant"))
+    TenantRows(
+        table.name,
+        ", ".join(name for name in table.key if name != "tenant"),
+        next((f"length({column})" for column in ("body", "response") if column in table.columns), "0"),
+    )
     for table in TABLES
     if table.name in OF_TENANT
 )
-"""The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
+"""The tables that hold rows of a tenant outside of its sessions, content left out."""
 
 OF_SESSION = "tenant = $1 AND uid = $2"
 OF_STATE = "tenant = $1 AND kind = $2 AND id = $3"
@@ -74,8 +88,8 @@ def delete_rows(sql: Sql, rows: Sequence[Rows], scope: Scope, batch: Batch) -> b
     return True
 
 
-def _delete_some(sql: Sql, rows: Rows, where: str, values: Sequence[str], batch: Batch) -> None:
-    table, place, size, *_ = rows
+def _delete_some(sql: Sql, rows: Rows | TenantRows, where: str, values: Sequence[str], batch: Batch) -> None:
+    table, place, size = rows[:3]
     found = sql.rows(
         f"SELECT {size}, {place} FROM {table} WHERE {where} ORDER BY {place} LIMIT {marks(1, len(values))}",
         *(*values, batch.left),
@@ -99,27 +113,33 @@ def _blank_some(sql: Sql, scope: Scope, batch: Batch) -> None:
         )
 
 
-def erase_rows(sql: Sql, rows: Sequence[tuple[str, str]], tenant: str, limit: int) -> bool:
+def erase_rows(sql: Sql, rows: Sequence[TenantRows], tenant: str, batch: Batch) -> None:
     """Tables.erase_rows; `rows` are as TENANT_ROWS."""
     contents = sql.rows(
         """SELECT content FROM blobs WHERE tenant = $1 UNION ALL
             SELECT content FROM uploads WHERE tenant = $1 AND sha256 = '' ORDER BY content LIMIT $2""",
-        *(tenant, limit),
+        *(tenant, batch.left),
     )
-    erased = 0
     for (content,) in list(contents):
+        batch.takes(0)
         sql.do("UPDATE contents SET discarded = 1 WHERE content = $1", content)
         for table in ("blobs", "uploads"):
-            erased += sql.remove(f"DELETE FROM {table} WHERE tenant = $1 AND content = $2", tenant, content)
-    if erased:
-        return True
-    for table, place in rows:
-        erased += sql.remove(
-            f"""DELETE FROM {table} WHERE tenant = $1 AND ({place}) IN
-                (SELECT {place} FROM {table} WHERE tenant = $1 LIMIT $2)""",
-            *(tenant, limit),
+            sql.remove(f"DELETE FROM {table} WHERE tenant = $1 AND content = $2", tenant, content)
+    for each in rows:
+        _delete_some(sql, each, "tenant = $1", (tenant,), batch)
+
+
+def forget_requests(sql: Sql, before: int, batch: Batch) -> int:
+    """Tables.forget_requests."""
+    oldest = "FROM requests WHERE create_time < $1 ORDER BY create_time, tenant, subject, rpc, request_id LIMIT $2"
+    sizes = sql.rows(f"SELECT length(response) {oldest}", before, batch.left)
+    if taken := sum([batch.takes(size or 0) for (size,) in sizes]):
+        sql.remove(
+            f"""DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
+                (SELECT tenant, subject, rpc, request_id {oldest})""",
+            *(before, taken),
         )
-    return erased > 0
+    return taken
 
 
 class Copied(NamedTuple):

@@ -24,7 +24,7 @@ from notecase_server.store.lists import Found, column
 from notecase_server.store.sql import KEPT, REWIND, Sql, marks, message_row, of, session_row
 from notecase_server.store.sql_content import SqlContent
 from notecase_server.store.sql_directory import SqlDirectory
-from notecase_server.store.sql_pieces import Copied, Rows
+from notecase_server.store.sql_pieces import Copied, Rows, TenantRows
 from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Applied, Batch, Kept, Piece, Recorded, SessionRow
 
@@ -42,7 +42,7 @@ class SqlTables(Sql):
     listed: ClassVar[str]
     """Has them with the columns of lists."""
     session_rows: ClassVar[Sequence[Rows]]
-    tenant_rows: ClassVar[Sequence[tuple[str, str]]]
+    tenant_rows: ClassVar[Sequence[TenantRows]]
     copies: ClassVar[Sequence[Copied]]
     start: ClassVar[str]
     """Selects the bodies of the session of tenant $1 and name $2, and of the agent that $3 names, or if it is NULL the
@@ -78,12 +78,8 @@ class SqlTables(Sql):
     def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         return int(self.one(KEPT[kind], tenant, *within)[0])
 
-    def forget_requests(self, before: int, limit: int) -> int:
-        return self.remove(
-            """DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
-                (SELECT tenant, subject, rpc, request_id FROM requests WHERE create_time < $1 LIMIT $2)""",
-            *(before, limit),
-        )
+    def forget_requests(self, before: int, batch: Batch) -> int:
+        return sql_pieces.forget_requests(self, before, batch)
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None:
         row = self.one(
@@ -136,8 +132,8 @@ class SqlTables(Sql):
     def delete_rows(self, scope: Scope, batch: Batch) -> bool:
         return sql_pieces.delete_rows(self, self.session_rows, scope, batch)
 
-    def erase_rows(self, tenant: str, limit: int) -> bool:
-        return sql_pieces.erase_rows(self, self.tenant_rows, tenant, limit)
+    def erase_rows(self, tenant: str, batch: Batch) -> None:
+        sql_pieces.erase_rows(self, self.tenant_rows, tenant, batch)
 
     def begin_copy(self, key: SessionKey, user: str) -> None:
         self.do('INSERT INTO deleted_sessions (tenant, uid, "user") VALUES ($1, $2, $3)', *of(key), user)

@@ -1,8 +1,9 @@
 """A store in one SQLite file: durable when a commit returns, owned by one process.
 
 One thread writes: it takes all writes that wait and makes one transaction of them, so that the disk is waited for
-once. A few threads read beside it, each on a consistent state of the file that holds every write that has returned.
-One more checkpoints: it moves what was committed from the write-ahead log into the database while commits go on.
+once. The pieces of long jobs, such as a fork, are transactions of their own, and come after the writes that wait. A few
+threads read beside it, each on a consistent state of the file that holds every write that has returned. One more
+checkpoints: it moves what was committed from the write-ahead log into the database while commits go on.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import os
 import queue
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +64,8 @@ class _Job(NamedTuple):
     writes: bool = False
     session: SessionKey | None = None
     """It commits to this session, and writes nothing else."""
+    piece: bool = False
+    """It is one of many steps of a long job."""
 
 
 def _scrub(*_: Any) -> bool:
@@ -122,8 +126,8 @@ class SqliteStore(TableStore):
     async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
         return await self._ask(self._reads, step, alone)
 
-    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
-        return await self._ask(self._writes, step)
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "", *, piece: bool = False) -> T:
+        return await self._ask(self._writes, step, piece=piece)
 
     async def commit(self, commit: Commit) -> Committed:
         return await self._ask(self._writes, self._commit(commit), session=commit.key)
@@ -143,11 +147,12 @@ class SqliteStore(TableStore):
         step: Callable[..., T],
         alone: bool = False,
         session: SessionKey | None = None,
+        piece: bool = False,
     ) -> T:
         if self._closing is not None:
             raise errors.store_unavailable()
         future: asyncio.Future[T] = self._loop.create_future()
-        jobs.put(_Job(step, future, alone, jobs is self._writes, session))
+        jobs.put(_Job(step, future, alone, jobs is self._writes, session, piece))
         return await future
 
     async def scrub(self) -> bool:
@@ -222,30 +227,38 @@ class SqliteStore(TableStore):
                 self._tell([_Outcome(_Job(_scrub, future), None, None) for future in waiting])
 
     def _write_batches(self) -> None:
-        writer, open_ended = self._writer, True
-        while open_ended:
+        """Makes one transaction of all writes that wait, and then one of one piece of a long job, if any waits: so a
+        write waits for one piece at most, and pieces get their turn however many writes come."""
+        open_ended, pieces = True, deque[_Job]()
+        while open_ended or pieces:
             writes, scrubs = list[_Job](), list[_Job]()
-            job = self._writes.get()
-            while True:
-                if job is None:
-                    open_ended = False
-                else:
-                    (scrubs if job.step is _scrub else writes).append(job)
-                try:
+            with suppress(queue.Empty):
+                job = self._writes.get(block=not pieces)
+                while True:
+                    if job is None:
+                        open_ended = False
+                    elif job.step is _scrub:
+                        scrubs.append(job)
+                    else:
+                        (pieces if job.piece else writes).append(job)
                     job = self._writes.get_nowait()
-                except queue.Empty:
-                    break
             if writes:
-                outcomes = writer.transact(writes, self.quotas)
-                if writer.checkpoint_due() and not self._checkpointing:
-                    self._checkpointing = True
-                    self._checkpoints.put([])
-                self._tell(outcomes)
-                if self._log_is_long:
-                    writer.checkpoint()
-                    self._log_is_long = self._checkpointing = False
+                self._transact(writes)
+            if pieces:
+                self._transact([pieces.popleft()])
             if scrubs:
-                self._tell(writer.scrub(scrubs))
+                self._tell(self._writer.scrub(scrubs))
+
+    def _transact(self, writes: list[_Job]) -> None:
+        writer = self._writer
+        outcomes = writer.transact(writes, self.quotas)
+        if writer.checkpoint_due() and not self._checkpointing:
+            self._checkpointing = True
+            self._checkpoints.put([])
+        self._tell(outcomes)
+        if self._log_is_long:
+            writer.checkpoint()
+            self._log_is_long = self._checkpointing = False
 
 
 class _Writer:

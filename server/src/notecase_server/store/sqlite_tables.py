@@ -39,7 +39,7 @@ from notecase_server.store.sql import (
     of,
     session_row,
 )
-from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, copies
+from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, TenantRows, copies
 from notecase_server.store.sql_tables import SqlTables, agent_body
 from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
 from notecase_server.store.stretches import Stretch
@@ -178,7 +178,7 @@ class SqliteTables(SqlTables):
         *(ROWS["events"]._replace(table="logs"), *SESSION_ROWS),
         ROWS["runs"]._replace(table="run_agents"),
     )
-    tenant_rows = (*TENANT_ROWS, ("retired_revisions", "agent, revision"))
+    tenant_rows = (*TENANT_ROWS, TenantRows("retired_revisions", "agent, revision", "length(body)"))
     copies: ClassVar[Sequence[Copied]] = copies(
         "logs",
         added=f"""EXISTS (SELECT 1 FROM lookups l WHERE l.tenant = calls.tenant AND l.uid = calls.uid

@@ -57,6 +57,9 @@ SWEEP_ROWS, SWEEP_BYTES, SWEEP_SESSIONS = 250, 1 << 20, 20
 """Rows of deleted sessions that one transaction removes, their bytes and the sessions that they are of: few enough that
 commits wait for some milliseconds only."""
 
+FORGET_ROWS = 1000
+"""Records of requests dropped in one transaction, which have SWEEP_BYTES together: most have a few hundred bytes."""
+
 FIRST_EPOCH = 1
 
 
@@ -456,6 +459,12 @@ def sweep_sessions(
     recorded = tables.deleted_sessions(tenant, user, SWEEP_SESSIONS + len(spared))
     found = [scope for scope in recorded if scope not in spared][:SWEEP_SESSIONS]
     return all(tables.delete_rows(scope, batch) for scope in found) and len(found) < SWEEP_SESSIONS
+
+
+def forget_requests(tables: Tables, now: int, before: int) -> tuple[int, bool]:
+    """One of the transactions of Store.forget_requests; returns how many it dropped, and whether it was the last."""
+    batch = Batch(FORGET_ROWS, SWEEP_BYTES)
+    return tables.forget_requests(before, batch), not batch.full
 
 
 def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | None) -> bool:

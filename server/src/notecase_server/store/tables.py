@@ -297,8 +297,8 @@ class Tables(Protocol):
         """Writes something that was there before."""
         ...
 
-    def forget_requests(self, before: int, limit: int) -> int:
-        """Drops at most `limit` records made before that time, and returns how many it dropped."""
+    def forget_requests(self, before: int, batch: Batch) -> int:
+        """Drops the records made before that time that the batch takes, and returns how many it dropped."""
         ...
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None: ...
@@ -518,7 +518,6 @@ class Tables(Protocol):
         """Whether rows of deleted sessions, or of copies, may be left."""
         ...
 
-    def erase_rows(self, tenant: str, limit: int) -> bool:
-        """Removes at most `limit` rows of each table that holds rows of the tenant outside of its sessions, itself left
-        out; returns whether there were any."""
+    def erase_rows(self, tenant: str, batch: Batch) -> None:
+        """Removes the rows of the tenant outside of its sessions that the batch takes, its own row left out."""
         ...

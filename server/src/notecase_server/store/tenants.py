@@ -5,11 +5,8 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.store.contract import Once, Query
 from notecase_server.store.lists import take
-from notecase_server.store.steps import recall, remember
-from notecase_server.store.tables import Tables
-
-ERASED_ROWS = 64
-"""Rows of a table that one transaction removes: an agent's revision may have a mebibyte."""
+from notecase_server.store.steps import SWEEP_BYTES, SWEEP_ROWS, recall, remember
+from notecase_server.store.tables import Batch, Tables
 
 SUSPENDED, DELETING = v1.Tenant.STATE_SUSPENDED, v1.Tenant.STATE_DELETING
 
@@ -57,7 +54,9 @@ def erase_tenant(tables: Tables, now: int, tenant: str) -> bool:
     """Store.erase_tenant."""
     if take(tables.sessions(tenant, Query(1)), 1).rows or tables.has_deleted_sessions(tenant):
         return False
-    if tables.erase_rows(tenant, ERASED_ROWS):
+    batch = Batch(SWEEP_ROWS, SWEEP_BYTES)
+    tables.erase_rows(tenant, batch)
+    if batch.left < SWEEP_ROWS:
         return False
     tables.directory.delete_tenant(tenant)
     return True

@@ -1,0 +1,142 @@
+"""SQLite: what is done to many sessions, runs or records at once is done in small transactions, and what somebody waits
+for comes between them."""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from notecase import v1
+from notecase_server.engine.sessions import Sessions
+from notecase_server.store import steps
+from notecase_server.store.contract import Answer, Commit, RunRecord
+from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.tables import Tables
+
+from tests.store.build import (
+    KEY,
+    ManualClock,
+    add,
+    changed,
+    create,
+    once,
+    put,
+    said,
+    session_key,
+    started,
+)
+from tests.support.written import written
+
+MANY = 1000
+MINUTE = 60 * 1_000_000
+ROWS = 3 * steps.SWEEP_ROWS + 2 * steps.SWEEP_SESSIONS
+"""A message has two lookups, and each of SWEEP_SESSIONS is recorded in two more rows."""
+
+
+@pytest.fixture
+async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[SqliteStore]:
+    opened = await SqliteStore.open(tmp_path / "store.db", clock)
+    opened._connections.writer.execute("PRAGMA synchronous = OFF")  # thousands of transactions are only counted
+    yield opened
+    await opened.close()
+
+
+async def fill(store: SqliteStore) -> None:
+    """MANY sessions of users/ada that expire in a minute, some of them large."""
+    session = v1.Session(user="users/ada")
+    session.ttl.seconds = 60
+    keys = [session_key("acme", f"s{number}") for number in range(MANY)]
+    await asyncio.gather(
+        *(
+            store.commit(
+                Commit(
+                    key=key,
+                    create=session,
+                    events=[said(f"m{each}", "x" * (number % 10 * 1000)) for each in range(5)] + [changed(put("k", 1))],
+                    once=once(f"create {number}"),
+                )
+            )
+            for number, key in enumerate(keys)
+        )
+    )
+
+
+@pytest.mark.parametrize("way", ["expiry", "erasure"])
+async def test_many_sessions_go_in_small_transactions(store: SqliteStore, clock: ManualClock, way: str) -> None:
+    """At their expiry, and with their user."""
+    await fill(store)
+    ids = itertools.count()
+    sessions = Sessions(store, lambda: f"id-{next(ids)}", lambda: f"uid-{next(ids)}")
+    seen = await written(store)
+    if way == "expiry":
+        clock.now += 2 * MINUTE
+        assert MANY == await sessions.expire(clock.now)
+        await store.sweep_sessions()
+    else:
+        assert MANY == await sessions.erase_user("acme", "users/ada", once("erase", Answer("erased")))
+    assert 5 * MANY < sum(each.tables.get("logs", 0) for each in seen)
+    assert 20 << 20 < sum(each.size for each in seen)
+    assert ROWS >= max(each.rows for each in seen)
+    assert steps.SWEEP_BYTES + 100 * steps.SWEEP_ROWS > max(each.size for each in seen)
+    assert {1} == {each.steps for each in seen}
+
+
+async def test_an_agent_goes_in_a_transaction_that_does_not_grow_with_its_runs(store: SqliteStore) -> None:
+    agent = await store.create_agent("acme", "clerk", v1.Agent(llm=v1.LlmAgent(instruction="x" * 10_000)))
+    for number in range(2 * steps.SWEEP_ROWS):
+        key = session_key("acme", f"s{number}")
+        begun, record = started("r", agent=agent.name), RunRecord(b"d", agent)
+        await store.commit(Commit(key=key, create=v1.Session(), events=[begun], claim=True, start=record))
+    seen = await written(store)
+    await store.delete_agent("acme", "clerk")
+    assert 2 * steps.SWEEP_ROWS == len(await store.active_runs())
+    assert [{"agents": 1, "retired_revisions": 1, "revisions": 1}] == [each.tables for each in seen]
+
+
+async def test_large_records_of_requests_are_forgotten_in_small_transactions(
+    store: SqliteStore, clock: ManualClock
+) -> None:
+    for number in range(20):
+        agent = v1.Agent(llm=v1.LlmAgent(instruction="x" * 200_000))
+        await store.create_agent("acme", f"a{number}", agent, once(f"r{number}", Answer("agent")))
+    seen = await written(store)
+    assert 20 == await store.forget_requests(clock.now + 1)
+    assert [5, 5, 5, 5] == [each.tables["requests"] for each in seen]
+
+
+async def test_a_tenant_goes_in_small_transactions(store: SqliteStore) -> None:
+    for number in range(20):
+        agent = v1.Agent(llm=v1.LlmAgent(instruction="x" * 200_000))
+        await store.create_agent("acme", f"a{number}", agent, once(f"r{number}", Answer("agent")))
+    state = KEY.state._replace(kind="user", id="ada")
+    await store.update_state(state, [put(f"k{number}", "y") for number in range(2 * steps.SWEEP_ROWS)])
+    seen = await written(store)
+    while not await store.erase_tenant("acme"):
+        pass
+    assert 8_000_000 < sum(each.size for each in seen)
+    assert steps.SWEEP_BYTES >= max(each.size for each in seen)
+    assert steps.SWEEP_ROWS == max(each.rows for each in seen)
+
+
+async def test_a_commit_goes_before_a_piece_of_a_long_job_that_came_first(store: SqliteStore) -> None:
+    """In a transaction without it; then one piece has its turn."""
+    await create(store)
+    loop, entered, release = asyncio.get_running_loop(), asyncio.Semaphore(0), threading.Semaphore(0)
+
+    def piece(tables: Tables, _: int) -> None:
+        loop.call_soon_threadsafe(entered.release)
+        release.acquire()
+
+    seen = await written(store)
+    jobs: list[asyncio.Task[Any]] = [asyncio.create_task(store._write(piece, piece=True)) for _ in range(3)]
+    for name in ("m1", "m2"):
+        await entered.acquire()
+        jobs.append(asyncio.create_task(add(store, said(name))))
+        await asyncio.sleep(0)
+        release.release()
+    release.release()
+    await asyncio.gather(*jobs)
+    assert [{}, {"logs": 2, "lookups": 2}, {}, {"logs": 2, "lookups": 2}, {}] == [each.tables for each in seen]
