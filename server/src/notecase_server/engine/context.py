@@ -5,8 +5,9 @@ The log is never cut; only the request is.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import msgspec
 from notecase import v1
 
 from notecase_server import errors
@@ -38,14 +39,14 @@ class Shown(History, StateStore, Protocol):
     """Holds what a model is shown."""
 
 
-class Newest(NamedTuple):
+class Newest(msgspec.Struct, frozen=True):
     """The newest messages of a session while its log ended at `head`."""
 
     head: int
     page: Page[v1.Message]
 
 
-class Content(NamedTuple):
+class Content(msgspec.Struct, frozen=True):
     """What of a session a request has."""
 
     instruction: str

@@ -152,10 +152,13 @@ class Draft:
             block.kind, block.made = "text", None
         return bool(blocks)
 
-    def finish(self, _: Finish) -> None:
-        """Takes in the end: what was held back for a fence around the JSON belongs to it after all."""
-        if self._unfenced is not None and (rest := self._unfenced.end()):
-            self._json().add(rest)
+    def finish(self, _: Finish) -> bool:
+        """Takes in the end, and returns whether the draft has grown by that: what was held back for a fence around the
+        JSON belongs to it after all."""
+        if self._unfenced is None or not (rest := self._unfenced.end()):
+            return False
+        self._json().add(rest)
+        return True
 
     @property
     def calls(self) -> bool:

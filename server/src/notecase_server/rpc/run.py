@@ -5,8 +5,8 @@ SendCommand and WatchEvents are the same two halves on their own.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NamedTuple
 
+import msgspec
 from notecase import v1
 
 from notecase_server import errors, names
@@ -34,10 +34,12 @@ class Results:
     """The results of one stream's commands, in their order, from who carries them out to who sends them. It is made for
     every stream and stays empty for most, so it holds as little as it can."""
 
-    __slots__ = ("_room", "waiting")
+    __slots__ = ("_room", "broken", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[v1.CommandResult] = []
+        self.broken: Exception | None = None
+        """What ended the commands before the caller did."""
         self._room: asyncio.Future[None] | None = None
         """Done once one was taken, where the next has no room."""
 
@@ -185,7 +187,7 @@ class Streams:
 
         def woken() -> bool:
             leaving = self.drain.closing or (self.drain.grace is not None and not told)
-            return bool(results.waiting) or leaving or _broken(reader) is not None
+            return bool(results.waiting) or leaving or results.broken is not None
 
         place.live.join()
         try:
@@ -193,8 +195,8 @@ class Streams:
             while True:
                 while results.waiting:
                     await write(v1.RunResponse(result=results.take()))
-                if (broken := _broken(reader)) is not None:
-                    raise broken
+                if results.broken is not None:
+                    raise results.broken
                 if self.drain.grace is not None and not told:
                     told = True
                     await write(v1.RunResponse(go_away=_go_away(cursor.sequence, self.drain.grace)))
@@ -220,6 +222,8 @@ class Streams:
             async for frame in requests:
                 await results.put(await self._carry_out(place, frame))
                 place.live.ring()
+        except Exception as error:  # noqa: BLE001 - the stream raises it
+            results.broken = error
         finally:
             place.live.ring()
 
@@ -320,7 +324,7 @@ def claimed(start: v1.StartRun, user: str) -> v1.StartRun:
     return start
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True):
     """Where a stream is attached."""
 
     live: LiveSession
@@ -344,11 +348,6 @@ def _shown(frame: v1.RunResponse) -> v1.RunResponse:
         if not events[index].sequence and events[index].state_changed.state == "app/state":
             del events[index]
     return frame
-
-
-def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:
-    """What ended the reader before the requests did."""
-    return reader.exception() if reader is not None and reader.done() and not reader.cancelled() else None
 
 
 async def _command_id(frame: v1.RunRequest) -> CommandId:
