@@ -11,7 +11,7 @@ import msgspec
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.engine import template
+from notecase_server.engine import instructions
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
@@ -117,7 +117,9 @@ async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message
 
 
 async def _instruction(store: StateStore, key: SessionKey, user: str, source: str) -> str:
-    parsed = await template.parsed(source)
+    parsed = await instructions.parsed(source)
+    if parsed is None:
+        return source
     values: dict[str, dict[str, v1.Value]] = {}
     for kind, wanted in parsed.keys.items():
         values[kind] = {}

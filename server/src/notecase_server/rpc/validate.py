@@ -21,7 +21,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.auth.principal import Role
-from notecase_server.engine import template
+from notecase_server.engine import instructions
 from notecase_server.engine.content import MAX_MESSAGE_BYTES, MAX_PART_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import NotecaseError, Violation
@@ -154,7 +154,7 @@ class Check:
             self(await asyncio.to_thread(_is_json, text), field, JSON_RULE)
         for field, source in () if self._missing or self._bound else self._templates:
             with self.taking():
-                await template.parsed(source, field)
+                await instructions.parsed(source, field)
         self.done()
         if request.ByteSize() >= SETTLED_BYTES:
             await asyncio.sleep(0)
