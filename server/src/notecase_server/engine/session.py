@@ -261,12 +261,14 @@ class LiveSession:
     def join(self) -> None:
         """Counts a stream that has attached."""
         self.watchers += 1
-        self.company.ring()
+        if self.company:
+            self.company.ring()
 
     def leave(self) -> None:
         """Counts a stream that has gone."""
         self.watchers -= 1
-        self.company.ring()
+        if self.company:
+            self.company.ring()
 
     def begin(self, step: StepKey, draft: Draft) -> None:
         """Opens the draft of the message that a model is about to write for a step, in place of the one before."""

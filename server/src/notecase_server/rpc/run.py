@@ -5,6 +5,7 @@ SendCommand and WatchEvents are the same two halves on their own.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeAlias
 
 import msgspec
 from notecase import v1
@@ -96,7 +97,7 @@ class Streams:
         """The Run RPC. Raises NotecaseError for a bad first frame, and as `watch` does."""
         return self._follow(self._begun(tenant, requests), write, requests)
 
-    async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> "Place":
+    async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> "Attached":
         """Carries out the first frame of a Run stream."""
         first = await anext(requests, None)
         kind = first.WhichOneof("command") if first is not None else None
@@ -130,7 +131,7 @@ class Streams:
         options: v1.WatchOptions,
         if_session_uid: str,
         field: str = "",
-    ) -> "Place":
+    ) -> "Attached":
         check = Check()
         session_id, run_id = check.watch(field, name, after or 0, options, if_session_uid)
         check.done()
@@ -156,9 +157,9 @@ class Streams:
         cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
         if run and run.state in ENDED and after >= run.last_sequence and not options.keep_open:
             cursor.finished = True
-        return Place(live, v1.RunResponse(attached=attached), cursor, followed)
+        return Place(live, cursor, followed), v1.RunResponse(attached=attached)
 
-    async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
+    async def _started(self, started: Started, options: v1.WatchOptions) -> "Attached":
         run = started.run
         if started.session is None:
             live, session = await self._sessions.watched(started.key)
@@ -173,13 +174,13 @@ class Streams:
         followed, after = run.name, run.first_sequence - 1
         attached.run.CopyFrom(names.render_run(started.key.session, run))
         cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
-        return Place(live, frame, cursor, followed)
+        return Place(live, cursor, followed), frame
 
     async def _follow(
-        self, attaching: Awaitable["Place"], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
+        self, attaching: Awaitable["Attached"], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
     ) -> None:
         """Writes the frames of a stream; the commands in `requests` are carried out meanwhile."""
-        place, results, reader = await attaching, Results(), None
+        (place, attached), results, reader = await attaching, Results(), None
         if requests is not None:
             reader = self._supervisor.start(self.read(place, requests, results), "commands")
         cursor, bound = place.cursor, caller.get().principal.user != ""
@@ -191,7 +192,8 @@ class Streams:
 
         place.live.join()
         try:
-            await write(place.attached)
+            await write(attached)
+            del attached  # it takes more memory than all else here that an idle stream keeps
             while True:
                 while results.waiting:
                     await write(v1.RunResponse(result=results.take()))
@@ -203,6 +205,7 @@ class Streams:
                 frame = await cursor.next(woken)
                 if frame is not None:
                     await write(_shown(frame) if bound else frame)
+                    del frame
                 elif not (woken() or cursor.finished):
                     await write(v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence)))
                 if cursor.finished:
@@ -328,11 +331,13 @@ class Place(msgspec.Struct, frozen=True):
     """Where a stream is attached."""
 
     live: LiveSession
-    attached: v1.RunResponse
-    """The frame that says so."""
     cursor: Cursor
     run: str
     """The run that the stream follows, "" when idle."""
+
+
+Attached: TypeAlias = tuple[Place, v1.RunResponse]
+"""With the frame that says so."""
 
 
 def _go_away(sequence: int, grace: float) -> v1.GoAway:
