@@ -18,7 +18,7 @@ HEAVY = {
 """Modules that cost a command more to import than all that `--version` needs."""
 
 CLIENT = {"asyncio", "google.protobuf", "grpc", "notecase"}
-SERVER = {"liquid", "msgspec", "notecase_server.serve", "structlog"}
+SERVER = {"msgspec", "notecase_server.serve", "structlog"}
 
 
 async def imported(*arguments: str, env: dict[str, str] | None = None) -> set[str]:
@@ -41,8 +41,9 @@ async def test_the_command_alone_imports_nothing_heavy(arguments: tuple[str, ...
     assert set() == await imported(*arguments)
 
 
-async def test_a_server_imports_no_line_editor_and_no_provider_that_it_does_not_use() -> None:
-    """Its own loop and transport are all that it adds to what it is made of."""
+async def test_a_server_imports_no_line_editor_and_no_provider_or_language_that_it_does_not_use() -> None:
+    """Its own loop and transport are all that it adds to what it is made of. The language of templates is loaded when
+    the first of them comes."""
     found = await imported("serve", "--listen", "127.0.0.1:0", "--store", "memory:")
     assert CLIENT | SERVER | {"uvloop"} == found - {"jsonschema_rs"}
 

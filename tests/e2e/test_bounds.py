@@ -374,7 +374,7 @@ async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) ->
         await create_one(served, 0)
         streams = served.server.streams
         caller.set(Caller(Principal("default", "", Role.ADMIN), "", ""))
-        place = await streams.attach("default", "sessions/s", None, v1.WatchOptions(keep_open=True), "")
+        place, _ = await streams.attach("default", "sessions/s", None, v1.WatchOptions(keep_open=True), "")
         read = 0
 
         async def commands() -> AsyncIterator[v1.RunRequest]:

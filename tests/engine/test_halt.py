@@ -94,9 +94,9 @@ async def test_halts_that_nobody_carries_out_are_answered_once() -> None:
     halts, first, second = Halts(), Halt(), Halt()
     halts.add(first)
     halts.add(second)
-    assert halts.first is first
+    assert [first, second] == halts.pending
     second.refuse(errors.draining())
     halts.refuse_all(errors.worker_lost("s"))
-    assert not halts
+    assert not halts.pending
     reasons = [error.reason for halt in (first, second) if isinstance(error := halt.done.exception(), NotecaseError)]
     assert [v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SERVER_DRAINING] == reasons

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
+import msgspec
 import structlog
 from notecase import v1
 
@@ -45,7 +45,7 @@ BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
 
 
-class Started(NamedTuple):
+class Started(msgspec.Struct, frozen=True):
     """A run that a start made, or found."""
 
     key: SessionKey
@@ -97,7 +97,7 @@ class Admission:
                 return found
             if not start.session:  # the one that has the name may be deleted meanwhile, and its uid is never used again
                 key = self._sessions.new_key(tenant, key.session)
-                meant = meant._replace(key=key, session=start.new_session)
+                meant = Meant(key, start.new_session, meant.agent)
             del body.messages[:]
             body.messages.extend(await self._services.contents.kept(key, start.messages, start.state))
             return await self._admit(meant, body, digest, caused)
@@ -173,7 +173,7 @@ class Admission:
     # ---- starting
 
     async def _start(self, meant: Meant, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
-        key, session, _ = meant
+        key, session = meant.key, meant.session
         if busy := ahead(session, start):
             if start.HasField("if_last_sequence") and start.if_last_sequence != session.last_sequence:
                 raise errors.sequence_mismatch(session.last_sequence)

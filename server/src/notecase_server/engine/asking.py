@@ -4,8 +4,9 @@ import asyncio
 import itertools
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+import msgspec
 import structlog
 from notecase import v1
 
@@ -52,7 +53,7 @@ class Budget:
         self._calls -= 1
 
 
-class Source(NamedTuple):
+class Source(msgspec.Struct, frozen=True):
     """A model that an agent may be answered by."""
 
     named: NamedProvider
@@ -138,7 +139,7 @@ class Asking:
         nothing came does not count as a model call; what one took, as far as its provider told, is counted."""
         most, seconds = source.named.repeats
         for repeat in itertools.count():
-            if self._halts:
+            if self._halts.pending:
                 raise Halted
             if not self._lease.holds:
                 await self._halts.cut(self._lease.held())

@@ -7,12 +7,13 @@ The log is never cut; only the request is.
 import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+import msgspec
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.engine import template
+from notecase_server.engine import instructions
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
@@ -43,14 +44,14 @@ class Shown(History, StateStore, Protocol):
     """Holds what a model is shown."""
 
 
-class Newest(NamedTuple):
+class Newest(msgspec.Struct, frozen=True):
     """The newest messages of a session while its log ended at `head`."""
 
     head: int
     page: Page[v1.Message]
 
 
-class Content(NamedTuple):
+class Content(msgspec.Struct, frozen=True):
     """What of a session a request has."""
 
     instruction: str
@@ -121,7 +122,9 @@ async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message
 
 
 async def _instruction(store: StateStore, key: SessionKey, user: str, source: str) -> str:
-    parsed = await template.parsed(source)
+    parsed = await instructions.parsed(source)
+    if parsed is None:
+        return source
     values: dict[str, dict[str, v1.Value]] = {}
     for kind, wanted in parsed.keys.items():
         values[kind] = {}

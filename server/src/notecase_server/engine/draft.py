@@ -152,10 +152,13 @@ class Draft:
             block.kind, block.made = "text", None
         return bool(blocks)
 
-    def finish(self, _: Finish) -> None:
-        """Takes the end of the reply: text that was held back as a possible fence belongs to the JSON after all."""
-        if self._unfenced is not None and (rest := self._unfenced.end()):
-            self._json().add(rest)
+    def finish(self, _: Finish) -> bool:
+        """Takes the end of the reply, and returns whether the draft has grown by it: text that was held back as a
+        possible fence belongs to the JSON after all."""
+        if self._unfenced is None or not (rest := self._unfenced.end()):
+            return False
+        self._json().add(rest)
+        return True
 
     @property
     def calls(self) -> bool:

@@ -65,23 +65,17 @@ class Halts:
     """Holds the halts that a worker has not carried out, and what they cut."""
 
     def __init__(self) -> None:
-        self._pending: list[Halt] = []
+        self.pending: list[Halt] = []
+        """In the order in which they were asked for."""
         self._cutting: asyncio.Task[Any] | None = None
         self._cuts = 0
         """How many of its cancellations came from the halt in `cut`."""
         self.stirred = asyncio.Event()
         """Set when there is something new to look at."""
 
-    def __bool__(self) -> bool:
-        return bool(self._pending)
-
-    @property
-    def first(self) -> Halt:
-        return self._pending[0]
-
     def add(self, halt: Halt) -> None:
         """Cuts what runs in `cut`; the worker then carries the halt out."""
-        self._pending.append(halt)
+        self.pending.append(halt)
         self.stirred.set()
         self.interrupt()
 
@@ -92,19 +86,19 @@ class Halts:
             self._cutting.cancel()
 
     def remove(self, halt: Halt) -> None:
-        self._pending.remove(halt)
+        self.pending.remove(halt)
 
     def refuse_all(self, error: Exception) -> None:
         """Refuses the halts that will not be carried out."""
-        for halt in self._pending:
+        for halt in self.pending:
             halt.refuse(error)
-        self._pending.clear()
+        self.pending.clear()
 
     async def cut(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs work that a halt can cut, in the task that requested it; Halted is then raised. Work that ends as
         cancelled although nothing cancelled it has failed: MODEL_UNAVAILABLE, since only calls to other processes do
         so."""
-        if self._pending:
+        if self.pending:
             work.close()
             raise Halted
         task = asyncio.current_task()

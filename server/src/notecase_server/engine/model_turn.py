@@ -7,8 +7,9 @@ import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 from notecase import v1
 
 from notecase_server import errors
@@ -37,7 +38,7 @@ NOTE_AT_ONCE = 64 << 10
 """Characters of JSON that take a few milliseconds to become a value."""
 
 
-class Reply(NamedTuple):
+class Reply(msgspec.Struct, frozen=True):
     """What a turn came to."""
 
     message: v1.Message
@@ -133,7 +134,8 @@ class ModelTurn:
 
     async def _request(self) -> ModelRequest:
         llm = self._llm
-        instruction, messages, only_text = await self._log.patiently(self._content)
+        content = await self._log.patiently(self._content)
+        messages, only_text = content.messages, content.only_text
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
         if READ_RESULT not in self._bound and not only_text:
             shown = await self._log.patiently(lambda: self._results.shown(messages, self._budget.most_tokens))
@@ -141,7 +143,9 @@ class ModelTurn:
                 tools.append(results.TOOL)
                 messages = shown
         schema = llm.output_schema
-        return ModelRequest(llm.model, instruction, messages, llm.generation, tools, self._load, schema, only_text)
+        return ModelRequest(
+            llm.model, content.instruction, messages, llm.generation, tools, self._load, schema, only_text
+        )
 
     def _content(self) -> Coroutine[Any, Any, context.Content]:
         newest, live = self._newest, self._log.live
@@ -180,8 +184,8 @@ class ModelTurn:
                 if isinstance(delta, Finish):
                     source.own(delta.usage)
                     self._log.spend(delta.usage)
-                    draft.finish(delta)
-                    live.written(first=False)
+                    if draft.finish(delta):
+                        live.written(first=False)
                     return delta
                 begun = draft.feed(delta)
                 live.written(begun)
@@ -250,7 +254,7 @@ class ModelTurn:
         plan = await self._log.patiently(
             lambda: summary.plan(store, key, self._log.session.summary_sequence, keep, batch)
         )
-        if plan is None or self._halts:
+        if plan is None or self._halts.pending:
             return False
         self._budget.spend()
         try:

@@ -1,8 +1,8 @@
 """Makes the events of a start, and determines what a start needs: its agent, and the history before it. Pure."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+import msgspec
 from notecase import v1
 
 from notecase_server import errors
@@ -15,7 +15,7 @@ COMPLETED = v1.Message.STATUS_COMPLETED
 INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBACK
 
 
-class Meant(NamedTuple):
+class Meant(msgspec.Struct, frozen=True):
     """What a start is about, as it was at one moment."""
 
     key: SessionKey

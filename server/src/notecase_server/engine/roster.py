@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 import structlog
 from notecase import v1
 
@@ -49,7 +50,7 @@ class Caused(NamedTuple):
     """To be written with it: see Commit.audit."""
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True):
     """A worker with its task: active, or waiting for its slot."""
 
     worker: Worker

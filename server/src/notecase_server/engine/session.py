@@ -200,10 +200,11 @@ class LiveSession:
             self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in committed.messages}
         self._sessions.transcripts.follow(self.key, committed)
         self.ring()
-        for event in committed.events:
-            if event.HasField("run_state_changed"):
-                self.company.ring()
-                break
+        if self.company:
+            for event in committed.events:
+                if event.HasField("run_state_changed"):
+                    self.company.ring()
+                    break
         for scope, state in committed.state.items():
             if scope.kind != "session":
                 ops = [
@@ -239,9 +240,10 @@ class LiveSession:
     def tail(self, after: int) -> list[v1.Event] | None:
         """Returns the committed events after that sequence up to the head, or None when some are only in the store. Not
         copies."""
-        if not self._tail or self._tail[-1].sequence != self.head or self._tail[0].sequence > after + 1:
+        tail = self._tail
+        if not tail or tail[-1].sequence != self.head or (first := tail[0].sequence) > after + 1:
             return None
-        return [event for event in self._tail if event.sequence > after]
+        return tail[after + 1 - first :]
 
     def notices(self, after: int) -> list[v1.Event]:
         """Returns the kept notices after number `after`. Not copies."""
@@ -261,12 +263,14 @@ class LiveSession:
     def join(self) -> None:
         """Counts a stream that has attached."""
         self.watchers += 1
-        self.company.ring()
+        if self.company:
+            self.company.ring()
 
     def leave(self) -> None:
         """Counts a stream that has gone."""
         self.watchers -= 1
-        self.company.ring()
+        if self.company:
+            self.company.ring()
 
     def begin(self, step: StepKey, draft: Draft) -> None:
         """Opens the draft of the message that a model is about to write for a step, in place of the one before."""

@@ -47,11 +47,10 @@ from liquid.utils import ReadOnlyChainMap
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine.instructions import LONG, is_long
 from notecase_server.engine.values import plain
 from notecase_server.errors import NotecaseError
 
-MAX_SOURCE: Final = 64 << 10
-"""Bytes of a template: some thirty pages, more than a model follows as an instruction."""
 MAX_MARKUP: Final = 2000
 """Words and signs within the tags and outputs of a template, with MARKUP_PRICE for each of these: about 10 µs each to
 parse, during which nobody else is served. 400 times `{{ user.name }}` fit."""
@@ -115,8 +114,6 @@ class Template:
     def __init__(self, bound: BoundTemplate, source: str, keys: Mapping[str, frozenset[str] | None]) -> None:
         self._bound = bound
         self._source = source
-        self._plain = "{" not in source and len(source.encode()) <= MAX_OUTPUT
-        """The source has no tags, so it is its own result."""
         self.keys = keys
 
     async def rendered(self, state: Mapping[str, Mapping[str, v1.Value]]) -> str:
@@ -130,8 +127,6 @@ class Template:
         """The text, at most MAX_OUTPUT bytes of UTF-8. `state` has the values under "session", "user" and "app", at
         least those of `keys`; what is not there is empty. Raises NotecaseError TEMPLATE_ERROR when a limit is exceeded
         or a filter or comparison cannot take its values; the message says where, and quotes nothing of the state."""
-        if self._plain:
-            return self._source
         context = _Context(self._bound, state, most_work)
         buffer = context.get_buffer()
         try:
@@ -176,8 +171,8 @@ async def parsed(source: str, field: str = "agent.llm.instruction") -> Template:
 def parse(source: str) -> Template:
     """The template, the same object for the same source as long as it is cached. Raises NotecaseError TEMPLATE_ERROR,
     saying where, when `source` is no template or is beyond a limit."""
-    if len(source.encode()) > MAX_SOURCE:
-        raise errors.template_error(f"The template is longer than {MAX_SOURCE} bytes.")
+    if is_long(source):
+        raise errors.template_error(LONG)
     try:
         bound = _LIQUID.from_string(source)
         for expression in _expressions(bound):

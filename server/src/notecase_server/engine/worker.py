@@ -114,7 +114,7 @@ class Worker:
     def _goes_on(self) -> bool:
         state = self.log.run.state
         works = state == RUNNING and not (self._draining and self._may_leave)
-        return state not in ENDED and (works or bool(self._halts) or self._rests)
+        return state not in ENDED and (works or bool(self._halts.pending) or self._rests)
 
     @property
     def _rests(self) -> bool:
@@ -129,7 +129,7 @@ class Worker:
 
     def let_go(self) -> None:
         """Gives back its place and answers the halts that it will not carry out: also when it never came to work."""
-        if self._halts:
+        if self._halts.pending:
             self._halts.refuse_all(self._gone())
         self.seat.leave()
 
@@ -144,8 +144,8 @@ class Worker:
 
     async def _step(self) -> None:
         try:
-            if self._halts:
-                await self._seal(self._halts.first)
+            if self._halts.pending:
+                await self._seal(self._halts.pending[0])
             elif not (self.seat.taken or self._rests):
                 await self._begin()
             elif self.log.message is not None:
@@ -264,7 +264,7 @@ class Worker:
             self.seat.leave()
             return
         works = self.log.run.state == RUNNING and self.seat.taken
-        if self._halts or self.log.message is None or not (works or self._rests):
+        if self._halts.pending or self.log.message is None or not (works or self._rests):
             return
         if works:
             self._calls.begin()

@@ -15,7 +15,14 @@ from notecase_server.models.answers import media, provider_errors
 from notecase_server.models.answers.calls import Calls
 from notecase_server.models.answers.chunk import CallPiece, Choice, Chunk, Said, thought_of
 from notecase_server.models.answers.citations import Citations
-from notecase_server.models.answers.event_stream import LAST, MAX_EVENT_BYTES, EventSplitter, documents_of, too_large
+from notecase_server.models.answers.event_stream import (
+    BETWEEN,
+    LAST,
+    MAX_EVENT_BYTES,
+    EventSplitter,
+    documents_of,
+    too_large,
+)
 from notecase_server.models.answers.finish_reasons import Finish as End
 from notecase_server.models.answers.finish_reasons import is_cut, is_none, meaning
 from notecase_server.models.answers.media import Audio, Encoded
@@ -182,7 +189,7 @@ class ChatReply:
                 raise too_large(MAX_EVENT_BYTES)
             return
         size = len(chunk)
-        if self._in_text and _MANY_BYTES <= size <= MAX_TEXT_BYTES:
+        if self._in_text and size >= _MANY_BYTES and not self._halves:
             chunk = self._take_tokens(chunk, pieces)
         for data, name in self._events.feed(chunk) if chunk else ():
             if self._in_text and not name and self._take_token(data, pieces):
@@ -248,16 +255,18 @@ class ChatReply:
 
     def _take_tokens(self, chunk: bytes, pieces: list[Piece]) -> bytes:
         """Takes those events of a chunk that are text alone, if there are many, and returns what is left to be fed."""
-        run, rest = self._events.run(chunk)
-        if not run:
+        found, rest = self._events.plain(chunk, MAX_TEXT_BYTES)
+        if not found:
             return rest
-        tokens = documents.tokens(run) if not self._halves and len(run) <= MAX_TEXT_BYTES else None
+        tokens = documents.tokens(found)
         if tokens is None:
-            return b"data: " + run + b"\n\n" + rest
+            return b"data: " + BETWEEN.join(found) + b"\n\n" + rest
+        texts = []
         for token in tokens:
             if token.model != self._named:
                 self._name(token.model)
-        if text := "".join([token.choices[0].delta.content or "" for token in tokens]):
+            texts.append(token.choices[0].delta.content or "")
+        if text := "".join(texts):
             self._take_text(text, pieces)
         self._in_text = not rest.endswith(LAST)
         return rest

@@ -136,7 +136,7 @@ class OpenAIProvider:
                 plainer = partial(_written, request, model, profile, "", with_data=False)
         write = partial(_written, request, model, profile, self._tag)
         sent = await asyncio.to_thread(write) if large else write()
-        think_tags = self._profiles.of(sent.model).think_tags
+        think_tags = (profile if sent.model == model else self._profiles.of(sent.model)).think_tags
         reply = ChatReply(sent.model, self._redactor, behind_calls, think_tags, sent.audio_format)
         made = itertools.count(1)
         cut: NotecaseError | None = None

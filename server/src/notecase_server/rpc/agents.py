@@ -9,7 +9,7 @@ from google.protobuf.empty_pb2 import Empty
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.engine import template
+from notecase_server.engine import instructions
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc import validate
@@ -110,7 +110,7 @@ class Agents(v1.AgentServiceServicer):
         """Checks the fields that the paths name and whose check needs a thread or a process."""
         if "llm" in paths or "llm.instruction" in paths:
             with check.taking():
-                await template.parsed(agent.llm.instruction)
+                await instructions.parsed(agent.llm.instruction)
         if ("llm" in paths or "llm.output_schema" in paths) and len(agent.llm.output_schema) <= MAX_SCHEMA_BYTES:
             with check.taking():
                 await self.desk.schemas.require("agent.llm.output_schema", agent.llm.output_schema)

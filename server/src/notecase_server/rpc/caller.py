@@ -1,8 +1,8 @@
 """Who makes the call that is being answered."""
 
 from contextvars import ContextVar
-from typing import NamedTuple
 
+import msgspec
 from notecase import v1
 
 from notecase_server.auth.principal import Principal, Role
@@ -12,7 +12,7 @@ NOBODY = Principal("", "", Role.VIEWER)
 """Makes the calls that need no credential, and those that were not judged yet."""
 
 
-class Caller(NamedTuple):
+class Caller(msgspec.Struct, frozen=True):
     """A call's principal, and what identifies the call."""
 
     principal: Principal

@@ -20,7 +20,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.auth.principal import Role
-from notecase_server.engine import template
+from notecase_server.engine import instructions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.rpc.caller import caller
@@ -133,7 +133,7 @@ class Check:
             self(await asyncio.to_thread(_is_json, text), field, JSON_RULE)
         for field, source in () if self._missing or self._bound else self._templates:
             with self.taking():
-                await template.parsed(source, field)
+                await instructions.parsed(source, field)
         self.done()
         if request.ByteSize() >= SETTLED_BYTES:
             await asyncio.sleep(0)

@@ -70,7 +70,6 @@ class Gate:
             raise errors.unread_answers()
         if connection is None:
             connection = self._connections[peer] = _Connection()
-        self._count(connection, 1, probe)
         call = Call(self, peer, connection, probe)
         context.add_done_callback(call.left)
         return call
@@ -79,18 +78,6 @@ class Gate:
         """What one connection may leave unread. A connection that reads is far below it, even when the server's bound
         is reached."""
         return max(self._max_unread // UNREAD_SHARE, READ_AHEAD) if self.unread < self._max_unread else READ_AHEAD
-
-    def _count(self, connection: _Connection, more: int, probe: bool) -> None:
-        if probe:
-            connection.probes += more
-        else:
-            connection.calls += more
-            self.calls += more
-
-    def _leave(self, peer: str, connection: _Connection, probe: bool) -> None:
-        self._count(connection, -1, probe)
-        if not (connection.calls or connection.probes):
-            self._connections.pop(peer, None)
 
 
 class Call:
@@ -106,6 +93,14 @@ class Call:
         self._probe = probe
         self._connection = connection
         self._unread = 0
+        self._count(1)
+
+    def _count(self, more: int) -> None:
+        if self._probe:
+            self._connection.probes += more
+        else:
+            self._connection.calls += more
+            self._gate.calls += more
 
     def has_room(self, size: int) -> bool:
         """Whether a frame of so many bytes may wait, too. A connection on which nothing waits takes any."""
@@ -126,8 +121,12 @@ class Call:
 
     def left(self, _context: Any) -> None:
         """Grpc is done with the call, and with what waited."""
-        self.read(self._unread)
-        self._gate._leave(self._peer, self._connection, self._probe)
+        connection = self._connection
+        connection.unread -= self._unread
+        self._gate.unread -= self._unread
+        self._count(-1)
+        if not (connection.calls or connection.probes):
+            self._gate._connections.pop(self._peer, None)
 
 
 class Outlet:

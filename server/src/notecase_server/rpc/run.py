@@ -5,8 +5,9 @@ SendCommand and WatchEvents are the same two halves on their own.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NamedTuple
+from typing import TypeAlias
 
+import msgspec
 from notecase import v1
 
 from notecase_server import errors, names
@@ -35,10 +36,12 @@ class Results:
     """The results of one stream's commands, in their order, from who carries them out to who sends them. It is made for
     every stream and stays empty for most, so it holds as little as it can."""
 
-    __slots__ = ("_room", "waiting")
+    __slots__ = ("_room", "broken", "waiting")
 
     def __init__(self) -> None:
         self.waiting: list[v1.CommandResult] = []
+        self.broken: Exception | None = None
+        """What ended the commands before the caller did."""
         self._room: asyncio.Future[None] | None = None
         """Done when a result was taken, while `put` waits for room."""
 
@@ -95,7 +98,7 @@ class Streams:
         """The Run RPC. Raises NotecaseError for a bad first frame, and as `watch` does."""
         return self._follow(self._begun(tenant, requests), write, requests)
 
-    async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> "Place":
+    async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> "Attached":
         """Carries out the first frame of a Run stream."""
         first = await anext(requests, None)
         kind = first.WhichOneof("command") if first is not None else None
@@ -129,7 +132,7 @@ class Streams:
         options: v1.WatchOptions,
         if_session_uid: str,
         field: str = "",
-    ) -> "Place":
+    ) -> "Attached":
         check = Check()
         session_id, run_id = validate.watch(check, field, name, after or 0, options, if_session_uid)
         check.done()
@@ -155,9 +158,9 @@ class Streams:
         cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
         if run and run.state in ENDED and after >= run.last_sequence and not options.keep_open:
             cursor.finished = True
-        return Place(live, v1.RunResponse(attached=attached), cursor, followed)
+        return Place(live, cursor, followed), v1.RunResponse(attached=attached)
 
-    async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
+    async def _started(self, started: Started, options: v1.WatchOptions) -> "Attached":
         run = started.run
         if started.session is None:
             live, session = await self._sessions.watched(started.key)
@@ -172,13 +175,13 @@ class Streams:
         followed, after = run.name, run.first_sequence - 1
         attached.run.CopyFrom(names.render_run(started.key.session, run))
         cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
-        return Place(live, frame, cursor, followed)
+        return Place(live, cursor, followed), frame
 
     async def _follow(
-        self, attaching: Awaitable["Place"], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
+        self, attaching: Awaitable["Attached"], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
     ) -> None:
         """Writes the frames of a stream; the commands in `requests` are carried out meanwhile."""
-        place, results, reader = await attaching, Results(), None
+        (place, attached), results, reader = await attaching, Results(), None
         if requests is not None:
             reader = self._supervisor.start(self.read(place, requests, results), "commands")
         cursor, bound = place.cursor, caller.get().principal.user != ""
@@ -186,22 +189,24 @@ class Streams:
 
         def woken() -> bool:
             leaving = self.drain.closing or (self.drain.grace is not None and not told)
-            return bool(results.waiting) or leaving or _broken(reader) is not None
+            return bool(results.waiting) or leaving or results.broken is not None
 
         place.live.join()
         try:
-            await write(place.attached)
+            await write(attached)
+            del attached  # it takes more memory than all else here that an idle stream keeps
             while True:
                 while results.waiting:
                     await write(v1.RunResponse(result=results.take()))
-                if (broken := _broken(reader)) is not None:
-                    raise broken
+                if results.broken is not None:
+                    raise results.broken
                 if self.drain.grace is not None and not told:
                     told = True
                     await write(v1.RunResponse(go_away=_go_away(cursor.sequence, self.drain.grace)))
                 frame = await cursor.next(woken)
                 if frame is not None:
                     await write(_shown(frame) if bound else frame)
+                    del frame
                 elif not (woken() or cursor.finished):
                     await write(v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence)))
                 if cursor.finished:
@@ -221,6 +226,8 @@ class Streams:
             async for frame in requests:
                 await results.put(await self._carry_out(place, frame))
                 place.live.ring()
+        except Exception as error:  # noqa: BLE001 - the stream raises it
+            results.broken = error
         finally:
             place.live.ring()
 
@@ -321,15 +328,17 @@ def claimed(start: v1.StartRun, user: str) -> v1.StartRun:
     return start
 
 
-class Place(NamedTuple):
+class Place(msgspec.Struct, frozen=True):
     """Where a stream is attached."""
 
     live: LiveSession
-    attached: v1.RunResponse
-    """The frame that says so."""
     cursor: Cursor
     run: str
     """The run that the stream follows, "" when idle."""
+
+
+Attached: TypeAlias = tuple[Place, v1.RunResponse]
+"""With the frame that says so."""
 
 
 def _go_away(sequence: int, grace: float) -> v1.GoAway:
@@ -345,11 +354,6 @@ def _shown(frame: v1.RunResponse) -> v1.RunResponse:
         if not events[index].sequence and events[index].state_changed.state == "app/state":
             del events[index]
     return frame
-
-
-def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:
-    """What ended the reader before the requests did."""
-    return reader.exception() if reader is not None and reader.done() and not reader.cancelled() else None
 
 
 async def _command_id(frame: v1.RunRequest) -> CommandId:

@@ -48,10 +48,8 @@ class RunsService(v1.RunServiceServicer):
         await check.settled(request)
         try:
             who, caused = caller.get(), await caused_by(request, Answer("started"))
-            key, run, _ = await self.runs.admission.start(
-                who.tenant, claimed(request.start, who.user), caused, who.user
-            )
-            run_id = run.name
+            started = await self.runs.admission.start(who.tenant, claimed(request.start, who.user), caused, who.user)
+            key, run_id = started.key, started.run.name
         except Replayed as replayed:
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
             key = await self.desk.session(session)

@@ -14,7 +14,6 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models.answers.event_stream import BETWEEN
 
 Json = dict[str, Any]
 Label = str | int | float | bool | None
@@ -208,14 +207,17 @@ def token(data: bytes) -> Token | None:
         return None
 
 
-def tokens(run: bytes) -> list[Token] | None:
-    """Returns the chunks of a run of events, which has line ends only between them (see EventSplitter.run), in order,
-    if each is nothing but text. Decoding them as one array takes a tenth of the time that one after the other takes."""
+def tokens(documents: list[bytes]) -> list[Token] | None:
+    """Returns the chunks, in order, if each document is one of nothing but text and has no line feed. Decoding them as
+    one array takes a tenth of the time that one after the other takes."""
+    joined = b",".join(documents)
+    if b"\n" in joined:
+        return None
     try:
-        found = _TOKENS.decode(b"[" + run.replace(BETWEEN, b",") + b"]")
+        found = _TOKENS.decode(b"[%b]" % joined)
     except (ValueError, RecursionError):
         return None
-    return found if len(found) == run.count(b"\n") // 2 + 1 else None
+    return found if len(found) == len(documents) else None
 
 
 def counted(data: bytes) -> Counted | None:

@@ -16,9 +16,10 @@ _BOM = b"\xef\xbb\xbf"
 BETWEEN = b"\n\ndata: "
 """What stands between two events of one line each."""
 
-LAST = b"data: [DONE]\n\n"
-_NO_TEXT = 3
-"""Events at the end of a reply that are no text: why it ended, its usage, and LAST."""
+LAST = b"[DONE]\n\n"
+"""How the last event of a reply ends."""
+_NO_TEXT = 2
+"""Events before the last one of a reply that are no text: why it ended, and its usage."""
 
 _JUNK = b" \t\0\xef\xbb\xbf"
 """What some servers write before a line: each write of theirs begins with a mark, or as deep as their code."""
@@ -78,23 +79,31 @@ class EventSplitter:
             _bound(len(tail) + self._size)
         return found
 
-    def run(self, chunk: bytes) -> tuple[bytes, bytes]:
-        """Splits what has come into events of one plain line each, the first without its `data: ` and with BETWEEN
-        before each other one, and the rest. Nothing is kept of either: the caller takes the first, and feeds the rest;
-        or feeds it all, with `data: ` before it. The first is empty, and the rest is `chunk`, where none is whole or
-        some are not plain."""
-        if self._after_cr or self._lines or self._name or b"\r" in chunk:
-            return b"", chunk
+    def plain(self, chunk: bytes, most: int) -> tuple[list[bytes], bytes]:
+        """Returns the documents that `chunk` completes, if every one of them is an event of one `data: ` line, and what
+        comes behind them, which is to be fed. Nothing is kept of either. No documents, and `chunk` itself, where that
+        is not so, where none is whole, or where more than `most` bytes have come. A document that has a line feed is
+        none: something else came between two events. The last events of a reply are left to be fed."""
+        if self._after_cr or self._lines or self._name or b"\r" in chunk or len(self._tail) + len(chunk) > most:
+            return [], chunk
         whole = bytes(self._tail) + chunk
-        end = whole.rfind(b"\n\n")
-        for _ in range(_NO_TEXT if whole.endswith(LAST) else 0):
-            end = whole.rfind(b"\n\n", 0, max(end, 0))
-        run = whole[: max(end, 0)]
-        if not run.startswith(b"data: ") or run.count(b"\n") != 2 * run.count(BETWEEN):
-            return b"", chunk
+        if not whole.startswith(b"data: "):
+            return [], chunk
+        *documents, last = whole[6:].split(BETWEEN)
+        if last == LAST:
+            rest = b"data: " + BETWEEN.join([*documents[-_NO_TEXT:], last])
+            del documents[-_NO_TEXT:]
+        else:
+            document, end, rest = last.partition(b"\n\n")
+            if end:
+                documents.append(document)
+            else:
+                rest = b"data: " + document
+        if not documents:
+            return [], chunk
         self._begun = True
         self._tail.clear()
-        return run[6:], whole[end + 2 :]
+        return documents, rest
 
     def end(self) -> list[Event]:
         """Returns what the end of the answer completes: an event whose empty line, or whose last line's end, is
