@@ -503,6 +503,7 @@ class _Conversation:
         said = [part for part in message.parts if part.WhichOneof("kind") not in {"reasoning", "refusal", "tool_call"}]
         images = [part for part in said if with_images and _is_image(part) and not part.HasField("blob")]
         text = _told(said, profile.made_images == "words")
+        text = text if text.strip() else ""  # which Anthropic refuses as it does an empty one
         refusal = "".join(part.refusal for part in message.parts)
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         if refusal and profile.refusal == "text":
@@ -537,7 +538,8 @@ class _Conversation:
                 made["tool_calls"] = told
             self._say_assistant(made)
             for call, shown in zip(group, told, strict=True):
-                content = _outcome(call) or profile.empty_result
+                content = _outcome(call)
+                content = content if content.strip() else profile.empty_result
                 self._made.append({"role": "tool", "tool_call_id": shown["id"], "content": content})
             made = {name: value for name, value in made.items() if name == "role" or name in reasoning}
             if profile.empty_content != "absent":
