@@ -655,6 +655,16 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         HI + chunk(finish="stop", x_groq={"id": "x", "usage": {"prompt_tokens": 3, "completion_tokens": 2}}),
         Came(SAID, tokens=(3, 0, 2, 0)),
     ),
+    "timings of llama.cpp": (
+        HI + chunk(finish="stop", timings={"prompt_n": 3, "predicted_n": 2}) + DONE,
+        Came(SAID, tokens=(3, 0, 2, 0)),
+    ),
+    "timings of llama.cpp, and the usage": (
+        HI
+        + chunk(finish="stop", timings={"prompt_n": 1, "predicted_n": 2})
+        + chunk(usage={"prompt_tokens": 3, "completion_tokens": 2}, timings={"prompt_n": 1, "predicted_n": 2}),
+        Came(SAID, tokens=(3, 0, 2, 0)),
+    ),
     "usage of odd types": (
         HI + chunk(finish="stop", usage=[1]) + chunk(usage={"prompt_tokens": {}, "completion_tokens": True}) + DONE,
         Came(SAID),

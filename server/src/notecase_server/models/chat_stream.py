@@ -299,8 +299,8 @@ class ChatReply:
             if choice.may_fail:
                 self._take_plain(documents.plain(data), False, pieces)
                 return
-        if chunk.usage:
-            self._counts.take(chunk.usage)
+        if chunk.usage or chunk.timings:
+            self._counts.take(chunk.usage or chunk.timings)
         if chunk.x_groq:
             self._counts.take_all({"x_groq": chunk.x_groq})
         before = len(pieces)
