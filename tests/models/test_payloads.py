@@ -158,6 +158,7 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
     "events within events": ((HI + END).replace(b"data: ", b"data: data: "), Came(SAID)),
     "a mark before each event": ((HI + END).replace(b"data: ", b"\xef\xbb\xbfdata: "), Came(SAID)),
     "NUL behind each event": ((HI + END).replace(b"\n\n", b"\n\n\0"), Came(SAID)),
+    "a field of its own": (HI + b"time: 17\n\n" + DONE, Came(SAID)),
     "fields with a capital": ((HI + END).replace(b"data: ", b"Data: "), Came(SAID)),
     **{
         f"the end as {data}": (HI + f"data:{data}\n\n".encode(), Came(SAID))

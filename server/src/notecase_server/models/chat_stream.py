@@ -532,11 +532,11 @@ class ChatReply:
             word = self._redactor.reason(mended(self._reason)) or word
         if self._broken is not None:
             raise self._broken
-        if not self._reason and cut is None and self._events.stray:
-            raise self._remark or self._said_by(self._events.stray)
         if not self._reason and self._remark is not None:
             raise self._remark
         if not (self._reason or self.done or (extras is not None and extras.audio.whole)):
+            if cut is None and self._events.stray:
+                raise self._said_by(self._events.stray)
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was complete.")
         if end is End.FAILED:
             raise errors.model_unavailable(
