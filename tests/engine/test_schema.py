@@ -282,6 +282,7 @@ def test_what_is_no_fence_of_json_stays(reply: str) -> None:
         ('``` json\n{"a": 1}\n```', '{"a": 1}'),
         ('```javascript\n{"a": 1}\n```', '{"a": 1}'),
         ('```json {"a": 1} ```', '{"a": 1}'),
+        ('It is: ```json\n{"a": 1}\n```\nBye.', '{"a": 1}'),
         ('````\n{"a": 1}\n````', '{"a": 1}'),
         ('<answer>\n{"a": 1}\n</answer>', '{"a": 1}'),
     ],

@@ -158,6 +158,7 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
     "events within events": ((HI + END).replace(b"data: ", b"data: data: "), Came(SAID)),
     "a mark before each event": ((HI + END).replace(b"data: ", b"\xef\xbb\xbfdata: "), Came(SAID)),
     "NUL behind each event": ((HI + END).replace(b"\n\n", b"\n\n\0"), Came(SAID)),
+    "a field of its own": (HI + b"time: 17\n\n" + DONE, Came(SAID)),
     "fields with a capital": ((HI + END).replace(b"data: ", b"Data: "), Came(SAID)),
     **{
         f"the end as {data}": (HI + f"data:{data}\n\n".encode(), Came(SAID))
@@ -653,6 +654,16 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
     ),
     "usage of Groq": (
         HI + chunk(finish="stop", x_groq={"id": "x", "usage": {"prompt_tokens": 3, "completion_tokens": 2}}),
+        Came(SAID, tokens=(3, 0, 2, 0)),
+    ),
+    "timings of llama.cpp": (
+        HI + chunk(finish="stop", timings={"prompt_n": 3, "predicted_n": 2}) + DONE,
+        Came(SAID, tokens=(3, 0, 2, 0)),
+    ),
+    "timings of llama.cpp, and the usage": (
+        HI
+        + chunk(finish="stop", timings={"prompt_n": 1, "predicted_n": 2})
+        + chunk(usage={"prompt_tokens": 3, "completion_tokens": 2}, timings={"prompt_n": 1, "predicted_n": 2}),
         Came(SAID, tokens=(3, 0, 2, 0)),
     ),
     "usage of odd types": (

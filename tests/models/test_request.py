@@ -87,6 +87,15 @@ def test_a_text_about_the_conversation_is_asked_for_without_what_is_for_replies(
     assert left == set(made)
 
 
+def test_blanks_alone_are_no_text() -> None:
+    """Anthropic and those before it refuse a message of nothing else."""
+    blank = called("ping")
+    blank.parts.insert(0, v1.Part(text="\n\n"))
+    blank.parts[1].tool_call.result.add(text=" \n")
+    _, said, result = written(user("Hello"), blank)["messages"]
+    assert (None, "(no output)") == (said["content"], result["content"])
+
+
 def test_ids_that_a_server_gives_again_are_told_apart() -> None:
     data = v1.ProviderData(provider="here", model="m", call_id="call_0")
     made = written(user("a"), called("ping", "c1", data), user("b"), called("ping", "c2", data))

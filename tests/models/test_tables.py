@@ -396,6 +396,10 @@ NOT_TOO_LONG = (
     "请求频率超过限制",
     "context deadline exceeded (Client.Timeout exceeded while awaiting headers)",
     "context canceled",
+    "Your request took too long.",
+    "The request has been waiting too long",
+    "Timeout exceeded while waiting for tokens",
+    "You have exceeded the number of tokens that your account has left",
     "Model context window too small: the minimum is 1000",
     "request exceeds the maximum number of concurrent requests",
     "Invalid 'tools': array too long. Expected an array with maximum length 128.",
@@ -546,6 +550,7 @@ def test_words_of_an_error_without_code_and_status(words: str, means: Verdict) -
         ("Please adjust your input and try again", Verdict.REFUSED),
         ("The model is not available in your region", Verdict.REFUSED),
         ("`timeout` must be a number", Verdict.REFUSED),
+        ("No model is loaded", Verdict.REFUSED),
     ],
 )
 def test_words_of_what_passes_count_before_the_status_of_a_refusal(status: int, words: str, means: Verdict) -> None:

@@ -149,9 +149,9 @@ class Unfenced:
             return self._behind_fence(text, "")
         if text[0] in _BEGINS_JSON:
             return text
-        words, fence, rest = text.partition("\n```")
+        words, fence, rest = text.partition("```")
         if fence:
-            return self._behind_fence(fence[1:] + rest, words + "\n")
+            return self._behind_fence(fence + rest, words)
         return None if len(text) < _HELD_PROSE else text
 
     def _behind_fence(self, text: str, words: str) -> str | None:

@@ -308,8 +308,8 @@ class ChatReply:
             if choice.may_fail:
                 self._take_plain(documents.plain(data), False, pieces)
                 return
-        if chunk.usage:
-            self._counts.take(chunk.usage)
+        if chunk.usage or chunk.timings:
+            self._counts.take(chunk.usage or chunk.timings)
         if chunk.x_groq:
             self._counts.take_all({"x_groq": chunk.x_groq})
         before = len(pieces)
@@ -541,11 +541,11 @@ class ChatReply:
             word = self._redactor.reason(mended(self._reason)) or word
         if self._broken is not None:
             raise self._broken
-        if not self._reason and cut is None and self._events.stray:
-            raise self._remark or self._said_by(self._events.stray)
         if not self._reason and self._remark is not None:
             raise self._remark
         if not (self._reason or self.done or (extras is not None and extras.audio.whole)):
+            if cut is None and self._events.stray:
+                raise self._said_by(self._events.stray)
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was complete.")
         if end is End.FAILED:
             raise errors.model_unavailable(

@@ -270,6 +270,7 @@ class _Conversation:
         said = [part for part in message.parts if part.WhichOneof("kind") not in {"reasoning", "refusal", "tool_call"}]
         images = [part for part in said if with_images and is_image(part) and not part.HasField("blob")]
         text = reply_text(said, profile.made_images == "words")
+        text = text if text.strip() else ""  # Anthropic refuses blank text as it does empty text
         refusal = "".join(part.refusal for part in message.parts)
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         if refusal and profile.refusal == "text":
@@ -298,7 +299,8 @@ class _Conversation:
                 made["tool_calls"] = shown
             self._say_assistant(made)
             for call, written in zip(group, shown, strict=True):
-                content = outcome(call) or profile.empty_result
+                content = outcome(call)
+                content = content if content.strip() else profile.empty_result
                 self._made.append({"role": "tool", "tool_call_id": written["id"], "content": content})
             made = {name: value for name, value in made.items() if name == "role" or name in reasoning} | nothing
 

@@ -81,6 +81,7 @@ class Chunk(msgspec.Struct):
     object: Any = None
     error: Any = None
     x_groq: Any = None
+    timings: Any = None
     citations: Any = None
     search_results: Any = None
     errors: Any = None

@@ -209,7 +209,7 @@ WORDS = (
 BUSY = re.compile(
     r"(?i)rate.?limit(ed|s? (is |was |has been )?(reached|exceeded))|too many requests"
     r"|overloaded|temporarily (unavailable|out)"
-    r"|\b(server|service|model|engine|system)[^.!?]{0,30}\b(busy|(is|still|currently) (being )?load(ing|ed))"
+    r"|\b(server|service|model|engine|system)[^.!?]{0,30}\b(busy|(is|still|currently) (loading|being loaded))"
     r"|at capacity|繁忙|请稍后(再|重)试"
 )
 """Words of gateways that tell it with whatever status, such as 400 or 403."""

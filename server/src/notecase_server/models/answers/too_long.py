@@ -118,6 +118,11 @@ OTHERS = (
         r"|please wait|again (in|later)|retry after",
         "limits by time, which end",
     ),
+    _says(
+        r"\b(took|takes|taking|wait\w*|queued?|processing)\b[^.!?]{0,30}\btoo long|time.?out|timed out|deadline",
+        "gateways: it is the time that is too long",
+    ),
+    _says(r"\b(account|organi[sz]ation|subscription)\b", "gateways: what is left to an account"),
     _says(r"(频率|并发|额度|配额|限流|限速|请求(数|次数|量)|每(秒|分|小时|天|日|月))", "Chinese gateways: the same"),
 )
 """No request that is too long, although a row above applies."""
