@@ -266,9 +266,11 @@ class Check:
         self.few(field, labels, MAX_LABELS, "labels")
         self.needs(rights.LABELS, field)
         for key, value in islice(labels.items(), MAX_LABELS):
-            at, fine = f"{field}[{key[:80]!r}]", LABEL_KEY.fullmatch(key) is not None
-            self(fine, at, "a label's key must be 1 to 63 letters, digits and inner . _ / -")
-            self.text(at, value, MAX_LABEL_BYTES)
+            if LABEL_KEY.fullmatch(key) is None:
+                at = f"{field}[{key[:80]!r}]"
+                self(False, at, "a label's key must be 1 to 63 letters, digits and inner . _ / -")
+            if len(value.encode()) > MAX_LABEL_BYTES:
+                self(False, f"{field}[{key[:80]!r}]", f"is longer than {MAX_LABEL_BYTES} bytes")
 
     def time(self, field: str, time: Timestamp) -> None:
         fine = 0 <= time.seconds <= LAST_SECOND and 0 <= time.nanos < 1_000_000_000
