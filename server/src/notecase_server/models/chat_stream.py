@@ -261,12 +261,10 @@ class ChatReply:
         tokens = documents.tokens(found)
         if tokens is None:
             return b"data: " + BETWEEN.join(found) + b"\n\n" + rest
-        texts = []
         for token in tokens:
             if token.model != self._named:
                 self._name(token.model)
-            texts.append(token.choices[0].delta.content or "")
-        if text := "".join(texts):
+        if text := "".join([token.choices[0].delta.content or "" for token in tokens]):
             self._take_text(text, pieces)
         self._in_text = not rest.endswith(LAST)
         return rest
