@@ -471,7 +471,7 @@ async def test_a_statement_that_can_never_succeed_is_a_defect_and_says_nothing_o
 
 
 def raise_sqlstate(tables: Any, code: str) -> None:
-    tables._do(f"DO $$ BEGIN RAISE EXCEPTION 'a secret' USING ERRCODE = '{code}'; END $$")
+    tables.do(f"DO $$ BEGIN RAISE EXCEPTION 'a secret' USING ERRCODE = '{code}'; END $$")
 
 
 async def test_a_connection_that_cannot_be_made_is_the_store_that_is_away(

@@ -582,7 +582,7 @@ async def test_a_fork_copies_many_rows_with_a_statement_and_its_cost_grows_with_
         inserted = Counter(sql.split()[2] for sql in given(seen) if sql.startswith("INSERT"))
         assert {"deleted_sessions": 1, "sessions": 1, "session_names": 1}.items() <= inserted.items()
         assert {"logs", "changed_messages", "calls", "runs"} == inserted.keys() & {
-            table.table for table in SqliteTables.copies
+            copied.rows.table for copied in SqliteTables.copies
         }
         assert max(inserted.values()) <= 1 + length * 5 * len(costs) // copies.COPY_ROWS
     assert costs[1] <= costs[0] * 2.3

@@ -27,9 +27,9 @@ class SqlDirectory:
         return KeyRow(self._sql.read(row[0]), key_id, v1.Key.FromString(row[1]), row[2], row[3]) if row else None
 
     def put_key(self, row: KeyRow) -> None:
-        made = {"tenant": row.tenant, "create_time": column(row.key, "create_time")}
-        made |= {"digest": row.digest, "former": row.former, "body": row.key.SerializeToString()}
-        self._sql.put("keys", {"key": row.key_id}, made)
+        times = {"create_time": row.key.create_time.ToMicroseconds()}
+        held = {"digest": row.digest, "former": row.former, "body": row.key.SerializeToString()}
+        self._sql.put("keys", {"key": row.key_id}, {"tenant": row.tenant, **times, **held})
         self._sql.do(f"UPDATE {self._sql.store} SET keyed = 1 WHERE keyed = 0")
 
     def delete_key(self, key_id: str) -> None:

@@ -12,7 +12,6 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
-import msgspec
 from notecase import v1
 
 from notecase_server.store import sqlite_tallies
@@ -151,7 +150,7 @@ class _Saved(NamedTuple):
 
     body: bytes
     epoch: int
-    commits: bytes
+    commits: str | None
     """As JSON, which takes a quarter of the memory."""
     runs: Mapping[str, bytes]
     """The bodies of the runs of that commit that have not ended."""
@@ -253,8 +252,7 @@ class SqliteTables(SqlTables):
             del runs[name]
         body = head[-1]
         if len(body) + sum(map(len, runs.values())) <= SAVED_BYTES:
-            commits = msgspec.json.encode(changes.session.commits)
-            self._saved[of(key)] = _Saved(body, changes.session.epoch, commits, runs)
+            self._saved[of(key)] = _Saved(body, changes.session.epoch, head[3], runs)
             if len(self._saved) > SAVED_SESSIONS:
                 self._saved.popitem(last=False)
 
@@ -310,7 +308,8 @@ class SqliteTables(SqlTables):
     def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
         saved = self._saved.get(of(key))
         if saved is not None and saved.runs.keys() >= set(runs):
-            row = SessionRow(v1.Session.FromString(saved.body), saved.epoch, COMMITS.decode(saved.commits))
+            commits = COMMITS.decode(saved.commits) if saved.commits else ()
+            row = SessionRow(v1.Session.FromString(saved.body), saved.epoch, commits)
             return row, {name: v1.Run.FromString(saved.runs[name]) for name in runs}
         rows = self._execute(
             f"""SELECT h.body, h.epoch, h.commits, r.body FROM heads h LEFT JOIN runs r
