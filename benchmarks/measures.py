@@ -355,7 +355,7 @@ async def copies(bench: Bench) -> Values:
 
 
 def _waits(what: str, waited: float, alone: float) -> Values:
-    """The longest wait beside something, the longest without it, and how much longer the first is."""
+    """The longest wait during something, the longest without it, and how much longer the first is."""
     return {
         f"{what}-wait": waited * 1e3,
         f"{what}-alone": alone * 1e3,

@@ -9,7 +9,7 @@ from notecase_server import serve
 
 
 def test_a_server_switches_threads_more_often_than_python_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit takes the interpreter again after each statement, beside a thread that computes."""
+    """A commit takes the interpreter again after each statement, while another thread computes."""
     before = sys.getswitchinterval()
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
 

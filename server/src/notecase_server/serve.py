@@ -77,8 +77,7 @@ EXPIRY_SECONDS = 1.0
 
 SWITCH_SECONDS = 0.001
 """How long a thread may go on while another waits for the interpreter, a fifth of Python's default. A commit takes the
-interpreter again after each of its statements, so beside a thread that replays an import it waited that long ten times
-over."""
+interpreter again after each of its statements, so while a thread replays an import it can wait that long each time."""
 
 TRIM_SECONDS = 10.0
 """How often free memory is returned to the system. Otherwise glibc keeps the memory of a burst of answers or
