@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from notecase import v1
+from notecase_server.models import request as request_module
 from notecase_server.models.contract import MANY_PARTS, ModelRequest, Tool, is_many
 from notecase_server.models.profiles import ROWS, Profile, Row
 from notecase_server.models.request import body, is_large
@@ -184,6 +185,27 @@ def test_a_strict_schema_has_its_properties_whatever_was_written(parameters: str
 def test_a_schema_nested_without_end_is_sent_as_it_is() -> None:
     parameters = '{"not":' * 2000 + "{}" + "}" * 2000
     assert parameters.encode() == sent_as(parameters)
+
+
+@pytest.mark.parametrize("only_text", [True, False])
+@pytest.mark.parametrize("role", [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT])
+def test_neighbours_are_joined_in_one_step(
+    monkeypatch: pytest.MonkeyPatch, role: v1.Message.Role.ValueType, only_text: bool
+) -> None:
+    """Each step copies all of them, and a hundred of 40 KB come with one request."""
+    lengths, join = list[int](), request_module._together
+
+    def together(contents: Any) -> Any:
+        lengths.append(len(contents))
+        return join(contents)
+
+    monkeypatch.setattr(request_module, "_together", together)
+    said = [v1.Message(role=role, parts=[v1.Part(text=f"t{n}")]) for n in range(100)]
+    request = ModelRequest("m", "", [*said, user("a")], v1.Generation(), only_text=only_text)
+    made = body(request, "m", Profile(neighbours="joined"), "here")["messages"]
+    told = "\n\n".join(f"t{n}" for n in range(100))
+    assert 1 == sum(message["content"].startswith(told) for message in made)
+    assert [101 if role == v1.Message.ROLE_USER else 100] == lengths
 
 
 def replied(parts: int) -> v1.Message:

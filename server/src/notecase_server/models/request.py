@@ -4,6 +4,8 @@ The history is sent whole with each call, so that what is done for every message
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
+from typing import Any
 
 import msgspec
 from notecase import v1
@@ -149,6 +151,11 @@ def _output(request: ModelRequest, profile: Profile) -> tuple[str, Json | None]:
     return "", {"type": "json_schema", "json_schema": schema}
 
 
+class _Neighbours(list[Any]):
+    """Contents that become the content of one message once all of them are known. Joined one by one, those before would
+    be copied each time."""
+
+
 class _Conversation:
     """Writes the messages of one request, oldest first."""
 
@@ -173,6 +180,9 @@ class _Conversation:
         else:
             self._say(messages)
         made = self._made
+        for message in made if self._joined else ():
+            if isinstance(message.get("content"), _Neighbours):
+                message["content"] = _together(message["content"])
         if self._profile.last == "user" and (not made or made[-1]["role"] not in ("user", "tool")):
             self._say_user(GO_ON)
         if self._profile.first == "user" and made and made[0]["role"] == "assistant":
@@ -187,7 +197,7 @@ class _Conversation:
         for message in messages:
             role, text = message.role, message.parts[0].text
             if role == before and self._joined:
-                made[-1]["content"] += f"\n\n{text}"
+                _add(made[-1], text)
             elif role == assistant:
                 made.append({**self._unsigned, "role": "assistant", "content": text})
             else:
@@ -236,7 +246,7 @@ class _Conversation:
     def _say_user(self, content: str | list[Json]) -> None:
         last = self._made[-1] if self._made else {}
         if self._joined and last.get("role") == "user":
-            last["content"] = self._together(last["content"], content)
+            _add(last, content)
             return
         if last.get("role") == "tool" and self._profile.after_tool == "assistant":
             self._say_assistant({"role": "assistant", "content": BRIDGE})
@@ -248,16 +258,10 @@ class _Conversation:
         last = self._made[-1] if self._made else {}
         if self._joined and last.get("role") == "assistant" and last.keys() <= {"role", "content", *self._unsigned}:
             # Without calls: behind those stands a tool's message.
-            texts = filter(None, (last["content"], message.get("content")))
-            self._made[-1] = message | {"content": "\n\n".join(texts)}
+            self._made[-1] = message | {"content": last["content"]}
+            _add(self._made[-1], message.get("content"))
         else:
             self._made.append(message)
-
-    def _together(self, one: str | list[Json], other: str | list[Json]) -> str | list[Json]:
-        if isinstance(one, str) and isinstance(other, str):
-            return f"{one}\n\n{other}"
-        parts = [[{"type": "text", "text": part}] if isinstance(part, str) else part for part in (one, other)]
-        return [*parts[0], *parts[1]]
 
     def _as_text(self, content: list[Json]) -> str | list[Json]:
         if self._profile.text == "string" and all(part["type"] == "text" for part in content):
@@ -330,6 +334,24 @@ class _Conversation:
             "function": {"name": tool_name(call.tool), "arguments": arguments(call.arguments)},
         }
         return ((own and _members(call.provider_data)) or self._profile.unsigned_call) | made
+
+
+def _add(message: Json, content: str | list[Json] | None) -> None:
+    """Adds to the content of a message."""
+    held = message["content"]
+    if not isinstance(held, _Neighbours):
+        held = message["content"] = _Neighbours([held])
+    held.append(content)
+
+
+def _together(contents: _Neighbours) -> str | list[Json]:
+    """Returns one content of several, of which nothing is left out but what is empty."""
+    texts = list(takewhile(lambda content: not isinstance(content, list), contents))
+    text, others = "\n\n".join(filter(None, texts)), contents[len(texts) :]
+    if not others:
+        return text
+    parts = [part if isinstance(part, list) else [{"type": "text", "text": part}] for part in (text, *others) if part]
+    return [one for part in parts for one in part]
 
 
 def _is_from(data: v1.ProviderData, origin: tuple[str, str]) -> bool:
