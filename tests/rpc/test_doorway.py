@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import grpc
 import pytest
@@ -422,3 +422,10 @@ async def test_a_waiting_server_does_not_remember_the_paths_that_callers_make_up
         call = SimpleNamespace(method=f"/made.Up/{number}")
         assert await doorway.intercept_service(found, call) is not handler
     assert len(doorway._endpoints) == 1
+
+
+async def test_a_refusal_whose_caller_is_gone_raises_nothing() -> None:
+    """grpc would log it with its whole traceback, which quotes names, as often as a caller wants."""
+    abort = AsyncMock(side_effect=grpc.aio.InternalError("It is gone."))
+    await interceptor.abort(SimpleNamespace(abort=abort), errors.not_found("session", "sessions/s"))
+    assert 1 == abort.await_count

@@ -340,11 +340,11 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
 
 
 async def abort(context: Any, error: Exception) -> None:
-    """Ends the call with the failure's status. A failure that is not a NotecaseError is logged, and the caller gets
-    INTERNAL."""
+    """Ends the call with the failure's status. One that is not a NotecaseError is logged, and the caller gets INTERNAL."""
     if not isinstance(error, NotecaseError):
-        request_id = caller.get().request_id
         log.error("rpc_crashed", exc_info=error)
-        error = errors.internal(request_id)
+        error = errors.internal(caller.get().request_id)
     status = to_status(error)
-    await context.abort(STATUS[status.code], status.message, (("grpc-status-details-bin", status.SerializeToString()),))
+    details = (("grpc-status-details-bin", status.SerializeToString()),)
+    with suppress(grpc.aio.InternalError):  # the caller is gone
+        await context.abort(STATUS[status.code], status.message, details)
