@@ -115,8 +115,9 @@ class Results:
         and, with `most_tokens`, of the newest turn's oldest results where they are, until the messages fit or only the
         newest result is left. The same sequence where nothing is shortened."""
         made: Sequence[v1.Message] = messages
-        look = partial(list, _too_large(messages))
-        for index, at, call, most in await asyncio.to_thread(look) if is_many(messages) else look():
+        large: Iterable[tuple[int, int, v1.ToolCall, int]] = _too_large(messages)
+        large = await asyncio.to_thread(list, large) if is_many(messages) else large
+        for index, at, call, most in large:
             begun, end = await self._text(call, 0, most)
             name = _name(messages[index], at)
             told = f"{begun}\n[{_of(end, call)}. Read on with {READ_RESULT}: result {name!r}, offset {end}.]"
