@@ -210,6 +210,22 @@ async def test_stateless_is_shown_its_own_run_and_no_summary(served: Running, mo
     assert model.requests[-1] == body(user("q3"))
 
 
+async def test_a_stateless_run_without_messages_is_shown_what_it_answers(served: Running, model: OpenAIServer) -> None:
+    """The newest message of a user and what followed it, before its own messages, whoever said it and however often it
+    was answered: without them the request would be empty."""
+    session = await opened(served, v1.Context(stateless=True))
+    await talk(served, model, session, 1)
+    await append(served, session, said("q2"), v1.Message(role=SYSTEM, parts=[v1.Part(text="Now.")]))
+    model.script(error(400, "no"), tool_calls(("lens", "{}")), reply("a2"))
+    for state in (v1.Run.STATE_FAILED, v1.Run.STATE_SUCCEEDED):
+        request = v1.InvokeRequest(start=v1.StartRun(session=session))
+        assert (await served.runs.Invoke(request)).run.state == state
+    shown = [system("Be brief.\n\nNow."), user("q2")]
+    assert model.requests[1]["messages"] == model.requests[2]["messages"] == shown
+    assert model.requests[3]["messages"][:2] == shown
+    assert [each["role"] for each in model.requests[3]["messages"][2:]] == ["assistant", "tool"]
+
+
 # ---- summaries
 
 SUMMARY = v1.Context(summary=v1.Context.Summary(keep_recent=2, batch=3, instruction=ASK))

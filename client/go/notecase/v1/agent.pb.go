@@ -567,7 +567,8 @@ func (x *Generation) GetExtra() string {
 // summarised or, when that fails, the older half is left out for the rest of the run.
 type Context struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Only the messages of the run itself, and no summary.
+	// Only the messages of the run itself, and no summary. A run that begins without messages is also shown the newest
+	// message of a user before it and what follows that.
 	Stateless bool `protobuf:"varint,1,opt,name=stateless,proto3" json:"stateless,omitempty"`
 	// At most this many of the newest messages. 0: all. With `summary`, at least the sum of its `keep_recent` and `batch`.
 	MaxMessages int32 `protobuf:"varint,2,opt,name=max_messages,json=maxMessages,proto3" json:"max_messages,omitempty"`

@@ -309,7 +309,9 @@ class Context(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     stateless: _builtins.bool
-    """Only the messages of the run itself, and no summary."""
+    """Only the messages of the run itself, and no summary. A run that begins without messages is also shown the newest
+    message of a user before it and what follows that.
+    """
     max_messages: _builtins.int
     """At most this many of the newest messages. 0: all. With `summary`, at least the sum of its `keep_recent` and `batch`."""
     max_tokens: _builtins.int

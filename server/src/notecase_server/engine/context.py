@@ -183,8 +183,26 @@ async def shown(
             if message.sequence <= covered or not room.take(message, gauge):
                 return told + _aligned(room.newest[::-1])
         if page.next is None or room.full:
+            if step is not None and page.next is None and room.answers_others:
+                room.newest += await _said_before(store, key, room.newest)
             return told + _aligned(room.newest[::-1])
         page = await store.list_messages(key, Query(PAGE, page.next), newest_first=True, step=step)
+
+
+async def _said_before(store: History, key: SessionKey, newest: Sequence[v1.Message]) -> list[v1.Message]:
+    """Returns what a run answers that began without messages: the newest message of a user before those of the run, and
+    what follows it, newest first."""
+    found = list[v1.Message]()
+    after = (newest[-1].sequence,) if newest else None
+    while True:
+        page = await store.list_messages(key, Query(FEW, after), newest_first=True)
+        for message in page.rows:
+            found.append(message)
+            if message.role == v1.Message.ROLE_USER:
+                return found
+        if page.next is None:
+            return found
+        after = page.next
 
 
 class _Window:
@@ -203,6 +221,11 @@ class _Window:
     def full(self) -> bool:
         """Nothing more fits, however short."""
         return self._heard and 0 < self.messages <= len(self.newest)
+
+    @property
+    def answers_others(self) -> bool:
+        """What is in does not begin with what was said: the first reply answers a message that is not in."""
+        return not self.newest or self.newest[-1].role == v1.Message.ROLE_ASSISTANT
 
     def take(self, message: v1.Message, gauge: Gauge) -> bool:
         """Takes the message, or says that it does not fit."""
