@@ -273,7 +273,8 @@ class Context(_message.Message):
     class Summary(_message.Message):
         """A summary that replaces older messages and is extended as the session grows. Each one costs a model call of the run and is
         an event of the log (`summarized`). None is made while the run has only one model call left; one that fails is tried again
-        in the next run.
+        in the next run. Where a request for one is too long for the model, it covers a quarter of the messages, and the next one
+        follows while half of the run's model calls are left.
         """
 
         DESCRIPTOR: _descriptor.Descriptor

@@ -242,19 +242,22 @@ class ModelTurn:
 
     async def _summarize(self, keep: int, batch: int) -> bool:
         """Commits a summary of what is older than the newest `keep` messages, if that is `batch` messages or more and
-        the reply's own call is still left. False when none is made: the run goes on without, since nothing is lost."""
-        if not self._budget.may_summarize or self._budget.left < 2:
+        the reply's own call is still left. Where that is more than the model takes, it covers fewer of them. False when
+        none is made: the run goes on without, since nothing is lost."""
+        budget, store, key = self._budget, self._services.store, self._log.live.key
+        if not budget.may_summarize or budget.left < 2 or (budget.most_covered and not budget.ample):
             return False
-        store, key = self._services.store, self._log.live.key
-        plan = await self._log.patiently(
-            lambda: summary.plan(store, key, self._log.session.summary_sequence, keep, batch)
-        )
+        bounds = (self._log.session.summary_sequence, keep, batch, budget.most_covered)
+        plan = await self._log.patiently(lambda: summary.plan(store, self._services.contents, key, *bounds))
         if plan is None or self._halts:
             return False
         self._budget.spend()
         try:
             made = await self._asking.ask(partial(self._write, plan.request(self._llm)))
         except NotecaseError as error:
+            if summary.too_long(error) and budget.ample and (shorter := plan.shorter()) is not None:
+                budget.most_covered = len(shorter.messages)
+                return await self._summarize(keep, batch)
             self._budget.may_summarize = False
             reason = errors.reason_name(error.reason)
             self._log.log.warning("summary_failed", reason=reason, message=error.message)
