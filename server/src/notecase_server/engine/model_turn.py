@@ -19,7 +19,7 @@ from notecase_server.engine.draft import Draft
 from notecase_server.engine.halt import Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.results import READ_RESULT, Results
-from notecase_server.engine.run_log import RunLog, taken
+from notecase_server.engine.run_log import LOST, RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
@@ -280,6 +280,32 @@ class ModelTurn:
             self._log.spend(usage)
 
         return await summary.write(source.named.provider, source.fit(request), used)
+
+
+class Tools:
+    """Finds what the model of a run may call, by name: when it is first asked, and again once an MCP server has said
+    that its tools have changed."""
+
+    def __init__(self, run_log: RunLog, halts: Halts) -> None:
+        self._log = run_log
+        self._halts = halts
+        self._toolbox = run_log.services.toolbox
+        self._bound: Mapping[str, Bound] | None = None
+        self._changes = 0
+        """Toolbox.changes when they were found."""
+
+    async def bound(self) -> Mapping[str, Bound]:
+        """Raises as `bind`, the first time; what cannot be found again later stays as it was."""
+        changes = self._toolbox.changes
+        if self._bound is None or changes != self._changes:
+            try:
+                self._bound = await bind(self._log, self._halts)
+            except NotecaseError as error:
+                if self._bound is None or error.reason in LOST:
+                    raise
+                self._log.log.warning("tools_not_renewed", problem=error.message)
+            self._changes = changes
+        return self._bound
 
 
 async def bind(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:

@@ -100,6 +100,11 @@ class Toolbox(Protocol):
         """For McpTool.server."""
         ...
 
+    @property
+    def changes(self) -> int:
+        """How often MCP servers have said that their tools have changed."""
+        ...
+
     async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
         """The functions behind a `server` or `mcp` tool, under the names the model is to use: the tool's own for a
         function, and for MCP the server's names, filtered, behind the tool's name as a prefix (`{name}_{theirs}`) when

@@ -75,6 +75,8 @@ class McpServer:
     """One configured server. All of it belongs to one event loop."""
 
     def __init__(self, name: str, settings: McpServerSettings) -> None:
+        self.changes = 0
+        """How often it has said that its tools have changed."""
         self._name = name
         self._settings = settings
         self._current: _Connection | None = None
@@ -176,13 +178,16 @@ class McpServer:
             return f"The MCP server {self._name!r} redirects to another address, where it is not called."
         return f"The MCP server {self._name!r} refused the call: {message}"
 
+    def _changed(self) -> None:
+        self.changes += 1
+
     async def _connected(self) -> "_Connection":
         """The connection, opened when there is none. Those who come while it is opened wait for the same one."""
         if self._closed:
             raise errors.tool_error("The server is stopping.")
         connection = self._current
         if connection is None or connection.over:
-            connection = self._current = _Connection(self._name, self._settings)
+            connection = self._current = _Connection(self._name, self._settings, self._changed)
             self._owners.start(connection.own(), "connection", fresh=True)
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
@@ -201,12 +206,13 @@ class _Connection:
     client: Client
     """Once settled, if not over."""
 
-    def __init__(self, name: str, settings: McpServerSettings) -> None:
+    def __init__(self, name: str, settings: McpServerSettings, changed: Callable[[], None]) -> None:
         self.settled = asyncio.Event()
         """Open, or over."""
         self.questions = Questions(name)
         self._name = name
         self._settings = settings
+        self._changed = changed
         self._scope = anyio.CancelScope()
         self._done = False
         self._listing = asyncio.Lock()
@@ -301,6 +307,7 @@ class _Connection:
         if isinstance(message, types.ToolListChangedNotification):
             self._changes += 1
             self._listed = None
+            self._changed()
 
     async def _subscribe(self, stack: AsyncExitStack) -> Subscription | None:
         """Asks to be told of changes, where the protocol wants that: the notices come to `_heard`."""
