@@ -895,8 +895,9 @@ type McpTool struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Server string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
 	Tools  []string               `protobuf:"bytes,2,rep,name=tools,proto3" json:"tools,omitempty"`
-	// Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise the run continues without them,
-	// and its log has `tools_unavailable`.
+	// Fail a run with TOOL_ERROR when not all of the tools are available at its start. Otherwise the run continues without
+	// those that are not, and its log has `tools_unavailable`. When the server says later that its tools have changed, the
+	// run's next model call has them as they are then.
 	Required      bool `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -513,8 +513,9 @@ class McpTool(_message.Message):
     REQUIRED_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     required: _builtins.bool
-    """Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise the run continues without them,
-    and its log has `tools_unavailable`.
+    """Fail a run with TOOL_ERROR when not all of the tools are available at its start. Otherwise the run continues without
+    those that are not, and its log has `tools_unavailable`. When the server says later that its tools have changed, the
+    run's next model call has them as they are then.
     """
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...

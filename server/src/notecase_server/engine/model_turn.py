@@ -26,7 +26,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, Media, ModelRequest, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
-from notecase_server.tools.contract import Function, Outcome, Toolbox
+from notecase_server.tools.contract import Function, Incomplete, Outcome, Toolbox
 
 OUTPUT_REPEATS = 1
 """How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
@@ -324,7 +324,7 @@ async def bind(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
         elif not isinstance(answer := next(answers), BaseException):
             found.append(answer)
         elif isinstance(answer, NotecaseError) and not tool.mcp.required:
-            found.append([])
+            found.append(answer.functions if isinstance(answer, Incomplete) else [])
             missing = v1.ToolsUnavailable(server=tool.mcp.server, error=answer.to_proto())
             event = v1.Event(tools_unavailable=missing)
             await run_log.durably(lambda event=event: [event])  # type: ignore[misc]
