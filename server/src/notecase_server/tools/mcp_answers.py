@@ -10,7 +10,6 @@ from typing import Any, cast
 import httpx2
 from mcp import types
 from mcp.shared.message import SessionMessage
-from pydantic import TypeAdapter
 
 from notecase_server.tools.outcome import MAX_MEDIA, MAX_RESULT
 
@@ -95,9 +94,6 @@ def tells_of_lost_session(error: types.ErrorData) -> bool:
     return error.code in _OF_PROTOCOL and LOST_SESSION.search(error.message) is not None
 
 
-_BLOCK: TypeAdapter[types.ContentBlock] = TypeAdapter(types.ContentBlock)
-
-
 def mend_content(result: dict[str, Any]) -> None:
     """Makes the content of a call's result what the protocol has, since the library refuses it as a whole: text alone
     becomes a block, and a block of an unknown kind the text in it, or its name."""
@@ -110,11 +106,10 @@ def mend_content(result: dict[str, Any]) -> None:
 
 
 def _is_block(block: Any) -> bool:
-    try:
-        _BLOCK.validate_python(block, by_name=False)
-    except ValueError:
-        return False
-    return True
+    with suppress(ValueError):
+        types.CallToolResult.model_validate({"content": [block]}, by_name=False)
+        return isinstance(block, dict) and "type" in block
+    return False
 
 
 def _words(block: Any) -> str:
