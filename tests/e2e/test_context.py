@@ -210,6 +210,16 @@ async def test_stateless_is_shown_its_own_run_and_no_summary(served: Running, mo
     assert model.requests[-1] == body(user("q3"))
 
 
+async def test_an_instruction_that_comes_to_blanks_is_none(served: Running, model: OpenAIServer) -> None:
+    """Providers refuse a message of blanks."""
+    agent = v1.Agent(llm=v1.LlmAgent(instruction="{% if tone %}Be {{ tone }}.{% endif %} \n"))
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="plain", agent=agent))
+    session = await opened(served)
+    model.script(reply("a1"))
+    await ask(served, session, "q1", agent="agents/plain")
+    assert model.requests[-1] == body(user("q1"))
+
+
 async def test_a_stateless_run_without_messages_is_shown_what_it_answers(served: Running, model: OpenAIServer) -> None:
     """The newest message of a user and what followed it, before its own messages, whoever said it and however often it
     was answered: without them the request would be empty."""

@@ -127,7 +127,8 @@ async def _instruction(store: StateStore, key: SessionKey, user: str, source: st
         else:
             state = await _named(store, scope, sorted(wanted))
         values[kind] = {name: entry.value for name, entry in state.entries.items()}
-    return await parsed.rendered(values)
+    rendered = await parsed.rendered(values)
+    return rendered if rendered.strip() else ""  # providers refuse a message of blanks
 
 
 def _scope(kind: str, key: SessionKey, user: str) -> Scope | None:
