@@ -65,9 +65,10 @@ async def listed(box: Toolbox) -> list[str]:
         (lambda cursor: {"tools": [T], "nextCursor": f"{cursor}+"}, ["t"], 2),
         (lambda cursor: {"tools": [T, T, U]}, ["t", "u"], 1),
         (lambda cursor: {"tools": [{"a": "a"}, T, {**U, "description": 5}, True]}, ["t"], 1),
-        (lambda cursor: {"tools": [{"name": "a"}, {**U, "inputSchema": None}]}, ["a", "u"], 1),
+        (lambda cursor: {"tools": [{"name": "a"}, {**U, "inputSchema": None, "description": None}]}, ["a", "u"], 1),
+        (lambda cursor: {"tools": [{**T, "title": 5, "annotations": {"readOnlyHint": "yes"}}]}, ["t"], 1),
     ],
-    ids=["empty", "same", "empty once", "ignored", "twice", "wrong tools", "no schema"],
+    ids=["empty", "same", "empty once", "ignored", "twice", "wrong tools", "no schema", "not used"],
 )
 async def test_a_list_is_what_can_be_used_of_it(
     page: Callable[[str | None], Any], names: list[str], asked: int
@@ -240,6 +241,8 @@ GIVEN = {
     b'{"content":[{"type":"text","text":"x"}],"structuredContent":{"a":1}}': "x",
     b'{"structuredContent":{"a":1}}': '{"a": 1}',
     b'{"content":"x"}': "x",
+    b'{"content":[],"structuredContent":[1]}': "[1]",
+    b'{"content":[{"type":"text","text":"x","annotations":{"priority":7}}],"isError":null}': "x",
     b'{"content":[{"type":"text","text":"x"},{"type":"chart","points":[1]}]}': "x[chart that cannot be read]",
     b'{"content":[{"type":"text","text":"x"},{"type":"text","text":null}]}': "x[text that cannot be read]",
     b'{"content":[{"type":"text","text":"x"},{"type":"image","data":"%","mimeType":"image/png"}]}': (

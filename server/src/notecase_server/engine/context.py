@@ -194,7 +194,7 @@ async def _said_before(store: History, key: SessionKey, newest: Sequence[v1.Mess
     """Returns what a run answers that began without messages: the newest message of a user before those of the run, and
     what follows it, newest first."""
     found = list[v1.Message]()
-    after = (newest[-1].sequence,) if newest else None
+    after: tuple[str | int, ...] | None = (newest[-1].sequence,) if newest else None
     while True:
         page = await store.list_messages(key, Query(FEW, after), newest_first=True)
         for message in page.rows:

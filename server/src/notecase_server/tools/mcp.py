@@ -77,6 +77,9 @@ REDIRECTED = "Redirect to "
 
 SESSION = "mcp-session-id"
 
+UNUSED = frozenset({"outputSchema", "annotations", "title", "icons"})
+"""Members of a tool that nobody is shown."""
+
 GONE = frozenset({httpx2.codes.NOT_FOUND, httpx2.codes.GONE})
 """The answers of a server that does not know the session of a request."""
 
@@ -387,13 +390,14 @@ class _Connection:
             self._mend_tools(result)
 
     def _mend_tools(self, result: dict[str, Any]) -> None:
-        """Takes out of a list of tools those that are not as the protocol has them, and of each the schema of what it
-        gives: a result that does not fit it is still what the call came to. One without a schema of its arguments takes
-        any."""
+        """Takes out of a list of tools those that are not as the protocol has them, and of each what is null or not
+        used here, such as the schema of what it gives: a result that does not fit it is still what the call came to.
+        One without a schema of its arguments takes any."""
         tools = result["tools"]
         for tool in tools:
             if isinstance(tool, dict):
-                tool.pop("outputSchema", None)
+                for name in [name for name in tool if name in UNUSED or tool[name] is None]:
+                    del tool[name]
                 if tool.get("inputSchema") is None:
                     tool["inputSchema"] = {"type": "object"}
         if self._is_list(result):

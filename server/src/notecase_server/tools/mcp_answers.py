@@ -102,6 +102,15 @@ def mend_content(result: dict[str, Any]) -> None:
         content = []
     elif not isinstance(content, list):
         content = [content]
+    structured = result.get("structuredContent")
+    if not isinstance(structured, dict):
+        result.pop("structuredContent", None)
+        content = content or ([] if structured is None else [json.dumps(structured, ensure_ascii=False)])
+    if result.get("isError") is None:
+        result.pop("isError", None)
+    for block in content:
+        if isinstance(block, dict):
+            block.pop("annotations", None)
     result["content"] = [block if _is_block(block) else {"type": "text", "text": _words(block)} for block in content]
 
 
