@@ -93,7 +93,9 @@ ROOMS: dict[str, Room] = {
     "models.guard": Room({"errors", "models.contract"}, "A bound is the same whatever provider it is for."),
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
-    "tools.contract": Room({"client"}, "A promise knows none of those who keep it; values are plain ones to a tool."),
+    "tools.contract": Room(
+        {"client", "errors"}, "A promise knows none of those who keep it; values are plain ones to a tool."
+    ),
     "tools.clock": Room(set(), "Time stands still in the same way for whoever waits."),
     "tools.naming": Room(set(), "What a tool may be called is the same wherever it is declared."),
     "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),

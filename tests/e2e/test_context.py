@@ -210,6 +210,32 @@ async def test_stateless_is_shown_its_own_run_and_no_summary(served: Running, mo
     assert model.requests[-1] == body(user("q3"))
 
 
+async def test_an_instruction_that_comes_to_blanks_is_none(served: Running, model: OpenAIServer) -> None:
+    """Providers refuse a message of blanks."""
+    agent = v1.Agent(llm=v1.LlmAgent(instruction="{% if tone %}Be {{ tone }}.{% endif %} \n"))
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="plain", agent=agent))
+    session = await opened(served)
+    model.script(reply("a1"))
+    await ask(served, session, "q1", agent="agents/plain")
+    assert model.requests[-1] == body(user("q1"))
+
+
+async def test_a_stateless_run_without_messages_is_shown_what_it_answers(served: Running, model: OpenAIServer) -> None:
+    """The newest message of a user and what followed it, before its own messages, whoever said it and however often it
+    was answered: without them the request would be empty."""
+    session = await opened(served, v1.Context(stateless=True))
+    await talk(served, model, session, 1)
+    await append(served, session, said("q2"), v1.Message(role=SYSTEM, parts=[v1.Part(text="Now.")]))
+    model.script(error(400, "no"), tool_calls(("lens", "{}")), reply("a2"))
+    for state in (v1.Run.STATE_FAILED, v1.Run.STATE_SUCCEEDED):
+        request = v1.InvokeRequest(start=v1.StartRun(session=session))
+        assert (await served.runs.Invoke(request)).run.state == state
+    shown = [system("Be brief.\n\nNow."), user("q2")]
+    assert model.requests[1]["messages"] == model.requests[2]["messages"] == shown
+    assert model.requests[3]["messages"][:2] == shown
+    assert [each["role"] for each in model.requests[3]["messages"][2:]] == ["assistant", "tool"]
+
+
 # ---- summaries
 
 SUMMARY = v1.Context(summary=v1.Context.Summary(keep_recent=2, batch=3, instruction=ASK))
@@ -391,6 +417,56 @@ async def test_a_run_goes_on_without_a_summary_that_fails(served: Running, model
     model.script(reply("Better."), reply("a4"))
     await ask(served, session, "q4")
     assert model.requests[-1] == body(summary("Better.", "Be brief."), *exchange(3), user("q4"))
+
+
+async def test_a_summary_of_more_than_the_model_takes_covers_less(served: Running, model: OpenAIServer) -> None:
+    """A quarter of the messages at a time, and the next ones after it, while half of the run's calls are left."""
+    session = await opened(served, SUMMARY)
+    for number in range(1, 9):
+        await append(
+            served, session, said(f"q{number}"), v1.Message(role=ASSISTANT, parts=[v1.Part(text=f"a{number}")])
+        )
+
+    def small(request: Json) -> Answer:
+        messages = request["messages"]
+        if messages[-1] != user(ASK):
+            return reply("a9")
+        return TOO_LONG if len(messages) > 6 else reply(f"After {messages[-2]['content']}.")
+
+    model._answer = small
+    run = await ask(served, session, "q9")
+    assert run.state == v1.Run.STATE_SUCCEEDED, run.error
+    log = await log_of(served, session)
+    assert [made.text for made in summaries(log).values()] == [f"After a{number}." for number in range(1, 6)]
+    assert model.requests[-1] == body(summary("After a5.", "Be brief."), *exchange(6, 7, 8), user("q9"))
+
+
+async def test_a_compaction_of_more_than_the_model_takes_covers_less(served: Running, model: OpenAIServer) -> None:
+    session = await opened(served)
+    await talk(served, model, session, *range(1, 6))
+    model.script(TOO_LONG, reply("They met."))
+    made = await served.sessions.CompactSession(v1.CompactSessionRequest(name=session, keep_recent=2))
+    assert model.requests[5:] == [body(*exchange(1, 2, 3, 4), user(INSTRUCTION)), body(*exchange(1), user(INSTRUCTION))]
+    assert made.summary_sequence
+    assert made.usage.model_calls == 6
+
+
+async def test_large_results_are_summarised_as_they_were_shown(served: Running, model: OpenAIServer) -> None:
+    """Whole they would be more than the model takes, although each turn fitted."""
+    context = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=2, instruction=ASK))
+    session = await opened(served, context, tools=[v1.Tool(name="lens", client=v1.ClientTool())])
+    model.script(tool_calls(("lens", "{}")), reply("a1"))
+    waiting = await ask(served, session, "q1")
+    result = v1.ToolResult(call_id=waiting.pending_calls[0].call_id, result=[v1.Part(text="x" * 200_000)])
+    command = v1.RunRequest(tool_result=result)
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=1000))
+    model.script(reply("They looked."), reply("a2"))
+    await ask(served, session, "q2")
+    shown, summarising = model.requests[1], model.requests[2]
+    assert summarising["messages"][-1] == user(ASK)
+    assert summarising["messages"][2]["content"] == shown["messages"][-1]["content"]
+    assert len(summarising["messages"][2]["content"]) < 5_000
 
 
 async def test_no_summary_is_made_in_place_of_the_reply(served: Running, model: OpenAIServer) -> None:

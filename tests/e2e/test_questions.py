@@ -676,3 +676,15 @@ async def test_a_kill_while_one_tool_asks_and_another_works_loses_both_to_their_
         log = await log_of(served, session)
     assert {"paint": SUCCEEDED, "linger": FAILED} == {call.tool: call.outcome for call in finished(log)}
     assert [v1.InputResponse.DECISION_UNSPECIFIED, ANSWER] == [response.decision for response in resolved(log)]
+
+
+async def test_a_tool_that_a_call_adds_can_be_called_in_the_same_run(store_url: str, model: OpenAIServer) -> None:
+    """The server says that its tools have changed, and the model is shown them anew."""
+    async with serving(store_url, model, stdio()) as served:
+        session = await session_with(served, of_mcp())
+        model.script(tool_calls(("grow", '{"name": "later"}')), tool_calls(("later", '{"text": "x"}')), reply("ok"))
+        run = await start(served, session)
+        assert run.state == v1.Run.STATE_SUCCEEDED
+        named = [[tool["function"]["name"] for tool in request["tools"]] for request in model.requests]
+        assert ["later" in names for names in named] == [False, True, True]
+        assert ["grown", "x"] == results_of(model.requests[-1])

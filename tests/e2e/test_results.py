@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 
+import grpc
 import pytest
 from notecase import v1
 from notecase_server.engine.results import PREVIEW_BYTES, READ_BYTES, READ_RESULT, SHOWN_BYTES, TOGETHER_BYTES
@@ -12,7 +13,7 @@ from notecase_server.store.contract import PAGE_BYTES
 from notecase_server.tools.functions import tool
 from notecase_server.tools.toolbox import make_toolbox
 
-from tests.e2e.driving import log_of, said
+from tests.e2e.driving import log_of, reason_of, said
 from tests.support.openai_server import Answer, Json, OpenAIServer, error, reply, tool_calls
 from tests.support.server import Running, running
 
@@ -204,6 +205,30 @@ async def test_errors_of_one_reply_fit_into_a_page_together(served: Running, mod
     assert v1.Run.STATE_SUCCEEDED == ended.state
     errors = [call.error for call in await calls_of(served, session)]
     assert ({"e" * 65_000}, {"e" * 100 + "…"}) == (set(errors[:15]), set(errors[16:]))
+
+
+async def test_edited_arguments_fit_into_a_page_with_their_reply(served: Running, model: OpenAIServer) -> None:
+    """Those that come when it is full are refused, and their calls go on waiting for an answer."""
+    session = await opened(served, v1.Tool(name="weigh", client=v1.ClientTool(), requires_approval=True))
+    model.script(tool_calls(*[("weigh", "{}")] * 4), reply("ok"))
+    run = await ask(served, session)
+    approve = v1.InputResponse.DECISION_APPROVE
+    reasons = []
+    for asked in run.pending_inputs:
+        edited = json.dumps({"text": "x" * 400_000})
+        answer = v1.InputResponse(input_id=asked.input_id, decision=approve, edited_arguments=edited)
+        try:
+            await send(served, session, v1.RunRequest(input_response=answer))
+        except grpc.aio.AioRpcError as refused:
+            reasons.append(reason_of(refused))
+    assert ["PAYLOAD_TOO_LARGE"] * 2 == reasons
+    waiting = await served.runs.GetRun(v1.GetRunRequest(name=run.name))
+    assert (2, 2) == (len(waiting.pending_inputs), len(waiting.pending_calls))
+    answer = v1.InputResponse(
+        input_id=waiting.pending_inputs[0].input_id, decision=approve, edited_arguments='{"a": 1}'
+    )
+    await send(served, session, v1.RunRequest(input_response=answer))
+    await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
 
 
 async def test_what_is_read_at_once_is_bounded(served: Running, model: OpenAIServer) -> None:

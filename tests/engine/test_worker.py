@@ -172,6 +172,7 @@ async def test_a_cancel_cuts_the_wait_for_mcp_servers_which_are_asked_at_the_sam
 
         functions: Sequence[str] = ()
         mcp_servers: Sequence[str] = ()
+        changes = 0
 
         async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
             asked.release()

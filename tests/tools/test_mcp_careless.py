@@ -12,7 +12,8 @@ from mcp import types
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.tools import mcp, naming
-from notecase_server.tools.contract import Toolbox
+from notecase_server.tools.clock import Clock
+from notecase_server.tools.contract import Incomplete, Toolbox
 from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.toolbox import make_toolbox
@@ -63,9 +64,11 @@ async def listed(box: Toolbox) -> list[str]:
         (lambda cursor: {"tools": [U]} if cursor == "" else {"tools": [T], "nextCursor": ""}, ["t", "u"], 2),
         (lambda cursor: {"tools": [T], "nextCursor": f"{cursor}+"}, ["t"], 2),
         (lambda cursor: {"tools": [T, T, U]}, ["t", "u"], 1),
-        (lambda cursor: {"tools": [{"name": "a"}, T, {**U, "description": 5}, True]}, ["t"], 1),
+        (lambda cursor: {"tools": [{"a": "a"}, T, {**U, "description": 5}, True]}, ["t"], 1),
+        (lambda cursor: {"tools": [{"name": "a"}, {**U, "inputSchema": None, "description": None}]}, ["a", "u"], 1),
+        (lambda cursor: {"tools": [{**T, "title": 5, "annotations": {"readOnlyHint": "yes"}}]}, ["t"], 1),
     ],
-    ids=["empty", "same", "empty once", "ignored", "twice", "wrong tools"],
+    ids=["empty", "same", "empty once", "ignored", "twice", "wrong tools", "no schema", "not used"],
 )
 async def test_a_list_is_what_can_be_used_of_it(
     page: Callable[[str | None], Any], names: list[str], asked: int
@@ -240,3 +243,130 @@ async def test_a_type_of_a_form_s_field_may_be_a_list(told: Any, error: str) -> 
     answered = await Questions("s").answer(None, form)  # type: ignore[arg-type]
     assert isinstance(answered, types.ErrorData)
     assert error in answered.message
+
+
+GIVEN = {
+    b'{"content":[{"type":"text","text":" "}],"structuredContent":{"a":1}}': '{"a": 1}',
+    b'{"content":[{"type":"text","text":"x"}],"structuredContent":{"a":1}}': "x",
+    b'{"structuredContent":{"a":1}}': '{"a": 1}',
+    b'{"content":"x"}': "x",
+    b'{"content":[],"structuredContent":[1]}': "[1]",
+    b'{"content":[{"type":"text","text":"x","annotations":{"priority":7}}],"isError":null}': "x",
+    b'{"content":[{"type":"text","text":"x"},{"type":"chart","points":[1]}]}': "x[chart that cannot be read]",
+    b'{"content":[{"type":"text","text":"x"},{"type":"text","text":null}]}': "x[text that cannot be read]",
+    b'{"content":[{"type":"text","text":"x"},{"type":"image","data":"%","mimeType":"image/png"}]}': (
+        "x[1 more that cannot be read]"
+    ),
+}
+
+
+@pytest.mark.parametrize(("result", "text"), list(GIVEN.items()))
+async def test_what_can_be_read_of_a_result_is_given(result: bytes, text: str) -> None:
+    """The tool has taken effect, whatever the rest of it is, and whether or not it fits the schema of its results."""
+    listed_so = {**T, "outputSchema": {"type": "object", "required": ["n"], "properties": {"n": {"type": "nonsense"}}}}
+    body = b'{"jsonrpc":"2.0","id":ASKED,"result":%s}' % result
+    async with Lists(lambda cursor: {"tools": [listed_so]}, body).box() as box:
+        assert ["t"] == await listed(box)
+        outcome = await box.call(BINDING, {}, context())
+    assert text == (outcome.error or "".join(part.text for part in outcome.parts))
+
+
+@pytest.mark.parametrize("data", ["data:image/png;base64,+/+/", "-_-_"])
+async def test_base64_of_an_address_is_read(data: str) -> None:
+    body = answer(b'{"type":"image","data":"%s","mimeType":"image/png"}' % data.encode())
+    async with Lists(lambda cursor: {"tools": [T]}, body).box() as box:
+        (part,) = (await box.call(BINDING, {}, context())).parts
+    assert b"\xfb\xff\xbf" == part.data.data
+
+
+NO_SESSION = '{"jsonrpc":"2.0","id":ASKED,"error":{"code":-32000,"message":"%s"}}'
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ("404 Not Found", ""),
+        ("400 Bad Request", NO_SESSION % "Bad Request: No valid session ID provided"),
+        ("400 Bad Request", "Invalid or missing session ID"),
+        ("401 Unauthorized", "Unauthorized: Session not found"),
+        ("200 OK", NO_SESSION % "Session not found"),
+    ],
+)
+async def test_a_session_that_a_server_no_longer_knows_is_opened_again_however_it_says_so(
+    status: str, told: str
+) -> None:
+    """404 is what the protocol has; the examples of its own libraries, and servers made after them, say 400 or 401."""
+
+    class Forgetful(Lists):
+        forgotten = False
+
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") == "initialize":
+                self.forgotten = False
+                return _http(f"Content-Type: {JSON}\r\nMcp-Session-Id: one\r\n", _result(asked, ABOUT))
+            if not self.forgotten or "id" not in asked:
+                return super()._answer(asked)
+            body = told.replace("ASKED", str(asked["id"])).encode()
+            kind = JSON if told.startswith("{") else "text/plain"
+            head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+            return head.encode() + body
+
+    server = Forgetful(lambda cursor: {"tools": [T]}, answer(b'{"type":"text","text":"x"}'))
+    async with server.box() as box:
+        assert not (await box.call(BINDING, {}, context())).error
+        server.forgotten = True
+        assert (await box.call(BINDING, {}, context())).error
+        assert "x" == (await box.call(BINDING, {}, context())).parts[0].text
+
+
+async def test_a_server_that_has_no_stream_keeps_its_session() -> None:
+    """One that knows POST alone answers GET as it answers any address that it does not have."""
+    connected = 0
+
+    class Posted(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            nonlocal connected
+            if not asked:
+                return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+            if asked.get("method") == "initialize":
+                connected += 1
+                return _http(f"Content-Type: {JSON}\r\nMcp-Session-Id: one\r\n", _result(asked, ABOUT))
+            return super()._answer(asked)
+
+    async with Posted(lambda cursor: {"tools": [T]}, answer(b'{"type":"text","text":"x"}')).box() as box:
+        for _ in range(3):
+            assert not (await box.call(BINDING, {}, context())).error
+    assert 1 == connected
+
+
+async def test_a_tool_that_is_missing_or_has_no_name_leaves_the_others() -> None:
+    """What is left out is told, with the ones that can be used."""
+    async with Lists(lambda cursor: {"tools": [T, {**U, "name": "u" * 300}]}).box() as box:
+        with pytest.raises(Incomplete, match="longer than 256") as left_out:
+            await listed(box)
+        assert ["t"] == [function.name for function in left_out.value.functions]
+        with pytest.raises(Incomplete, match="has no tool 'gone'") as left_out:
+            await box.resolve(v1.Tool(mcp=v1.McpTool(server="s", tools=["t", "gone"])))
+        assert ["t"] == [function.name for function in left_out.value.functions]
+
+
+async def test_what_is_null_in_a_form_is_as_if_it_were_not_there() -> None:
+    asked: list[str] = []
+
+    async def pose(question: str, schema: str) -> v1.InputResponse:
+        asked.append(schema)
+        return v1.InputResponse(decision=v1.InputResponse.DECISION_CANCEL)
+
+    field = {"type": "string", "enum": None, "title": None, "default": None}
+    form = types.ElicitRequestFormParams(
+        message="?", requested_schema={"type": "object", "properties": {"a": field}, "required": None}
+    )
+    questions = Questions("s")
+    with questions.of(context(pose=pose), Clock(None)):
+        await questions.answer(None, form)  # type: ignore[arg-type]
+    expected = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"a": {"type": "string", "default": None}},
+    }
+    assert [expected] == [msgspec.json.decode(schema) for schema in asked]

@@ -567,7 +567,8 @@ func (x *Generation) GetExtra() string {
 // summarised or, when that fails, the older half is left out for the rest of the run.
 type Context struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Only the messages of the run itself, and no summary.
+	// Only the messages of the run itself, and no summary. A run that begins without messages is also shown the newest
+	// message of a user before it and what follows that.
 	Stateless bool `protobuf:"varint,1,opt,name=stateless,proto3" json:"stateless,omitempty"`
 	// At most this many of the newest messages. 0: all. With `summary`, at least the sum of its `keep_recent` and `batch`.
 	MaxMessages int32 `protobuf:"varint,2,opt,name=max_messages,json=maxMessages,proto3" json:"max_messages,omitempty"`
@@ -894,8 +895,9 @@ type McpTool struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Server string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
 	Tools  []string               `protobuf:"bytes,2,rep,name=tools,proto3" json:"tools,omitempty"`
-	// Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise the run continues without them,
-	// and its log has `tools_unavailable`.
+	// Fail a run with TOOL_ERROR when not all of the tools are available at its start. Otherwise the run continues without
+	// those that are not, and its log has `tools_unavailable`. When the server says later that its tools have changed, the
+	// run's next model call has them as they are then.
 	Required      bool `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1417,7 +1419,8 @@ func (x *DeleteAgentRequest) GetRequestId() string {
 
 // A summary that replaces older messages and is extended as the session grows. Each one costs a model call of the run and is
 // an event of the log (`summarized`). None is made while the run has only one model call left; one that fails is tried again
-// in the next run.
+// in the next run. Where a request for one is too long for the model, it covers a quarter of the messages, and the next one
+// follows while half of the run's model calls are left.
 type Context_Summary struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At least this many of the newest messages are not summarised. 0: 10; at most 500.

@@ -1411,7 +1411,8 @@ type InputResponse struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	InputId  string                 `protobuf:"bytes,1,opt,name=input_id,json=inputId,proto3" json:"input_id,omitempty"`
 	Decision InputResponse_Decision `protobuf:"varint,2,opt,name=decision,proto3,enum=notecase.v1.InputResponse_Decision" json:"decision,omitempty"`
-	// With DECISION_APPROVE: a JSON object instead of the model's arguments. At most 512 KiB.
+	// With DECISION_APPROVE: a JSON object instead of the model's arguments. At most 512 KiB, and with the rest of the reply
+	// 960 KiB: PAYLOAD_TOO_LARGE, and the approval stays open.
 	EditedArguments string `protobuf:"bytes,3,opt,name=edited_arguments,json=editedArguments,proto3" json:"edited_arguments,omitempty"`
 	// With DECISION_ANSWER: text, or JSON text when the question has a `schema`. When it does not match the schema:
 	// INVALID_FIELD, and the question stays open. At most 512 KiB.

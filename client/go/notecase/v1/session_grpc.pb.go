@@ -54,11 +54,11 @@ type SessionServiceClient interface {
 	// request_id succeeds.
 	DeleteSession(ctx context.Context, in *DeleteSessionRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
-	// log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
-	// the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
-	// when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
-	// fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
-	// first answer.
+	// log and the lists do not change. One call covers at most 500 messages or 1 MiB, and fewer where that is too long
+	// for the model; with nothing to cover it returns the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the
+	// session has an active run. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in the meantime; added
+	// messages do not matter. When the model fails, the call fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is
+	// kept. A repeat with the same request_id returns the first answer.
 	CompactSession(ctx context.Context, in *CompactSessionRequest, opts ...grpc.CallOption) (*Session, error)
 	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
 	// Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each
@@ -238,11 +238,11 @@ type SessionServiceServer interface {
 	// request_id succeeds.
 	DeleteSession(context.Context, *DeleteSessionRequest) (*emptypb.Empty, error)
 	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
-	// log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
-	// the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
-	// when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
-	// fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
-	// first answer.
+	// log and the lists do not change. One call covers at most 500 messages or 1 MiB, and fewer where that is too long
+	// for the model; with nothing to cover it returns the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the
+	// session has an active run. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in the meantime; added
+	// messages do not matter. When the model fails, the call fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is
+	// kept. A repeat with the same request_id returns the first answer.
 	CompactSession(context.Context, *CompactSessionRequest) (*Session, error)
 	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
 	// Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each

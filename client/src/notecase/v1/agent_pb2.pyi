@@ -273,7 +273,8 @@ class Context(_message.Message):
     class Summary(_message.Message):
         """A summary that replaces older messages and is extended as the session grows. Each one costs a model call of the run and is
         an event of the log (`summarized`). None is made while the run has only one model call left; one that fails is tried again
-        in the next run.
+        in the next run. Where a request for one is too long for the model, it covers a quarter of the messages, and the next one
+        follows while half of the run's model calls are left.
         """
 
         DESCRIPTOR: _descriptor.Descriptor
@@ -309,7 +310,9 @@ class Context(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     stateless: _builtins.bool
-    """Only the messages of the run itself, and no summary."""
+    """Only the messages of the run itself, and no summary. A run that begins without messages is also shown the newest
+    message of a user before it and what follows that.
+    """
     max_messages: _builtins.int
     """At most this many of the newest messages. 0: all. With `summary`, at least the sum of its `keep_recent` and `batch`."""
     max_tokens: _builtins.int
@@ -510,8 +513,9 @@ class McpTool(_message.Message):
     REQUIRED_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     required: _builtins.bool
-    """Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise the run continues without them,
-    and its log has `tools_unavailable`.
+    """Fail a run with TOOL_ERROR when not all of the tools are available at its start. Otherwise the run continues without
+    those that are not, and its log has `tools_unavailable`. When the server says later that its tools have changed, the
+    run's next model call has them as they are then.
     """
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...

@@ -726,7 +726,9 @@ class InputResponse(_message.Message):
     input_id: _builtins.str
     decision: Global___InputResponse.Decision.ValueType
     edited_arguments: _builtins.str
-    """With DECISION_APPROVE: a JSON object instead of the model's arguments. At most 512 KiB."""
+    """With DECISION_APPROVE: a JSON object instead of the model's arguments. At most 512 KiB, and with the rest of the reply
+    960 KiB: PAYLOAD_TOO_LARGE, and the approval stays open.
+    """
     answer: _builtins.str
     """With DECISION_ANSWER: text, or JSON text when the question has a `schema`. When it does not match the schema:
     INVALID_FIELD, and the question stays open. At most 512 KiB.

@@ -138,11 +138,11 @@ class SessionServiceServicer(object):
 
     def CompactSession(self, request, context):
         """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
-        log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
-        the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
-        when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
-        fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
-        first answer.
+        log and the lists do not change. One call covers at most 500 messages or 1 MiB, and fewer where that is too long
+        for the model; with nothing to cover it returns the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the
+        session has an active run. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in the meantime; added
+        messages do not matter. When the model fails, the call fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is
+        kept. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -53,11 +53,11 @@ class SessionServiceStub:
     """
     CompactSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]
     """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
-    log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
-    the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
-    when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
-    fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
-    first answer.
+    log and the lists do not change. One call covers at most 500 messages or 1 MiB, and fewer where that is too long
+    for the model; with nothing to cover it returns the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the
+    session has an active run. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in the meantime; added
+    messages do not matter. When the model fails, the call fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is
+    kept. A repeat with the same request_id returns the first answer.
     """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]
     """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
@@ -114,11 +114,11 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """
     CompactSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
     """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
-    log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
-    the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
-    when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
-    fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
-    first answer.
+    log and the lists do not change. One call covers at most 500 messages or 1 MiB, and fewer where that is too long
+    for the model; with nothing to cover it returns the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the
+    session has an active run. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in the meantime; added
+    messages do not matter. When the model fails, the call fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is
+    kept. A repeat with the same request_id returns the first answer.
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
     """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
@@ -208,11 +208,11 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
         """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
-        log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
-        the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
-        when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
-        fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
-        first answer.
+        log and the lists do not change. One call covers at most 500 messages or 1 MiB, and fewer where that is too long
+        for the model; with nothing to cover it returns the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the
+        session has an active run. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in the meantime; added
+        messages do not matter. When the model fails, the call fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is
+        kept. A repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod

@@ -35,6 +35,13 @@ class Budget:
         self.most_tokens = 0
         """Token limit for the messages, set after the provider rejected a request as too long. 0: none."""
         self.may_summarize = not agent.llm.context.stateless
+        self.most_covered = 0
+        """Messages that a summary covers at most, set after a request for one was too long. 0: no limit."""
+
+    @property
+    def ample(self) -> bool:
+        """At least half of the model calls are left."""
+        return 2 * self.left >= self._most
 
     @property
     def left(self) -> int:

@@ -96,7 +96,8 @@ class AtRest:
             raise errors.invalid([Violation("agent", "neither the request nor the session names an agent")])
         llm = (await self._admission.named_agent(key.tenant, agent_name or session.agent)).llm
         keep = keep_recent or llm.context.summary.keep_recent or summary.KEEP_RECENT
-        plan = await summary.plan(self._store, key, session.summary_sequence, keep, batch=1)
+        contents = self._services.contents
+        plan = await summary.plan(self._store, contents, key, session.summary_sequence, keep, batch=1)
         events, usage = list[v1.Event](), list[v1.Event]()
         try:
             if plan is not None:
@@ -131,7 +132,8 @@ class AtRest:
                 log.warning("usage_lost", session=live.key.session, reason=errors.reason_name(error.reason))
 
     async def _summarized(self, plan: summary.Plan, llm: v1.LlmAgent, usage: list[v1.Event]) -> list[v1.Event]:
-        """Returns the summary's event. Adds to `usage` what each call of a model took, also where there is none."""
+        """Returns the summary's event; it covers fewer messages where the plan is more than the model takes. Adds to
+        `usage` what each call of a model took, also where there is no summary."""
         request = await plan.request(llm)
 
         async def once(source: Source) -> list[v1.Event]:
@@ -153,4 +155,10 @@ class AtRest:
                 if taken is not None:
                     usage.append(v1.Event(usage=taken))
 
-        return await ask_at_rest(sources(self._services, llm), once)
+        try:
+            return await ask_at_rest(sources(self._services, llm), once)
+        except NotecaseError as error:
+            shorter = plan.shorter() if summary.too_long(error) else None
+            if shorter is None:
+                raise
+        return await self._summarized(shorter, llm, usage)

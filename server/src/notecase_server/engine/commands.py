@@ -9,6 +9,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger, results
+from notecase_server.engine.content import MAX_MESSAGE_BYTES
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.opening import incoming
 from notecase_server.engine.roster import QUEUED, Caused, Roster
@@ -75,6 +76,7 @@ class Commands:
                 caused = _told(caused, names.run(key.session, worker.log.run.name), request, response)
                 if checked or not request.schema:
                     call = worker.log.call(request.call.call_id)
+                    _check_edit(worker.log.message, call, response)
                     answer = None
                     if response.decision == ledger.ANSWER and not ledger.asked_by_tool(request):
                         answer = await self._outcome(worker.log, [v1.Part(text=response.answer)])
@@ -272,6 +274,14 @@ def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> Non
     if response.decision not in allowed:
         told = " or ".join(sorted(v1.InputResponse.Decision.Name(decision) for decision in allowed))
         raise errors.invalid([Violation("input_response.decision", f"this asks for {told}")])
+
+
+def _check_edit(message: v1.Message | None, call: v1.ToolCall, response: v1.InputResponse) -> None:
+    """PAYLOAD_TOO_LARGE for arguments with which the reply would no longer fit into a page."""
+    if response.edited_arguments and message is not None:
+        more = len(response.edited_arguments.encode()) - len(call.arguments.encode())
+        if more > 0 and (size := message.ByteSize() + more) > MAX_MESSAGE_BYTES:
+            raise errors.too_large("The reply with the edited arguments", size, MAX_MESSAGE_BYTES)
 
 
 def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.InputResponse) -> Caused:

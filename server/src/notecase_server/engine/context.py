@@ -135,7 +135,8 @@ async def _instruction(store: StateStore, key: SessionKey, user: str, source: st
         else:
             state = await _named(store, scope, sorted(wanted))
         values[kind] = {name: entry.value for name, entry in state.entries.items()}
-    return await parsed.rendered(values)
+    rendered = await parsed.rendered(values)
+    return rendered if rendered.strip() else ""  # providers refuse a message of blanks
 
 
 def _scope(kind: str, key: SessionKey, user: str) -> Scope | None:
@@ -189,6 +190,8 @@ async def shown(
     while True:
         all_taken = await _in_turn(page.rows, partial(room.take_all, page.rows, covered, gauge))
         if not all_taken or page.next is None or room.full:
+            if all_taken and step is not None and page.next is None and room.answers_others:
+                room.newest += await _said_before(store, key, room.newest)
             return told + _aligned(room.newest[::-1])
         page = await store.list_messages(key, Query(PAGE, page.next), newest_first=True, step=step)
 
@@ -196,6 +199,22 @@ async def shown(
 async def _in_turn(messages: Sequence[v1.Message], look: Callable[[], T]) -> T:
     """Looks at messages; in a thread if they have many parts."""
     return await asyncio.to_thread(look) if is_many(messages) else look()
+
+
+async def _said_before(store: History, key: SessionKey, newest: Sequence[v1.Message]) -> list[v1.Message]:
+    """Returns what a run answers that began without messages: the newest message of a user before those of the run, and
+    what follows it, at most PAGE messages, newest first."""
+    found = list[v1.Message]()
+    after: tuple[str | int, ...] | None = (newest[-1].sequence,) if newest else None
+    while True:
+        page = await store.list_messages(key, Query(FEW, after), newest_first=True)
+        for message in page.rows:
+            found.append(message)
+            if message.role == v1.Message.ROLE_USER or len(found) == PAGE:
+                return found
+        if page.next is None:
+            return found
+        after = page.next
 
 
 class _Window:
@@ -214,6 +233,11 @@ class _Window:
     def full(self) -> bool:
         """Nothing more fits, however short."""
         return self._heard and 0 < self.messages <= len(self.newest)
+
+    @property
+    def answers_others(self) -> bool:
+        """The first message taken is a reply, or none was: what it answers is not among them."""
+        return not self.newest or self.newest[-1].role == v1.Message.ROLE_ASSISTANT
 
     def take_all(self, messages: Sequence[v1.Message], covered: int, gauge: Gauge) -> bool:
         """Takes the messages, up to the first that does not fit or is not behind the sequence `covered`; returns

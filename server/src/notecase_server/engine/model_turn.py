@@ -20,14 +20,14 @@ from notecase_server.engine.draft import Draft
 from notecase_server.engine.halt import Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.results import READ_RESULT, Results
-from notecase_server.engine.run_log import RunLog, taken
+from notecase_server.engine.run_log import LOST, RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.engine.tokens import tokens_of
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, Media, ModelRequest, Used, is_many
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
-from notecase_server.tools.contract import Function, Outcome, Toolbox
+from notecase_server.tools.contract import Function, Incomplete, Outcome, Toolbox
 
 OUTPUT_REPEATS = 1
 """How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
@@ -247,19 +247,22 @@ class ModelTurn:
 
     async def _summarize(self, keep: int, batch: int) -> bool:
         """Commits a summary of what is older than the newest `keep` messages, if that is `batch` messages or more and
-        the reply's own call is still left. False when none is made: the run goes on without, since nothing is lost."""
-        if not self._budget.may_summarize or self._budget.left < 2:
+        the reply's own call is still left. Where that is more than the model takes, it covers fewer of them. False when
+        none is made: the run goes on without, since nothing is lost."""
+        budget, store, key = self._budget, self._services.store, self._log.live.key
+        if not budget.may_summarize or budget.left < 2 or (budget.most_covered and not budget.ample):
             return False
-        store, key = self._services.store, self._log.live.key
-        plan = await self._log.patiently(
-            lambda: summary.plan(store, key, self._log.session.summary_sequence, keep, batch)
-        )
-        if plan is None or self._halts.pending:
+        bounds = (self._log.session.summary_sequence, keep, batch, budget.most_covered)
+        plan = await self._log.patiently(lambda: summary.plan(store, self._services.contents, key, *bounds))
+        if plan is None or self._halts:
             return False
         self._budget.spend()
         try:
             made = await self._asking.ask(partial(self._write, await plan.request(self._llm)))
         except NotecaseError as error:
+            if summary.too_long(error) and budget.ample and (shorter := plan.shorter()) is not None:
+                budget.most_covered = len(shorter.messages)
+                return await self._summarize(keep, batch)
             self._budget.may_summarize = False
             reason = errors.reason_name(error.reason)
             self._log.log.warning("summary_failed", reason=reason, message=error.message)
@@ -284,6 +287,32 @@ class ModelTurn:
         return await summary.write(source.named.provider, source.fit(request), used)
 
 
+class Tools:
+    """Finds what the model of a run may call, by name: when it is first asked, and again once an MCP server has said
+    that its tools have changed."""
+
+    def __init__(self, run_log: RunLog, halts: Halts) -> None:
+        self._log = run_log
+        self._halts = halts
+        self._toolbox = run_log.services.toolbox
+        self._bound: Mapping[str, Bound] | None = None
+        self._changes = 0
+        """Toolbox.changes when they were found."""
+
+    async def bound(self) -> Mapping[str, Bound]:
+        """Raises as `bind`, the first time; what cannot be found again later stays as it was."""
+        changes = self._toolbox.changes
+        if self._bound is None or changes != self._changes:
+            try:
+                self._bound = await bind(self._log, self._halts)
+            except NotecaseError as error:
+                if self._bound is None or error.reason in LOST:
+                    raise
+                self._log.log.warning("tools_not_renewed", problem=error.message)
+            self._changes = changes
+        return self._bound
+
+
 async def bind(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
     """Returns what the model may call, by name. MCP servers are all asked at the same time, which a halt cuts: Halted.
     What one cannot give is put on record and left out, unless the agent requires it. TOOL_ERROR when what is required
@@ -300,7 +329,7 @@ async def bind(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
         elif not isinstance(answer := next(answers), BaseException):
             found.append(answer)
         elif isinstance(answer, NotecaseError) and not tool.mcp.required:
-            found.append([])
+            found.append(answer.functions if isinstance(answer, Incomplete) else [])
             missing = v1.ToolsUnavailable(server=tool.mcp.server, error=answer.to_proto())
             event = v1.Event(tools_unavailable=missing)
             await run_log.durably(lambda event=event: [event])  # type: ignore[misc]

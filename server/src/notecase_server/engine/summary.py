@@ -13,6 +13,8 @@ from typing import NamedTuple
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine.content import Contents
+from notecase_server.engine.results import Results
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool, Used, is_many
 from notecase_server.store.contract import History, Query, SessionKey
@@ -82,6 +84,12 @@ class Plan(NamedTuple):
         tools = _declared(llm, self.messages)
         return ModelRequest(settings.model or llm.model, "", messages, generation, tools, plain=True)
 
+    def shorter(self) -> "Plan | None":
+        """Returns a plan that covers at most a quarter of the messages, for a model that does not take more; None when
+        no turn ends there."""
+        end = _end_of_turn(self.messages, len(self.messages) // 4)
+        return self._replace(messages=self.messages[:end]) if end else None
+
     def events(self, text: str, usage: v1.Usage) -> list[v1.Event]:
         return [self.event(text), v1.Event(usage=usage)]
 
@@ -95,9 +103,12 @@ class Plan(NamedTuple):
         return v1.Event(summarized=summarized)
 
 
-async def plan(store: History, key: SessionKey, sequence: int, keep: int, batch: int) -> Plan | None:
+async def plan(
+    store: History, contents: Contents, key: SessionKey, sequence: int, keep: int, batch: int, most: int = 0
+) -> Plan | None:
     """What to cover beyond the summary of that sequence, once `keep` + `batch` messages are not: all of a page but the
-    newest `keep`, and never the newest of a user or what follows it. None when that leaves nothing."""
+    newest `keep`, or `most` messages unless that is 0, and never the newest of a user or what follows it. Large results
+    are shortened as in other requests. None when that leaves nothing."""
     before = await in_effect(store, key, sequence)
     rows: list[v1.Message] = []
     after: tuple[str | int, ...] | None = (before.last_sequence if before else 0,)
@@ -105,8 +116,10 @@ async def plan(store: History, key: SessionKey, sequence: int, keep: int, batch:
         page = await store.list_messages(key, Query(PAGE, after))
         rows += page.rows
         after = page.next
-    end = _end_of_turn(rows, len(rows) - keep) if len(rows) >= keep + batch else 0
-    return Plan(before, rows[:end]) if end else None
+    if len(rows) < keep + batch:
+        return None
+    end = _end_of_turn(rows, min(len(rows) - keep, most or len(rows)))
+    return Plan(before, await Results(store, contents, key).shown(rows[:end])) if end else None
 
 
 def _end_of_turn(rows: Sequence[v1.Message], most: int) -> int:

@@ -5,7 +5,7 @@ here or after a restart, goes on from the last: it looks at the rows, not at wha
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,12 @@ from notecase import v1
 from structlog.contextvars import bind_contextvars
 
 from notecase_server import errors, names
-from notecase_server.engine import ledger, model_turn
+from notecase_server.engine import ledger
 from notecase_server.engine.asking import Budget
 from notecase_server.engine.calls import Calls
 from notecase_server.engine.context import Newest
 from notecase_server.engine.halt import Halt, Halted, Halts
-from notecase_server.engine.ledger import Bound
-from notecase_server.engine.model_turn import ModelTurn, Reply
+from notecase_server.engine.model_turn import ModelTurn, Reply, Tools
 from notecase_server.engine.rewind import Rewind, back, undisturbed
 from notecase_server.engine.run_log import LOST, RUNNING, WAITING, RunLog, taken
 from notecase_server.engine.seat import Seat
@@ -58,7 +57,7 @@ class Worker:
         """Its place, if it has one."""
         self._calls: Calls | None = None
         self._budget = Budget(run_log.run, run_log.agent)
-        self._bound: Mapping[str, Bound] | None = None
+        self._tools = Tools(run_log, self._halts)
         self._draining = False
 
     def halt(self, halt: Halt) -> None:
@@ -208,10 +207,8 @@ class Worker:
         ledger.expire(request, self.log.run, self._services.clock())
 
     async def _turn(self) -> None:
-        if self._bound is None:
-            self._bound = await model_turn.bind(self.log, self._halts)
-        newest, self.newest = self.newest, None
-        reply = await ModelTurn(self.log, self._halts, self._budget, self._bound, newest).reply()
+        bound, newest, self.newest = await self._tools.bound(), self.newest, None
+        reply = await ModelTurn(self.log, self._halts, self._budget, bound, newest).reply()
         note = await reply.note(self.log.agent) if self.log.agent.output_key else None
         await self.log.durably(partial(self._replied, reply, note))
 

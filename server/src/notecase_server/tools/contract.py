@@ -12,6 +12,8 @@ import notecase
 from google.protobuf.empty_pb2 import Empty
 from notecase import Plain, from_value, to_value, v1
 
+from notecase_server.errors import NotecaseError
+
 ASK_USER = "ask_user"
 """The function that every server has: the engine answers it by asking a person."""
 
@@ -87,6 +89,15 @@ class Function(NamedTuple):
     restart too, and whatever the name comes to mean meanwhile. Nothing else of it is set."""
 
 
+class Incomplete(NotecaseError):
+    """TOOL_ERROR for some of the tools of an MCP server."""
+
+    def __init__(self, message: str, functions: Sequence[Function]) -> None:
+        """`functions` are the other ones, which can be used."""
+        super().__init__(v1.ERROR_REASON_TOOL_ERROR, message)
+        self.functions = functions
+
+
 class Toolbox(Protocol):
     """The tools of one server, as its operator configured them."""
 
@@ -100,13 +111,19 @@ class Toolbox(Protocol):
         """For McpTool.server."""
         ...
 
+    @property
+    def changes(self) -> int:
+        """How often MCP servers have said that their tools have changed."""
+        ...
+
     async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
         """The functions behind a `server` or `mcp` tool, under the names the model is to use: the tool's own for a
         function, and for MCP the server's names, filtered, behind the tool's name as a prefix (`{name}_{theirs}`) when
         it has one, and changed where a model's API does not take them (see `naming.offered`). `description` and
         `parameters` of the tool, where set, win for a function.
 
-        Raises NotecaseError TOOL_ERROR when a function or MCP server is not there or cannot be reached."""
+        Raises NotecaseError TOOL_ERROR when a function or MCP server is not there or cannot be reached, and Incomplete
+        when an MCP server does not have all of the tools."""
         ...
 
     async def call(self, binding: v1.ToolBinding, arguments: Mapping[str, Any], context: CallContext) -> Outcome:

@@ -30,8 +30,15 @@ from notecase_server import __version__, errors
 from notecase_server.supervisor import Tasks
 from notecase_server.tools import naming
 from notecase_server.tools.clock import Clock
-from notecase_server.tools.contract import CallContext, Function, Outcome
-from notecase_server.tools.mcp_answers import MAX_ANSWER, Bounded, Mended
+from notecase_server.tools.contract import CallContext, Function, Incomplete, Outcome
+from notecase_server.tools.mcp_answers import (
+    LOST_SESSION,
+    MAX_ANSWER,
+    Bounded,
+    Mended,
+    mend_content,
+    tells_of_lost_session,
+)
 from notecase_server.tools.mcp_pipes import program
 from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
@@ -70,11 +77,22 @@ REDIRECTED = "Redirect to "
 
 SESSION = "mcp-session-id"
 
+UNUSED = frozenset({"outputSchema", "annotations", "title", "icons"})
+"""Members of a tool that nobody is shown."""
+
+GONE = frozenset({httpx2.codes.NOT_FOUND, httpx2.codes.GONE})
+"""The answers of a server that does not know the session of a request."""
+
+REFUSED = frozenset({httpx2.codes.BAD_REQUEST, httpx2.codes.UNAUTHORIZED, httpx2.codes.CONFLICT})
+"""Those of servers that say so in words."""
+
 
 class McpServer:
     """One configured server. All of it belongs to one event loop."""
 
     def __init__(self, name: str, settings: McpServerSettings) -> None:
+        self.changes = 0
+        """How often it has said that its tools have changed."""
         self._name = name
         self._settings = settings
         self._current: _Connection | None = None
@@ -83,19 +101,24 @@ class McpServer:
 
     async def functions(self, prefix: str, only: Sequence[str]) -> list[Function]:
         """Its tools, or those named in `only`, in the server's order, under names that a model's API takes. Raises
-        NotecaseError TOOL_ERROR when the server cannot be reached, has no such tool, has too many, or has one whose
-        name nobody could record."""
+        NotecaseError TOOL_ERROR when the server cannot be reached or has too many, and Incomplete with the others when
+        it does not have one of them, or has one whose name nobody could record."""
         tools, wanted = await self._tools(), set(only)
-        if missing := wanted - {tool.name for tool in tools}:
-            told = ", ".join(map(repr, sorted(missing)))
-            raise errors.tool_error(f"The MCP server {self._name!r} has no tool {told}.")
         chosen = [tool for tool in tools if not wanted or tool.name in wanted]
         if len(chosen) > naming.MOST:
             told = f"has {len(chosen)} tools, of which a run has at most {naming.MOST}"
             raise errors.tool_error(f"The MCP server {self._name!r} {told}; list those to be used in `mcp.tools`.")
-        if any(len(tool.name) > naming.OWN_LENGTH for tool in chosen):
+        usable = [tool for tool in chosen if len(tool.name) <= naming.OWN_LENGTH]
+        functions = self._offered(prefix, usable)
+        if missing := wanted - {tool.name for tool in tools}:
+            told = ", ".join(map(repr, sorted(missing)))
+            raise Incomplete(f"The MCP server {self._name!r} has no tool {told}.", functions)
+        if len(usable) < len(chosen):
             told = f"has a tool whose name is longer than {naming.OWN_LENGTH}; list the tools to be used in `mcp.tools`"
-            raise errors.tool_error(f"The MCP server {self._name!r} {told}.")
+            raise Incomplete(f"The MCP server {self._name!r} {told}.", functions)
+        return functions
+
+    def _offered(self, prefix: str, chosen: Sequence[types.Tool]) -> list[Function]:
         return [
             Function(
                 name,
@@ -179,13 +202,16 @@ class McpServer:
             return f"The MCP server {self._name!r} redirects to another address, where it is not called."
         return f"The MCP server {self._name!r} refused the call: {message}"
 
+    def _changed(self) -> None:
+        self.changes += 1
+
     async def _connected(self) -> "_Connection":
         """The connection, opened when there is none. Those who come while it is opened wait for the same one."""
         if self._closed:
             raise errors.tool_error("The server is stopping.")
         connection = self._current
         if connection is None or connection.over:
-            connection = self._current = _Connection(self._name, self._settings)
+            connection = self._current = _Connection(self._name, self._settings, self._changed)
             self._owners.start(connection.own(), "connection", fresh=True)
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
@@ -204,18 +230,22 @@ class _Connection:
     client: Client
     """Once settled, if not over."""
 
-    def __init__(self, name: str, settings: McpServerSettings) -> None:
+    def __init__(self, name: str, settings: McpServerSettings, changed: Callable[[], None]) -> None:
         self.settled = asyncio.Event()
         """Open, or over."""
         self.questions = Questions(name)
         self._name = name
         self._settings = settings
+        self._changed = changed
         self._scope = anyio.CancelScope()
         self._done = False
         self._listing = asyncio.Lock()
         self._listed: Sequence[types.Tool] | None = None
         self._changes = 0
         self._fresh_until = 0.0
+        self._has_session = False
+        self._listens = False
+        """The server has had a stream for GET."""
 
     @property
     def over(self) -> bool:
@@ -304,6 +334,7 @@ class _Connection:
         if isinstance(message, types.ToolListChangedNotification):
             self._changes += 1
             self._listed = None
+            self._changed()
 
     async def _subscribe(self, stack: AsyncExitStack) -> Subscription | None:
         """Asks to be told of changes, where the protocol wants that: the notices come to `_heard`."""
@@ -345,17 +376,34 @@ class _Connection:
             else:
                 opened = program(self._name, settings, stack.enter_context(_errors_of(settings)))
             read, write = await stack.enter_async_context(opened)
-            yield _Watched(read, self.end, self._without_wrong_tools), write
+            yield _Watched(read, self.end, self._mend), write
 
-    def _without_wrong_tools(self, said: object) -> None:
-        """Takes out of a list of tools those that are not as the protocol has them: the library would refuse all.
-        Nothing that is said in the handshake is such a list."""
+    def _mend(self, said: object) -> None:
+        """Mends what the library would refuse as a whole: a list of tools, and what a call gave. Nothing that is said
+        in the handshake is either."""
         if not self.settled.is_set() or self.over:
             return
         message = getattr(said, "message", None)
+        if isinstance(message, types.JSONRPCError) and self._has_session and tells_of_lost_session(message.error):
+            self._session_gone()
         result = message.result if isinstance(message, types.JSONRPCResponse) else {}
-        tools = result.get("tools")
-        if not isinstance(tools, list) or "content" in result or self._is_list(result):
+        if "content" in result or "structuredContent" in result:
+            mend_content(result)
+        elif isinstance(result.get("tools"), list):
+            self._mend_tools(result)
+
+    def _mend_tools(self, result: dict[str, Any]) -> None:
+        """Takes out of a list of tools those that are not as the protocol has them, and of each what is null or not
+        used here, such as the schema of what it gives: a result that does not fit it is still what the call came to.
+        One without a schema of its arguments takes any."""
+        tools = result["tools"]
+        for tool in tools:
+            if isinstance(tool, dict):
+                for name in [name for name in tool if name in UNUSED or tool[name] is None]:
+                    del tool[name]
+                if tool.get("inputSchema") is None:
+                    tool["inputSchema"] = {"type": "object"}
+        if self._is_list(result):
             return
         result["tools"] = [tool for tool in tools if self._is_list(result | {"tools": [tool]})]
         log.warning("mcp_tools_invalid", server=self._name, tools=len(tools) - len(result["tools"]))
@@ -371,15 +419,28 @@ class _Connection:
 
     async def _answered(self, response: httpx2.Response) -> None:
         """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
-        the session."""
+        the session; some servers say it with another status, in words. A server that never had a stream for GET has no
+        such address, and says nothing of a session."""
         kind = response.headers.get("content-type", "").lower()
         body = response.stream = Bounded(response, events=kind.startswith("text/event-stream"))
         asked = _asked(response.request) if response.is_success and kind.startswith("application/json") else None
         if asked is not None:
             response.stream = Mended(body, asked)
-        if response.status_code == httpx2.codes.NOT_FOUND and SESSION in response.request.headers:
-            log.info("mcp_session_gone", server=self._name)
-            self.end()
+        if SESSION not in response.request.headers:
+            return
+        self._has_session = True
+        self._listens = self._listens or (response.request.method == "GET" and response.is_success)
+        posted = response.request.method == "POST"
+        if response.status_code in GONE and (posted or self._listens):
+            self._session_gone()
+        elif response.status_code in REFUSED and posted:
+            with suppress(httpx2.HTTPError):
+                if LOST_SESSION.search((await response.aread()).decode(errors="replace")):
+                    self._session_gone()
+
+    def _session_gone(self) -> None:
+        log.info("mcp_session_gone", server=self._name)
+        self.end()
 
 
 class _Watched:
@@ -445,14 +506,27 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 
 def _outcome(result: types.CallToolResult) -> Outcome:
-    """Raises ValueError for content that is not as it says."""
-    parts = [_part(block) for block in result.content]
-    if not parts:
+    """Of structured content where there is no other: most servers give the same as text. Raises ValueError when none of
+    the content can be read."""
+    parts = [part for block in result.content if (part := _readable(block)) is not None]
+    if result.content and not parts:
+        raise ValueError("content that is not as it says")
+    unread = len(result.content) - len(parts)
+    if all(part.HasField("text") and not part.text.strip() for part in parts):
         structured = result.structured_content
-        parts = [v1.Part(text="" if structured is None else json.dumps(structured, ensure_ascii=False))]
+        parts = parts if structured is None else [v1.Part(text=json.dumps(structured, ensure_ascii=False))]
+    parts += [v1.Part(text=f"[{unread} more that cannot be read]")] if unread else []
+    parts = parts or [v1.Part(text="")]
     if result.is_error:
         return failed("\n".join(part.text for part in parts if part.text))
     return succeeded(parts)
+
+
+def _readable(block: types.ContentBlock) -> v1.Part | None:
+    try:
+        return _part(block)
+    except ValueError:
+        return None
 
 
 def _part(block: types.ContentBlock) -> v1.Part:
@@ -472,6 +546,9 @@ def _part(block: types.ContentBlock) -> v1.Part:
 
 def _data(text: str, media_type: str, filename: str = "") -> v1.Part:
     text = "".join(text.split())
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    text = text.replace("-", "+").replace("_", "/")
     data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     return v1.Part(data=v1.InlineData(data=data, media_type=media_type, filename=filename))
 

@@ -77,6 +77,58 @@ class Mended(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
+LOST_SESSION = re.compile(
+    r"(?i)\b(no valid|no such|invalid|unknown|expired|missing)\b[^.]{0,20}\bsession"
+    r"|\bsession\b[^.]{0,40}\b(not found|not exist|invalid|unknown|expired|terminated)"
+    r"|\bnot (been )?initiali[sz]ed|^invalid request\.?$"
+)
+"""What servers say of a session that they do not know. Each request that is sent is valid, so that one that a server
+finds invalid names such a session."""
+
+_OF_PROTOCOL = frozenset({types.INVALID_REQUEST, -32000, -32001})
+"""Codes of errors that are about the connection, and not about a call's arguments or what the call came to."""
+
+
+def tells_of_lost_session(error: types.ErrorData) -> bool:
+    """Returns whether an error says that the server does not know the session that a request named."""
+    return error.code in _OF_PROTOCOL and LOST_SESSION.search(error.message) is not None
+
+
+def mend_content(result: dict[str, Any]) -> None:
+    """Makes the content of a call's result what the protocol has, since the library refuses it as a whole: text alone
+    becomes a block, and a block of an unknown kind the text in it, or its name."""
+    content = result.get("content")
+    if content is None:
+        content = []
+    elif not isinstance(content, list):
+        content = [content]
+    structured = result.get("structuredContent")
+    if not isinstance(structured, dict):
+        result.pop("structuredContent", None)
+        content = content or ([] if structured is None else [json.dumps(structured, ensure_ascii=False)])
+    if result.get("isError") is None:
+        result.pop("isError", None)
+    for block in content:
+        if isinstance(block, dict):
+            block.pop("annotations", None)
+    result["content"] = [block if _is_block(block) else {"type": "text", "text": _words(block)} for block in content]
+
+
+def _is_block(block: Any) -> bool:
+    with suppress(ValueError):
+        types.CallToolResult.model_validate({"content": [block]}, by_name=False)
+        return isinstance(block, dict) and "type" in block
+    return False
+
+
+def _words(block: Any) -> str:
+    if isinstance(block, str):
+        return block
+    held = block if isinstance(block, dict) else {}
+    text = held.get("text")
+    return text if isinstance(text, str) else f"[{str(held.get('type', 'content'))[:40]} that cannot be read]"
+
+
 def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
     """A line, or a body, as a message, or why it is none: the library takes both. An answer that is not quite one is
     mended, or becomes an error to what it answers, which would wait for it; one without an id, to what is `asked` if
@@ -88,7 +140,7 @@ def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
         return SessionMessage(message)
     except ValueError as error:
         try:
-            value = json.loads(line.decode(errors="replace"), strict=False, parse_constant=lambda _: None)
+            value = json.loads(line.decode("utf-8-sig", "replace"), strict=False, parse_constant=lambda _: None)
             if isinstance(value, dict):
                 return SessionMessage(_mended(value, asked))
         except (ValueError, RecursionError):

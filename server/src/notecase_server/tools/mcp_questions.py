@@ -86,10 +86,11 @@ class Questions:
         if isinstance(params, types.ElicitRequestURLParams):
             # Where it leads is for the user's own browser, and nothing comes back that a log could hold.
             return types.ElicitResult(action="decline")
-        form = {"type": "object", "additionalProperties": False, **params.requested_schema}
-        fields = form.get("properties", {})
+        form = {"type": "object", "additionalProperties": False, **_without_nulls(params.requested_schema)}
+        fields = form.get("properties") or {}
         if not isinstance(fields, dict):
             return _refused("The form's `properties` are no object.")
+        form["properties"] = {name: _without_nulls(field) for name, field in fields.items()}
         if strange := [name for name, field in fields.items() if not _is_flat(field)]:
             return _refused(f"The field {strange[0]!r} is neither text, a number, a boolean nor a list of choices.")
         try:
@@ -119,6 +120,13 @@ class Questions:
             return call if call in self._calls else None
         runs = {call.run for call in self._calls}
         return min(self._calls, key=lambda call: call.asks) if len(runs) == 1 else None
+
+
+def _without_nulls(schema: Any) -> Any:
+    """Returns a schema without the keywords that are null, as servers in Go write what is empty in them."""
+    if not isinstance(schema, dict):
+        return schema
+    return {name: value for name, value in schema.items() if value is not None or name in {"default", "const", "type"}}
 
 
 def _is_flat(field: Any) -> bool:

@@ -66,6 +66,10 @@ class _Tools:
     def mcp_servers(self) -> Sequence[str]:
         return sorted(self._servers)
 
+    @property
+    def changes(self) -> int:
+        return sum(server.changes for server in self._servers.values())
+
     async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
         match tool.WhichOneof("implementation"):
             case "server":
