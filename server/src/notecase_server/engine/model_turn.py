@@ -254,7 +254,7 @@ class ModelTurn:
             return False
         bounds = (self._log.session.summary_sequence, keep, batch, budget.most_covered)
         plan = await self._log.patiently(lambda: summary.plan(store, self._services.contents, key, *bounds))
-        if plan is None or self._halts:
+        if plan is None or self._halts.pending:
             return False
         self._budget.spend()
         try:
