@@ -6,6 +6,7 @@ from collections.abc import Sized
 import pytest
 from notecase import v1
 from notecase_server.engine.draft import MAX_MEDIA, MAX_REPLY_BYTES, Draft
+from notecase_server.engine.unfenced import Unfenced
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import MAX_MEDIA_BYTES, Call, Cited, Link, Reasoning, Source, Text
 
@@ -43,6 +44,14 @@ def test_a_reply_is_bounded() -> None:
     with pytest.raises(NotecaseError) as failed:
         for _ in range(2):
             made.feed(Text("x" * (MAX_REPLY_BYTES // 2)))
+    assert v1.ERROR_REASON_LIMIT_EXCEEDED == failed.value.reason
+
+
+def test_json_beyond_the_bound_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Unfenced, "feed")
+    made = Draft("m", "r", str, as_json=True)
+    with pytest.raises(NotecaseError) as failed:
+        made.feed(Text("[" * (MAX_REPLY_BYTES + 1)))
     assert v1.ERROR_REASON_LIMIT_EXCEEDED == failed.value.reason
 
 

@@ -21,6 +21,8 @@ from notecase_server.engine.schema import Schemas, value_of
 from notecase_server.engine.unfenced import Unfenced
 from notecase_server.errors import NotecaseError, reason_name
 
+from tests.support.work import instructions
+
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "pattern": "^[A-Z]"}, "age": {"type": "integer"}},
@@ -312,3 +314,17 @@ def test_what_is_held_back_is_counted_and_each_piece_is_copied_once(begun: str) 
     assert seconds(unfenced, "\n") < 30 * seconds(plain, "x")
     assert 20_000 == unfenced.held - before
     assert not unfenced.end()
+
+
+@pytest.mark.parametrize("piece", ['"b",', '{"a": "}"},', "[],", "["])
+def test_large_json_in_one_piece_takes_few_steps(piece: str) -> None:
+    def taken(number: int) -> int:
+        return instructions(lambda: Unfenced().feed("[" + piece * number))
+
+    assert taken(10) == taken(1000)
+
+
+def test_space_behind_a_fence_of_something_else_is_looked_through_once() -> None:
+    unfenced = Unfenced()
+    given = "".join(unfenced.feed(piece) for piece in ["```python\n", *["\n"] * 300])
+    assert given.startswith("```python")

@@ -111,6 +111,8 @@ class Draft:
                 self._size += len(tool.encode(errors="replace"))
             case Text(text):
                 assert self._unfenced is not None
+                if len(text) > MAX_REPLY_BYTES:
+                    raise _too_long()
                 text = self._unfenced.feed(text)
                 if self._size + self._unfenced.held > MAX_REPLY_BYTES:
                     raise _too_long()

@@ -18,18 +18,27 @@ _AROUND = "` \t\r\n"
 _HELD_PROSE = 16 << 10
 """Characters in front of JSON that are waited through, and of those behind it that are kept: a sentence or two."""
 
+_HELD_BLANKS = 256
+"""Characters of space that are waited through behind a fence that may not be one of JSON."""
 
 _BLANK = re.compile(r"[\s\ufeff\u200b]*")
 
 _OBJECT = re.compile(r'\[\s*\{\s*"|\{\s*["}]')
 """How an object, or a list of them, begins among words."""
 
-_MARKS = re.compile(r'["{}\[\]]')
-_IN_STRING = re.compile(r'["\\]')
+_FLAT = r'[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+"'
+
+_BETWEEN = re.compile(rf"(?:{_FLAT}|[{{\[](?:{_FLAT})*+[}}\]])*+", re.DOTALL)
+"""Within brackets, what comes up to the next one, or to a string whose end is still to come. Whole strings, and objects
+and lists that hold no others, are passed without a step of Python for each."""
+
+_REST_OF_STRING = re.compile(r'(?:[^"\\]++|\\.)*+', re.DOTALL)
+
+_RUNS = re.compile(r"[{\[]++|[}\]]++")
 
 
-def _blank_until(text: str, start: int) -> int:
-    found = _BLANK.match(text, start)
+def _until(pattern: re.Pattern[str], text: str, start: int) -> int:
+    found = pattern.match(text, start)
     return found.end() if found else start
 
 
@@ -45,17 +54,26 @@ class _Brackets:
         """Returns the index behind its last bracket; -1 where that is still to come."""
         at = int(self._escaped and bool(text))
         self._escaped = self._escaped and not text
-        while found := (_IN_STRING if self._in_string else _MARKS).search(text, at):
-            at, mark = found.end(), found[0]
-            if mark == "\\":
-                self._escaped = at == len(text)
+        while at < len(text):
+            if self._in_string:
+                at = _until(_REST_OF_STRING, text, at)
+                self._escaped = text[at:] == "\\"
+                self._in_string = text[at : at + 1] != '"'
                 at += 1
-            elif mark == '"':
-                self._in_string = not self._in_string
+                continue
+            at = _until(_BETWEEN, text, at) if self._depth else at
+            run = _until(_RUNS, text, at) - at
+            if not run:
+                self._in_string = text[at : at + 1] == '"'
+                at += 1
+            elif text[at] in "{[":
+                self._depth += run
+                at += run
+            elif run >= self._depth:
+                return at + self._depth
             else:
-                self._depth += 1 if mark in "{[" else -1
-                if self._depth == 0:
-                    return at
+                self._depth -= run
+                at += run
         return -1
 
 
@@ -136,12 +154,12 @@ class Unfenced:
 
     def _begin(self, text: str) -> str | None:
         """The text behind the opening fence, or all of it where it begins as JSON does. None while that is open."""
-        start = _blank_until(text, 0)
+        start = _until(_BLANK, text, 0)
         while start < len(text) and text[start] not in _BEGINS_JSON:
             thought = text.find("</think>", start)
             if thought < 0:
                 break
-            start = _blank_until(text, thought + len("</think>"))  # opened in the prompt, where the template has it
+            start = _until(_BLANK, text, thought + len("</think>"))  # opened in the prompt, where the template has it
         text = text[start:]
         if not text:
             return ""
@@ -160,11 +178,11 @@ class Unfenced:
         line, end, rest = text.partition("\n")
         if not _FENCE.fullmatch(line):
             return words + text if end or len(line) > _HELD_PROSE else None
-        begins = rest[_blank_until(rest, 0) :][:1]
+        begins = rest[_until(_BLANK, rest, 0) :][:1]
         if end and (_PLAIN_FENCE.fullmatch(line) or begins in ("{", "[")):
             self._fenced = True
             return rest
-        return words + text if begins else None
+        return words + text if begins or len(rest) > _HELD_BLANKS else None
 
     def words(self) -> str:
         """What was held back, once a call shows that it was said beside that."""
