@@ -441,6 +441,17 @@ async def test_a_summary_of_more_than_the_model_takes_covers_less(served: Runnin
     assert model.requests[-1] == body(summary("After a5.", "Be brief."), *exchange(6, 7, 8), user("q9"))
 
 
+async def test_a_summary_that_is_too_long_and_not_asked_for_again_is_a_fact(served: Running, model: OpenAIServer) -> None:
+    """With one call left, which is the reply's."""
+    session = await opened(served, SUMMARY, max_model_calls=2)
+    for number in range(1, 6):
+        await append(served, session, said(f"q{number}"), v1.Message(role=ASSISTANT, parts=[v1.Part(text="a")]))
+    model.script(TOO_LONG, reply("a6"))
+    run = await ask(served, session, "q6")
+    assert run.state == v1.Run.STATE_SUCCEEDED, run.error
+    assert "summary_failed" in kinds(await log_of(served, session))
+
+
 async def test_a_compaction_of_more_than_the_model_takes_covers_less(served: Running, model: OpenAIServer) -> None:
     session = await opened(served)
     await talk(served, model, session, *range(1, 6))

@@ -40,8 +40,8 @@ class Budget:
 
     @property
     def ample(self) -> bool:
-        """At least half of the model calls are left."""
-        return 2 * self.left >= self._most
+        """At least half of the model calls are left, and another one than the reply's."""
+        return self.left >= 2 and 2 * self.left >= self._most
 
     @property
     def left(self) -> int:
