@@ -210,9 +210,12 @@ async def test_stateless_is_shown_its_own_run_and_no_summary(served: Running, mo
     assert model.requests[-1] == body(user("q3"))
 
 
-async def test_an_instruction_that_comes_to_blanks_is_none(served: Running, model: OpenAIServer) -> None:
+@pytest.mark.parametrize("instruction", ["{% if tone %}Be {{ tone }}.{% endif %} \n", " \n"], ids=["template", "text"])
+async def test_an_instruction_that_comes_to_blanks_is_none(
+    served: Running, model: OpenAIServer, instruction: str
+) -> None:
     """Providers refuse a message of blanks."""
-    agent = v1.Agent(llm=v1.LlmAgent(instruction="{% if tone %}Be {{ tone }}.{% endif %} \n"))
+    agent = v1.Agent(llm=v1.LlmAgent(instruction=instruction))
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="plain", agent=agent))
     session = await opened(served)
     model.script(reply("a1"))
@@ -441,7 +444,9 @@ async def test_a_summary_of_more_than_the_model_takes_covers_less(served: Runnin
     assert model.requests[-1] == body(summary("After a5.", "Be brief."), *exchange(6, 7, 8), user("q9"))
 
 
-async def test_a_summary_that_is_too_long_and_not_asked_for_again_is_a_fact(served: Running, model: OpenAIServer) -> None:
+async def test_a_summary_that_is_too_long_and_not_asked_for_again_is_a_fact(
+    served: Running, model: OpenAIServer
+) -> None:
     """With one call left, which is the reply's."""
     session = await opened(served, SUMMARY, max_model_calls=2)
     for number in range(1, 6):

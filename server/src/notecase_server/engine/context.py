@@ -124,7 +124,7 @@ async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message
 async def _instruction(store: StateStore, key: SessionKey, user: str, source: str) -> str:
     parsed = await instructions.parsed(source)
     if parsed is None:
-        return source
+        return _unless_blank(source)
     values: dict[str, dict[str, v1.Value]] = {}
     for kind, wanted in parsed.keys.items():
         values[kind] = {}
@@ -135,8 +135,12 @@ async def _instruction(store: StateStore, key: SessionKey, user: str, source: st
         else:
             state = await _named(store, scope, sorted(wanted))
         values[kind] = {name: entry.value for name, entry in state.entries.items()}
-    rendered = await parsed.rendered(values)
-    return rendered if rendered.strip() else ""  # providers refuse a message of blanks
+    return _unless_blank(await parsed.rendered(values))
+
+
+def _unless_blank(instruction: str) -> str:
+    """Returns the instruction, or nothing: providers refuse a message of blanks."""
+    return instruction if instruction.strip() else ""
 
 
 def _scope(kind: str, key: SessionKey, user: str) -> Scope | None:
