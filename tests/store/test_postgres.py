@@ -35,6 +35,7 @@ from notecase_server.store.postgres_commit import CommitTables
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
 from notecase_server.store.postgres_tables import PostgresTables
 from notecase_server.store.postgres_wire import Defect, awaited, escaped, unescaped
+from structlog.testing import capture_logs
 
 from tests.store.build import (
     APP_STATE,
@@ -197,6 +198,21 @@ async def test_runs_that_have_not_ended_are_found_without_reading_all_others(
         plan = "\n".join(row[0] for row in await beside.fetch(f"EXPLAIN {statement}", *values))
         assert "Scan on runs" not in plan
         assert "Index Scan using runs_" in plan
+
+
+async def test_runs_behind_a_page_of_which_none_decodes_are_found(store: PostgresStore, beside: Any) -> None:
+    for number in range(4):
+        key = session_key("acme", f"s{number}")
+        await create(store, key)
+        await start(store, "r1", key=key)
+    active = await store.active_runs()
+    damaged = [each.key.uid for each in active[:2]]
+    await beside.execute("UPDATE runs SET body = '\\xffff' WHERE uid = ANY($1)", damaged)
+    with capture_logs() as logs:
+        assert active[2:] == await store.active_runs(None, 2)
+        assert active[2:3] == await store.active_runs(None, 1)
+        assert [] == await store.active_runs(active[3], 2)
+    assert damaged * 2 == [line["uid"] for line in logs if line["event"] == "run_unreadable"]
 
 
 async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresStore) -> None:

@@ -53,12 +53,13 @@ CALLS = f"""SELECT t.call_id, e.message, {MESSAGE} FROM calls t
     {CHANGED} WHERE t.tenant = $1 AND t.uid = $2"""
 """With their messages."""
 
-ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released FROM active_runs a
+ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released,
+    a.create_time, a.run FROM active_runs a
     JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run AND r.create_time = a.create_time
     JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid WHERE true"""
 
-EVERY_ACTIVE_RUN = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released
-    FROM active_runs a
+EVERY_ACTIVE_RUN = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released,
+    a.create_time, a.run FROM active_runs a
     CROSS JOIN LATERAL (SELECT state, body FROM runs r
         WHERE r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run AND r.create_time = a.create_time OFFSET 0) r
     CROSS JOIN LATERAL (SELECT session, epoch, activity FROM sessions s

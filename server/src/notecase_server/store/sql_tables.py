@@ -215,22 +215,37 @@ class SqlTables(Sql):
         return self._active_run(*row) if row else None
 
     def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]:
-        statement, values = self._active_after(after)
-        return list(self._readable(self.rows(f"{statement} LIMIT {marks(1, len(values))}", *values, limit)))
-
-    def _active_after(self, after: ActiveRun | None) -> tuple[str, tuple[Any, ...]]:
-        """Selects the runs that have not ended, in the order of active_runs, and those after one of them."""
-        where, values = "", tuple[Any, ...]()
+        values = list[Any]()
         if after is not None:
-            where = " AND (a.tenant, a.create_time, a.uid, a.run) > ($1, $2, $3, $4)"
-            values = (after.key.tenant, column(after.run, "create_time"), after.key.uid, after.run.name)
-        return f"{self.every_active}{where} ORDER BY a.tenant, a.create_time, a.uid, a.run", values
+            values += (after.key.tenant, column(after.run, "create_time"), after.key.uid, after.run.name)
+        # An empty page is the last: one of which no run decodes is not handed out.
+        while rows := self._active_after(values, limit):
+            if found := list(self._readable(rows)):
+                return found
+            tenant, _, uid, *_, create_time, run = rows[-1]
+            values = list(map(self.read, (tenant, create_time, uid, run)))
+        return []
+
+    def _active_after(self, values: Sequence[Any], limit: int) -> list[Any]:
+        """At most `limit` rows in the order of active_runs, only those behind a place if `values` has one."""
+        where = " AND (a.tenant, a.create_time, a.uid, a.run) > ($1, $2, $3, $4)" if values else ""
+        order = "ORDER BY a.tenant, a.create_time, a.uid, a.run"
+        return list(self.rows(f"{self.every_active}{where} {order} LIMIT {marks(1, len(values))}", *values, limit))
 
     def idle_runs(self) -> list[ActiveRun]:
         return list(self._readable(self.rows(self.idle)))
 
     def _active_run(
-        self, tenant: str, session: str, uid: str, run: bytes, agent: bytes, epoch: int, deaths: int, released: int
+        self,
+        tenant: str,
+        session: str,
+        uid: str,
+        run: bytes,
+        agent: bytes,
+        epoch: int,
+        deaths: int,
+        released: int,
+        *_: Any,
     ) -> ActiveRun:
         key = SessionKey(self.read(tenant), session, uid)
         return ActiveRun(key, v1.Run.FromString(run), v1.Agent.FromString(agent), epoch, deaths, bool(released))

@@ -8,8 +8,6 @@ import json
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing
-from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 from notecase import v1
@@ -17,7 +15,6 @@ from notecase import v1
 from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import (
     RUN_COLUMNS,
-    ActiveRun,
     Query,
     Scope,
     SessionKey,
@@ -134,7 +131,7 @@ RETIRE = """INSERT INTO retired_revisions (tenant, agent, revision, uses, body)
         CROSS JOIN revisions v ON v.tenant = $1 AND v.agent = $2 AND v.revision = u.revision"""
 
 ACTIVE_RUN = """SELECT a.tenant, s.session, a.uid, a.body, coalesce(o.body, v.body, t.body), h.epoch, a.deaths,
-    a.released FROM runs a JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid
+    a.released, a.create_time, a.run FROM runs a JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid
     JOIN heads h ON h.tenant = a.tenant AND h.uid = a.uid
     LEFT JOIN run_agents o ON o.tenant = a.tenant AND o.uid = a.uid AND o.run = a.run
     LEFT JOIN revisions v ON v.tenant = a.tenant AND v.agent = substr(a.agent, 8) AND v.revision = a.revision
@@ -501,11 +498,6 @@ class SqliteTables(SqlTables):
         for create_time, uid, run, body, name in rows:
             found = Found((create_time, uid, run), v1.Run.FromString(body), len(body))
             yield SessionKey(tenant, name, uid), found
-
-    def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]:
-        statement, values = self._active_after(after)
-        with closing(self.rows(statement, *values)) as rows:
-            return list(islice(self._readable(rows), limit))
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         self._execute(
