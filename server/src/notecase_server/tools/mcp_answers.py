@@ -102,6 +102,8 @@ def mend_content(result: dict[str, Any]) -> None:
         content = []
     elif not isinstance(content, list):
         content = [content]
+    elif len(content) > MAX_OBJECTS:
+        content = [{"type": "text", "text": f"[{len(content)} blocks, more than can be read]"}]
     structured = result.get("structuredContent")
     if not isinstance(structured, dict):
         result.pop("structuredContent", None)
