@@ -178,6 +178,7 @@ async def test_a_tool_that_comes_later_is_found_at_once_where_the_server_tells_o
     while name not in await resolved(box):
         await call(box, "echo", text="")
     assert Outcome([v1.Part(text="here")]) == await call(box, name, text="here")
+    assert [True, False] == [box.changes([server]) > 0 for server in ("t", "another")]
 
 
 async def test_names_are_filtered_prefixed_and_refused_when_unknown(box: Toolbox) -> None:

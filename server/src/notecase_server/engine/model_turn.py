@@ -297,11 +297,12 @@ class Tools:
         self._toolbox = run_log.services.toolbox
         self._bound: Mapping[str, Bound] | None = None
         self._changes = 0
-        """Toolbox.changes when they were found."""
+        """Toolbox.changes of its servers when they were found."""
 
     async def bound(self) -> Mapping[str, Bound]:
         """Raises as `bind`, the first time; what cannot be found again later stays as it was."""
-        changes = self._toolbox.changes
+        declared = bindings.declared(self._log.agent, self._log.run)
+        changes = self._toolbox.changes(tool.mcp.server for tool in declared if tool.HasField("mcp"))
         if self._bound is None or changes != self._changes:
             try:
                 self._bound = await bind(self._log, self._halts)
