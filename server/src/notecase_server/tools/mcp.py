@@ -249,6 +249,9 @@ class _Connection:
         self._changed = changed
         self._scope = anyio.CancelScope()
         self._done = False
+        self._output_ended = False
+        self._exit_code: int | None = None
+        """Of a program that ended by itself."""
         self._listing = asyncio.Lock()
         self._listed: Sequence[types.Tool] | None = None
         self._changes = 0
@@ -289,8 +292,12 @@ class _Connection:
             self.settled.set()
         if opened:
             log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
-        else:
-            log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}))
+            return
+        known: dict[str, int] = {}
+        if self._output_ended:
+            wrong.add("OutputEnded")
+            known = {} if self._exit_code is None else {"exit_code": self._exit_code}
+        log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}), **known)
 
     async def _opened(self, stack: AsyncExitStack) -> Client:
         """Speaks the versions of the protocol in which a running tool can ask its user, which begin with a handshake,
@@ -392,7 +399,7 @@ class _Connection:
 
     @asynccontextmanager
     async def _streams(self) -> AsyncIterator[Any]:
-        settings = self._settings
+        settings, self._exit_code = self._settings, None
         async with AsyncExitStack() as stack:
             if settings.url:
                 http = httpx2.AsyncClient(
@@ -404,9 +411,16 @@ class _Connection:
                 await stack.enter_async_context(http)
                 opened = streamable_http_client(settings.url, http_client=http, max_sse_event_size=MAX_ANSWER)
             else:
-                opened = program(self._name, settings, stack.enter_context(_errors_of(settings)))
+                opened = program(self._name, settings, stack.enter_context(_errors_of(settings)), self._exited)
             read, write = await stack.enter_async_context(opened)
-            yield _Watched(read, self.end, self._mend), write
+            yield _Watched(read, self._ended, self._mend), write
+
+    def _exited(self, code: int) -> None:
+        self._exit_code = code
+
+    def _ended(self) -> None:
+        self._output_ended = True
+        self.end()
 
     def _mend(self, said: object) -> None:
         """Mends what the library would refuse as a whole: a list of tools, and what a call gave. Nothing that is said
