@@ -251,6 +251,7 @@ GIVEN = {
     b'{"structuredContent":{"a":1}}': '{"a": 1}',
     b'{"content":"x"}': "x",
     b'{"content":[],"structuredContent":[1]}': "[1]",
+    b'{"content":[{"type":"text","text":" "}],"structuredContent":[1]}': "[1]",
     b'{"content":[{"type":"text","text":"x","annotations":{"priority":7}}],"isError":null}': "x",
     b'{"content":[{"type":"text","text":"x"},{"type":"chart","points":[1]}]}': "x[chart that cannot be read]",
     b'{"content":[{"type":"text","text":"x"},{"type":"text","text":null}]}': "x[text that cannot be read]",
