@@ -127,9 +127,9 @@ async def test_what_is_said_between_a_start_and_its_model_call_is_shown(
     session = await opened(served)
     bind = model_turn.bind
 
-    async def late(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
+    async def late(run_log: RunLog, halts: Halts, found: Any) -> Mapping[str, Bound]:
         await append(served, session, said("And quickly."))
-        return await bind(run_log, halts)
+        return await bind(run_log, halts, found)
 
     monkeypatch.setattr(model_turn, "bind", late)
     await talk(served, model, session, 1)

@@ -161,7 +161,7 @@ async def test_fallbacks_that_cannot_be_are_refused_with_all_that_is_wrong(setti
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await setting.agent(*wrong)
     assert [
-        ("agent.llm.fallbacks[0].provider", "this server has first, second"),
+        ("agent.llm.fallbacks[0].provider", "there is no provider 'third'; this server has first, second"),
         ("agent.llm.fallbacks[2]", "appears twice, or is the agent's own"),
         ("agent.llm.fallbacks[3]", "appears twice, or is the agent's own"),
         ("agent.llm.fallbacks[4]", "appears twice, or is the agent's own"),

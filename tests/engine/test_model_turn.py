@@ -1,20 +1,23 @@
 """A turn of a model: one reply, left in the draft, within what the run may spend."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import structlog
 from notecase import v1
 from notecase_server import errors
 from notecase_server.engine.asking import Budget
 from notecase_server.engine.context import KEYS_AT_ONCE, _named
 from notecase_server.engine.halt import Halt, Halted, Halts
-from notecase_server.engine.model_turn import ModelTurn, bind
+from notecase_server.engine.model_turn import ModelTurn, Tools, bind
 from notecase_server.engine.run_log import RunLog
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Store
 from notecase_server.store.memory import MemoryStore
+from notecase_server.tools.contract import Function
 
 from tests.engine.rooms import House, Model, client_tool, house, kinds
 from tests.store.build import APP_STATE, ManualClock, put, refused
@@ -163,3 +166,43 @@ async def test_the_values_that_an_instruction_names_are_bounded_together(store: 
         for name in names[3:-1]:
             await store.update_state(log.live.key.state, [put(name, "x")], None)
         await one.reply()
+
+
+async def test_an_mcp_server_that_cannot_be_asked_again_keeps_its_tools() -> None:
+    """When another one of the run says that its tools have changed; what is missing is recorded once."""
+    recorded: list[v1.Event] = []
+    gone = {"down"}
+
+    class Box:
+        grown = 0
+
+        def changes(self, servers: Iterable[str]) -> int:
+            return self.grown if "grows" in servers else 0
+
+        async def resolve(self, tool: v1.Tool) -> list[Function]:
+            name = tool.mcp.server
+            if name in gone:
+                raise errors.tool_error(f"{name} cannot be reached.")
+            names = [name, f"{name}-{self.grown}"] if name == "grows" else [name]
+            of = [v1.ToolBinding(mcp=v1.McpBinding(server=name, tool=each)) for each in names]
+            return [Function(binding.mcp.tool, "", "{}", binding) for binding in of]
+
+    async def durably(events: Callable[[], list[v1.Event]]) -> None:
+        recorded.extend(events())
+
+    async def cut(work: Awaitable[Any]) -> Any:
+        return await work
+
+    box = Box()
+    servers = [v1.McpTool(server="down"), v1.McpTool(server="grows"), v1.McpTool(server="up", required=True)]
+    agent = v1.Agent(llm=v1.LlmAgent(tools=[v1.Tool(mcp=server) for server in servers]))
+    run_log: Any = SimpleNamespace(
+        services=SimpleNamespace(toolbox=box), agent=agent, run=v1.Run(), durably=durably, log=structlog.get_logger()
+    )
+    halts: Any = SimpleNamespace(cut=cut)
+    tools = Tools(run_log, halts)
+    assert ["grows", "grows-0", "up"] == list(await tools.bound())
+    gone.add("up")
+    box.grown += 1
+    assert ["grows", "grows-1", "up"] == list(await tools.bound())
+    assert ["down"] == [event.tools_unavailable.server for event in recorded]

@@ -15,6 +15,8 @@ from notecase_server.errors import NotecaseError
 from notecase_server.rpc import validate
 from notecase_server.rpc.check import LIST_PRICE, MAX_VALUES, MAX_VIOLATIONS, Check
 from notecase_server.rpc.validate import MAX_PARTS
+from notecase_server.tools.mcp_settings import McpServerSettings
+from notecase_server.tools.toolbox import make_toolbox
 
 from tests.e2e.driving import fields_of, reason_of
 from tests.support.server import running
@@ -36,6 +38,29 @@ def told(check: Check, look: Any) -> list[str]:
     except NotecaseError as refused:
         return [violation.field for violation in refused.violations]
     return []
+
+
+async def test_what_the_server_does_not_have_is_named_with_what_it_has() -> None:
+    toolbox = make_toolbox([], {"files": McpServerSettings(command="files-mcp")})
+    tools = [
+        v1.Tool(name="a", server=v1.ServerTool(function="ask_usr")),
+        v1.Tool(mcp=v1.McpTool(server="flies")),
+        v1.Tool(name="b", server=v1.ServerTool()),
+    ]
+    llm = v1.LlmAgent(provider="opnai", tools=tools, fallbacks=[v1.Fallback(provider="ofline")])
+    check = Check()
+    validate.agent(check, v1.Agent(llm=llm), ["offline"], toolbox)
+    at = "agent.llm"
+    assert [
+        (f"{at}.provider", "there is no provider 'opnai'; this server has offline"),
+        (f"{at}.fallbacks[0].provider", "there is no provider 'ofline'; this server has offline"),
+        (f"{at}.tools[0].server.function", "there is no function 'ask_usr'; this server has ask_user"),
+        (f"{at}.tools[1].mcp.server", "there is no MCP server 'flies'; this server has files"),
+        (f"{at}.tools[2].server.function", "is missing; this server has ask_user"),
+    ] == check.violations
+    none = Check()
+    validate.agent(none, v1.Agent(llm=v1.LlmAgent(tools=tools[1:2])), ["offline"], make_toolbox([], {}))
+    assert ["there is no MCP server 'flies'; this server has none"] == [found.description for found in none.violations]
 
 
 FLOODS = {

@@ -18,11 +18,13 @@ import pytest
 import structlog
 from notecase import v1
 from notecase_server.errors import NotecaseError, tool_error
+from notecase_server.tools import mcp_pipes
 from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import Function, Outcome, Toolbox
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.outcome import MAX_ERROR, MAX_MEDIA, MAX_RESULT
 from notecase_server.tools.toolbox import make_toolbox
+from structlog.testing import capture_logs
 
 from tests.support.mcp_process import TRANSPORTS, Http, over, stdio
 from tests.support.mcp_server import PIXEL
@@ -178,6 +180,7 @@ async def test_a_tool_that_comes_later_is_found_at_once_where_the_server_tells_o
     while name not in await resolved(box):
         await call(box, "echo", text="")
     assert Outcome([v1.Part(text="here")]) == await call(box, name, text="here")
+    assert [True, False] == [box.changes([server]) > 0 for server in ("t", "another")]
 
 
 async def test_names_are_filtered_prefixed_and_refused_when_unknown(box: Toolbox) -> None:
@@ -463,6 +466,28 @@ async def test_a_process_that_cannot_be_had_is_a_tool_error_and_says_nothing_of_
             await resolved(box)
         assert v1.ERROR_REASON_TOOL_ERROR == refused.value.reason
         assert "The MCP server 't' cannot be reached." == refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("import sys; sys.exit(3)", {"errors": ["OutputEnded"], "exit_code": 3}),
+        ("import os, sys; os.close(1); sys.stdin.read()", {"errors": ["OutputEnded"], "exit_code": 0}),
+        ("import os, signal; os.close(1); signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.pause()", {}),
+    ],
+    ids=["ends", "closes its output", "has to be killed"],
+)
+async def test_the_log_says_that_a_program_ended_and_with_which_exit_code(
+    monkeypatch: pytest.MonkeyPatch, code: str, told: dict[str, object]
+) -> None:
+    monkeypatch.setattr(mcp_pipes, "EXIT_SECONDS", 60 if told else 0.2)
+    with capture_logs() as lines:
+        async with tools(McpServerSettings(command=sys.executable, args=("-c", code), connect_timeout=60)) as box:
+            with pytest.raises(NotecaseError, match="cannot be reached"):
+                await resolved(box)
+    (line,) = [line for line in lines if line["event"] == "mcp_unreachable"]
+    expected = {"event": "mcp_unreachable", "log_level": "warning", "server": "t", "errors": ["OutputEnded"]}
+    assert expected | told == line
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["silent", "refused"])

@@ -251,6 +251,7 @@ GIVEN = {
     b'{"structuredContent":{"a":1}}': '{"a": 1}',
     b'{"content":"x"}': "x",
     b'{"content":[],"structuredContent":[1]}': "[1]",
+    b'{"content":[{"type":"text","text":" "}],"structuredContent":[1]}': "[1]",
     b'{"content":[{"type":"text","text":"x","annotations":{"priority":7}}],"isError":null}': "x",
     b'{"content":[{"type":"text","text":"x"},{"type":"chart","points":[1]}]}': "x[chart that cannot be read]",
     b'{"content":[{"type":"text","text":"x"},{"type":"text","text":null}]}': "x[text that cannot be read]",
@@ -317,6 +318,52 @@ async def test_a_session_that_a_server_no_longer_knows_is_opened_again_however_i
         server.forgotten = True
         assert (await box.call(BINDING, {}, context())).error
         assert "x" == (await box.call(BINDING, {}, context())).parts[0].text
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        (f"200 OK\r\nContent-Type: {JSON}", NO_SESSION % "Browser session b1 not found"),
+        (f"200 OK\r\nContent-Type: {JSON}", NO_SESSION % "The index is not initialized."),
+        (f"400 Bad Request\r\nContent-Type: {JSON}", NO_SESSION % "Invalid session of the shop"),
+        ("401 Unauthorized\r\nContent-Type: text/plain", "The session of the shop has expired: session expired"),
+        ("409 Conflict\r\nContent-Type: text/plain\r\nContent-Encoding: gzip", "is no gzip"),
+    ],
+    ids=["200", "200 of another", "400", "401", "409 packed"],
+)
+async def test_a_session_of_a_tool_s_own_that_is_lost_leaves_the_connection(head: str, told: str) -> None:
+    """With it the calls of everybody else would be lost."""
+    connected = 0
+
+    class Selling(Lists):
+        sells = True
+
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            nonlocal connected
+            if asked.get("method") == "initialize":
+                connected += 1
+                return _http(f"Content-Type: {JSON}\r\nMcp-Session-Id: one\r\n", _result(asked, ABOUT))
+            if self.sells or asked.get("method") != "tools/call":
+                return super()._answer(asked)
+            body = told.replace("ASKED", str(asked["id"])).encode()
+            return f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    server = Selling(lambda cursor: {"tools": [T]}, answer(b'{"type":"text","text":"x"}'))
+    async with server.box() as box:
+        assert not (await box.call(BINDING, {}, context())).error
+        server.sells = False
+        for _ in range(2):
+            assert "refused the call" in (await box.call(BINDING, {}, context())).error
+        server.sells = True
+        assert not (await box.call(BINDING, {}, context())).error
+    assert 1 == connected
+
+
+async def test_a_result_of_more_blocks_than_are_read_says_so() -> None:
+    body = b'{"jsonrpc":"2.0","id":ASKED,"result":{"content":[%s]}}' % b",".join([b"0"] * 10_001)
+    async with Lists(lambda cursor: {"tools": [T]}, body).box() as box:
+        outcome = await box.call(BINDING, {}, context())
+    assert ["[10001 blocks, more than can be read]"] == [part.text for part in outcome.parts]
 
 
 async def test_a_server_that_has_no_stream_keeps_its_session() -> None:

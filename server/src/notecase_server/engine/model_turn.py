@@ -288,23 +288,22 @@ class ModelTurn:
 
 
 class Tools:
-    """Finds what the model of a run may call, by name: when it is first asked, and again once an MCP server has said
-    that its tools have changed."""
+    """Finds what a run's model may call, by name: at first, and once an MCP server says that its tools have changed."""
 
     def __init__(self, run_log: RunLog, halts: Halts) -> None:
         self._log = run_log
         self._halts = halts
         self._toolbox = run_log.services.toolbox
         self._bound: Mapping[str, Bound] | None = None
+        self._found: dict[int, Sequence[Function]] = {}
         self._changes = 0
-        """Toolbox.changes when they were found."""
 
     async def bound(self) -> Mapping[str, Bound]:
         """Raises as `bind`, the first time; what cannot be found again later stays as it was."""
-        changes = self._toolbox.changes
+        changes = self._toolbox.changes(tool.mcp.server for tool in bindings.declared(self._log.agent, self._log.run))
         if self._bound is None or changes != self._changes:
             try:
-                self._bound = await bind(self._log, self._halts)
+                self._bound = await bind(self._log, self._halts, self._found)
             except NotecaseError as error:
                 if self._bound is None or error.reason in LOST:
                     raise
@@ -313,29 +312,31 @@ class Tools:
         return self._bound
 
 
-async def bind(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
+async def bind(
+    run_log: RunLog, halts: Halts, found: dict[int, Sequence[Function]] | None = None
+) -> Mapping[str, Bound]:
     """Returns what the model may call, by name. MCP servers are all asked at the same time, which a halt cuts: Halted.
-    What one cannot give is put on record and left out, unless the agent requires it. TOOL_ERROR when what is required
-    cannot be had, or two tools have one name."""
-    found: list[Sequence[Function]] = []
-    tools = bindings.declared(run_log.agent, run_log.run)
+    What one cannot give is put on record and left out, unless the agent requires it or it was `found` before, by its
+    place among the tools. TOOL_ERROR when what is required cannot be had, or two tools have one name."""
+    found, tools = {} if found is None else found, bindings.declared(run_log.agent, run_log.run)
     remote = [tool for tool in tools if tool.HasField("mcp")]
     answers = iter(await halts.cut(_resolved(run_log.services.toolbox, remote)) if remote else ())
-    for tool in tools:
+    for place, tool in enumerate(tools):
         if tool.HasField("client"):
-            found.append([ledger.called_by_caller(tool)])
+            found[place] = [ledger.called_by_caller(tool)]
         elif not tool.HasField("mcp"):
-            found.append(await run_log.services.toolbox.resolve(tool))
+            found[place] = await run_log.services.toolbox.resolve(tool)
         elif not isinstance(answer := next(answers), BaseException):
-            found.append(answer)
+            found[place] = answer
+        elif isinstance(answer, NotecaseError) and place in found and not isinstance(answer, Incomplete):
+            run_log.log.warning("tools_not_renewed", problem=answer.message)
         elif isinstance(answer, NotecaseError) and not tool.mcp.required:
-            found.append(answer.functions if isinstance(answer, Incomplete) else [])
-            missing = v1.ToolsUnavailable(server=tool.mcp.server, error=answer.to_proto())
-            event = v1.Event(tools_unavailable=missing)
+            found[place] = answer.functions if isinstance(answer, Incomplete) else []
+            event = v1.Event(tools_unavailable=v1.ToolsUnavailable(server=tool.mcp.server, error=answer.to_proto()))
             await run_log.durably(lambda event=event: [event])  # type: ignore[misc]
         else:
             raise answer
-    return ledger.bind(run_log.agent, run_log.run, found) if tools else {}
+    return ledger.bind(run_log.agent, run_log.run, [*found.values()]) if tools else {}
 
 
 async def _resolved(toolbox: Toolbox, tools: Sequence[v1.Tool]) -> Sequence[Sequence[Function] | BaseException]:

@@ -205,24 +205,29 @@ def agent(check: Check, given: v1.Agent, providers: Iterable[str], toolbox: Tool
     for index, tool in enumerate(llm.tools[:MAX_TOOLS]):
         at = f"agent.llm.tools[{index}]"
         if tool.HasField("server"):
-            known_functions = tool.server.function in toolbox.functions
-            check(known_functions, f"{at}.server.function", f"this server has {', '.join(toolbox.functions)}")
+            _known(check, f"{at}.server.function", "function", tool.server.function, toolbox.functions)
         elif tool.HasField("mcp"):
-            known_servers = ", ".join(toolbox.mcp_servers) or "none"
-            check(tool.mcp.server in toolbox.mcp_servers, f"{at}.mcp.server", f"this server has {known_servers}")
+            _known(check, f"{at}.mcp.server", "MCP server", tool.mcp.server, toolbox.mcp_servers)
+
+
+def _known(check: Check, field: str, noun: str, name: str, known: Sequence[str]) -> bool:
+    """Checks the name of something that the operator has configured."""
+    if name in known:
+        return True
+    problem = f"there is no {noun} {name[:80]!r}" if name else "is missing"
+    return check(False, field, f"{problem}; this server has {', '.join(known) or 'none'}")
 
 
 def _providers(check: Check, llm: v1.LlmAgent, known: Sequence[str]) -> None:
     """Checks the providers of an agent. A second fallback to the same model would only repeat the call."""
-    rule = f"this server has {', '.join(known)}"
-    check(not llm.provider or llm.provider in known, "agent.llm.provider", rule)
+    _known(check, "agent.llm.provider", "provider", llm.provider or known[0], known)
     at = "agent.llm.fallbacks"
     if not check(len(llm.fallbacks) <= MAX_FALLBACKS, at, f"has more than {MAX_FALLBACKS}"):
         return
     seen = {(llm.provider or known[0], llm.model)}
     for index, fallback in enumerate(llm.fallbacks):
         named = (fallback.provider or known[0], fallback.model)
-        check(named[0] in known, f"{at}[{index}].provider", rule)
+        _known(check, f"{at}[{index}].provider", "provider", named[0], known)
         check.fields(f"{at}[{index}]", fallback, "model")
         check(named not in seen, f"{at}[{index}]", "appears twice, or is the agent's own")
         seen.add(named)

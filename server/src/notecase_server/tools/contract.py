@@ -4,7 +4,7 @@ Tools that run at the caller have no part in this: the engine only waits for the
 """
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -111,9 +111,8 @@ class Toolbox(Protocol):
         """For McpTool.server."""
         ...
 
-    @property
-    def changes(self) -> int:
-        """How often MCP servers have said that their tools have changed."""
+    def changes(self, servers: Iterable[str]) -> int:
+        """Returns how often these MCP servers have said that their tools have changed."""
         ...
 
     async def resolve(self, tool: v1.Tool) -> Sequence[Function]:

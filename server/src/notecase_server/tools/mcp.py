@@ -181,7 +181,10 @@ class McpServer:
                         tool, dict(arguments), meta=cast("types.RequestParamsMeta", meta)
                     )
         except MCPError as error:
-            return failed(self._lost if _is_lost(error, connection) else self._refused(error.message))
+            outcome = failed(self._lost if _is_lost(error, connection) else self._refused(error.message))
+            if connection.may_have_lost_session(error):
+                await self._ask_again(connection)
+            return outcome
         except BROKEN:
             silent = f"The MCP server {self._name!r} did not answer within {self._settings.timeout:g} seconds."
             return failed(silent if clock.expired else self._lost)
@@ -192,6 +195,13 @@ class McpServer:
             return _outcome(result)
         except ValueError:
             return failed(f"The MCP server {self._name!r} gave content that cannot be read.")
+
+    async def _ask_again(self, connection: "_Connection") -> None:
+        """Asks for the list of tools, which ends the connection if its session is lost. If the tool meant something of
+        its own, the connection stays, with all other calls."""
+        connection.forget_tools()
+        with suppress(errors.NotecaseError):
+            await self._listed_by(connection)
 
     @property
     def _lost(self) -> str:
@@ -239,11 +249,16 @@ class _Connection:
         self._changed = changed
         self._scope = anyio.CancelScope()
         self._done = False
+        self._output_ended = False
+        self._exit_code: int | None = None
+        """Of a program that ended by itself."""
         self._listing = asyncio.Lock()
         self._listed: Sequence[types.Tool] | None = None
         self._changes = 0
         self._fresh_until = 0.0
         self._has_session = False
+        self._doubted = False
+        """A call was refused with a status and in words that may mean the session."""
         self._listens = False
         """The server has had a stream for GET."""
 
@@ -277,8 +292,12 @@ class _Connection:
             self.settled.set()
         if opened:
             log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
-        else:
-            log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}))
+            return
+        known: dict[str, int] = {}
+        if self._output_ended:
+            wrong.add("OutputEnded")
+            known = {} if self._exit_code is None else {"exit_code": self._exit_code}
+        log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}), **known)
 
     async def _opened(self, stack: AsyncExitStack) -> Client:
         """Speaks the versions of the protocol in which a running tool can ask its user, which begin with a handshake,
@@ -315,7 +334,7 @@ class _Connection:
             cursor: str | None = None
             cursors, size = set[str](), 0
             while True:
-                page = await self.client.list_tools(cursor=cursor)
+                page = await self._page(cursor)
                 new = {tool.name: tool for tool in reversed(page.tools) if tool.name not in found}
                 found |= dict(reversed(new.items()))
                 cursor = page.next_cursor
@@ -330,10 +349,28 @@ class _Connection:
                 self._listed, self._fresh_until = listed, now() + LIST_SECONDS
             return listed
 
+    async def _page(self, cursor: str | None) -> types.ListToolsResult:
+        try:
+            return await self.client.list_tools(cursor=cursor)
+        except MCPError as error:
+            if self._has_session and tells_of_lost_session(error.error):
+                self._session_gone()
+            raise
+
+    def forget_tools(self) -> None:
+        """Lets the next caller of `tools` ask the server."""
+        self._changes += 1
+        self._listed = None
+
+    def may_have_lost_session(self, error: MCPError) -> bool:
+        """Returns whether the error of a call can mean that the server does not know the session. It can also mean a
+        session or a client of the tool's own, of which the connection knows nothing."""
+        doubted, self._doubted = self._doubted, False
+        return not self.over and self._has_session and (doubted or tells_of_lost_session(error.error))
+
     async def _heard(self, message: object) -> None:
         if isinstance(message, types.ToolListChangedNotification):
-            self._changes += 1
-            self._listed = None
+            self.forget_tools()
             self._changed()
 
     async def _subscribe(self, stack: AsyncExitStack) -> Subscription | None:
@@ -362,7 +399,7 @@ class _Connection:
 
     @asynccontextmanager
     async def _streams(self) -> AsyncIterator[Any]:
-        settings = self._settings
+        settings, self._exit_code = self._settings, None
         async with AsyncExitStack() as stack:
             if settings.url:
                 http = httpx2.AsyncClient(
@@ -374,9 +411,16 @@ class _Connection:
                 await stack.enter_async_context(http)
                 opened = streamable_http_client(settings.url, http_client=http, max_sse_event_size=MAX_ANSWER)
             else:
-                opened = program(self._name, settings, stack.enter_context(_errors_of(settings)))
+                opened = program(self._name, settings, stack.enter_context(_errors_of(settings)), self._exited)
             read, write = await stack.enter_async_context(opened)
-            yield _Watched(read, self.end, self._mend), write
+            yield _Watched(read, self._ended, self._mend), write
+
+    def _exited(self, code: int) -> None:
+        self._exit_code = code
+
+    def _ended(self) -> None:
+        self._output_ended = True
+        self.end()
 
     def _mend(self, said: object) -> None:
         """Mends what the library would refuse as a whole: a list of tools, and what a call gave. Nothing that is said
@@ -384,8 +428,6 @@ class _Connection:
         if not self.settled.is_set() or self.over:
             return
         message = getattr(said, "message", None)
-        if isinstance(message, types.JSONRPCError) and self._has_session and tells_of_lost_session(message.error):
-            self._session_gone()
         result = message.result if isinstance(message, types.JSONRPCResponse) else {}
         if "content" in result or "structuredContent" in result:
             mend_content(result)
@@ -419,8 +461,8 @@ class _Connection:
 
     async def _answered(self, response: httpx2.Response) -> None:
         """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
-        the session; some servers say it with another status, in words. A server that never had a stream for GET has no
-        such address, and says nothing of a session."""
+        the session; some servers say it with another status, in words, as some tools do of something of their own. A
+        server that never had a stream for GET has no such address, and says nothing of a session."""
         kind = response.headers.get("content-type", "").lower()
         body = response.stream = Bounded(response, events=kind.startswith("text/event-stream"))
         asked = _asked(response.request) if response.is_success and kind.startswith("application/json") else None
@@ -434,9 +476,18 @@ class _Connection:
         if response.status_code in GONE and (posted or self._listens):
             self._session_gone()
         elif response.status_code in REFUSED and posted:
-            with suppress(httpx2.HTTPError):
-                if LOST_SESSION.search((await response.aread()).decode(errors="replace")):
-                    self._session_gone()
+            with suppress(httpx2.HTTPError, httpx2.StreamError, TimeoutError):
+                async with asyncio.timeout(self._settings.connect_timeout):
+                    told = (await response.aread()).decode(errors="replace")
+                if LOST_SESSION.search(told):
+                    self._refused(response.request)
+
+    def _refused(self, request: httpx2.Request) -> None:
+        """The server answered a request with words that may mean its session."""
+        if json.loads(request.content).get("method") == "tools/call":
+            self._doubted = True
+        else:
+            self._session_gone()
 
     def _session_gone(self) -> None:
         log.info("mcp_session_gone", server=self._name)

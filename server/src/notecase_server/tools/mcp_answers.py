@@ -102,16 +102,24 @@ def mend_content(result: dict[str, Any]) -> None:
         content = []
     elif not isinstance(content, list):
         content = [content]
+    elif len(content) > MAX_OBJECTS:
+        content = [{"type": "text", "text": f"[{len(content)} blocks, more than can be read]"}]
     structured = result.get("structuredContent")
     if not isinstance(structured, dict):
         result.pop("structuredContent", None)
-        content = content or ([] if structured is None else [json.dumps(structured, ensure_ascii=False)])
+        if structured is not None and all(map(_is_blank, content)):
+            content = [json.dumps(structured, ensure_ascii=False)]
     if result.get("isError") is None:
         result.pop("isError", None)
     for block in content:
         if isinstance(block, dict):
             block.pop("annotations", None)
     result["content"] = [block if _is_block(block) else {"type": "text", "text": _words(block)} for block in content]
+
+
+def _is_blank(block: Any) -> bool:
+    text = block.get("text") if isinstance(block, dict) and block.get("type") == "text" else block
+    return isinstance(text, str) and not text.strip()
 
 
 def _is_block(block: Any) -> bool:

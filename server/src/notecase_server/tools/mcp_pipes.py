@@ -6,7 +6,7 @@ The protocol's library has such a transport, but it reads lines of any length.
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TextIO
 
@@ -40,10 +40,12 @@ CLOSED = (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
 
 
 @asynccontextmanager
-async def program(name: str, settings: McpServerSettings, errors: TextIO) -> AsyncGenerator[tuple[Any, Any], None]:
+async def program(
+    name: str, settings: McpServerSettings, errors: TextIO, exited: Callable[[int], None]
+) -> AsyncGenerator[tuple[Any, Any], None]:
     """Starts a server's program, and ends it with the block, with its children if necessary. Yields the streams of its
     output and its input, as mcp.Client expects them. A line that is not an answer of an accepted size ends the program.
-    Raises OSError when it cannot be started."""
+    Calls `exited` with the exit code of a program that ended by itself. Raises OSError when it cannot be started."""
     with anyio.CancelScope(shield=True):  # otherwise a caller who leaves meanwhile would leave the program behind
         process = await asyncio.create_subprocess_exec(
             settings.command or "",
@@ -69,7 +71,8 @@ async def program(name: str, settings: McpServerSettings, errors: TextIO) -> Asy
             hears.close()
             tells.close()
             await asyncio.wait([writing], timeout=FLUSH_SECONDS)
-            await _end(process)
+            if (code := await _end(process)) is not None:
+                exited(code)
             await pipes.close()
 
 
@@ -129,17 +132,20 @@ async def _write(
         await said.aclose()
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Closes the program's input, and ends it with its children when it does not end by itself."""
+async def _end(process: asyncio.subprocess.Process) -> int | None:
+    """Closes the program's input, and ends it with its children when it does not end by itself: then returns None,
+    otherwise its exit code."""
     assert process.stdin is not None
     process.stdin.close()
-    if not await _ended(process):
+    code = process.returncode if await _ended(process) else None
+    if code is None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             _signal(process, number)
             await _ended(process)
     # A child that is left may hold the pipes, which the loop would then keep open.
     with suppress(PermissionError):  # of a program that runs as somebody else
         process._transport.close()  # type: ignore[attr-defined]
+    return code
 
 
 def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:

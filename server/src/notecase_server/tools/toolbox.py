@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +66,8 @@ class _Tools:
     def mcp_servers(self) -> Sequence[str]:
         return sorted(self._servers)
 
-    @property
-    def changes(self) -> int:
-        return sum(server.changes for server in self._servers.values())
+    def changes(self, servers: Iterable[str]) -> int:
+        return sum(self._servers[name].changes for name in servers if name in self._servers)
 
     async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
         match tool.WhichOneof("implementation"):
