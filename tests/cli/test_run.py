@@ -104,6 +104,15 @@ async def test_any_text_is_attached_and_a_type_may_be_named(served: Running, age
     assert (2, True) == (done.code, "only once" in done.err)
 
 
+@pytest.mark.parametrize("megabytes", [5, 17])
+async def test_what_is_too_large_for_a_request_is_refused_and_not_a_server_that_is_none(
+    served: Running, agent: v1.Agent, megabytes: int
+) -> None:
+    """By the service, and above 16 MiB by the transport."""
+    done = await notecase("run", "Look", said="x" * (megabytes << 20), env={"NOTECASE_ADDRESS": served.address})
+    assert (Exit.FAILED, True) == (done.code, done.err.startswith("Error: The request has ")), done.err
+
+
 async def test_a_file_whose_name_is_not_utf_8_is_attached(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
     """As an archive made in Latin-1 has it; a type that is not UTF-8 is refused for that."""
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.pdf"))

@@ -158,13 +158,13 @@ async def test_a_server_that_is_not_there_is_told_by_every_kind_of_call() -> Non
 
 
 async def test_a_request_that_the_server_does_not_receive_is_an_error_with_a_way_out() -> None:
-    """Above 16 MiB the transport refuses it, before the server can give a reason."""
+    """Above 16 MiB the transport refuses it; its reason is that of a request that the server itself finds too large."""
     async with running() as served, served.client() as client:
         with pytest.raises(
             NotecaseError, match=r"20000\d+ bytes; the server receives at most 16777216\. Upload"
         ) as raised:
             await client.invoke("." * 20_000_000, agent="detective")
-    assert (grpc.StatusCode.RESOURCE_EXHAUSTED, "") == (raised.value.code, raised.value.reason)
+    assert (grpc.StatusCode.RESOURCE_EXHAUSTED, "PAYLOAD_TOO_LARGE") == (raised.value.code, raised.value.reason)
 
 
 def test_a_synchronous_stub_is_decoded_alike() -> None:

@@ -12,7 +12,9 @@ MODULE = ("-m", "tests.support.mcp_server")
 
 
 def stdio(**more: object) -> McpServerSettings:
-    given = {"command": sys.executable, "args": (*MODULE, "stdio"), "cwd": str(ROOT), **more}
+    """The command; it has time to start on a machine on which its imports take a minute."""
+    command = {"command": sys.executable, "args": (*MODULE, "stdio"), "cwd": str(ROOT)}
+    given = {**command, "connect_timeout": 120.0, **more}
     return McpServerSettings(**given)  # type: ignore[arg-type]
 
 

@@ -31,7 +31,7 @@ _HINTS = {
 """What to do in Python, by reason: the service's messages name calls of the API."""
 
 _OVERSIZED = re.compile(r"Received message larger than max \((\d+) vs\. (\d+)\)")
-"""What grpc's server says of a request that it does not even receive."""
+"""What grpc's server says of a request that it does not even receive: the service cannot give it a reason."""
 
 _CLIENT_TOOL = re.compile(r"(start\.)?client_tools\[\d+\]\.name")
 
@@ -112,7 +112,7 @@ class NotecaseError(Exception):
         if oversized and not decoded.reason and not decoded.message.startswith("CLIENT"):
             size, most = oversized.groups()
             limit = f"The request has {size} bytes; the server receives at most {most}."
-            return cls(decoded.code, "", f"{limit} Upload large content, and refer to it.")
+            return cls(decoded.code, "PAYLOAD_TOO_LARGE", f"{limit} Upload large content, and refer to it.")
         return decoded
 
     @classmethod
