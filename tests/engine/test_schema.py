@@ -296,6 +296,20 @@ def test_what_is_behind_a_fence_is_left_out_unless_another_one_is_in_it(reply: s
     assert left == "".join(given) + unfenced.end()
 
 
+@pytest.mark.parametrize("reply", ["```python" + "\n" * 40_000, "```" + " " * 40_000, "x</think>y" * 4_000])
+def test_what_may_be_in_front_is_held_back_for_a_while_only(reply: str) -> None:
+    """What is held back in one text is copied with each piece."""
+    unfenced = Unfenced()
+    given, longest = "", 0
+    for start in range(0, len(reply), 64):
+        given += unfenced.feed(reply[start : start + 64])
+        longest = max(longest, *map(len, unfenced._held), 0)
+    assert longest < 17 << 10
+    given += unfenced.end()
+    assert given
+    assert reply.rstrip().endswith(given)
+
+
 @pytest.mark.parametrize("begun", ['{"a": 1}', "```json\n{}", "```json\n{}\n```\n"])
 def test_what_is_held_back_is_counted_and_each_piece_is_copied_once(begun: str) -> None:
     """It takes about as long as what is given out at once, and a hundred times as long were it copied with each

@@ -271,6 +271,13 @@ class TestEnd:
     def test_an_answer_that_ends_before_the_reply_is_unavailable(self, answer: bytes) -> None:
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failure(answer).reason
 
+    @pytest.mark.parametrize("end", [b"", b"\n\n", b"\n\n" + FINISHED])
+    def test_half_a_chunk_within_a_frame_cuts_the_reply(self, end: bytes) -> None:
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failure(SAID + b'data: data: {"choices":[{' + end).reason
+
+    def test_words_in_any_script_say_why_a_reply_was_cut(self) -> None:
+        assert "余额不足" in failure(SAID + "data: 余额不足\n\n".encode()).message
+
     @pytest.mark.parametrize("data", [b"[" * 600 + b"]" * 600, b'{"error":' * 600 + b"1" + b"}" * 600])
     def test_what_is_nested_without_end_is_a_model_error(self, data: bytes) -> None:
         """As one event, and as a document of its own."""

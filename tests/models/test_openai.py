@@ -648,6 +648,7 @@ class TestUnavailable:
         [
             ({"retry-after": "7"}, 7.0),
             ({"retry-after": "1.5"}, 1.5),
+            ({"retry-after": "9" * 8000}, 86400.0),
             ({"retry-after": "7", "retry-after-ms": "250"}, 0.25),
             ({"retry-after": "-1"}, 0.0),
             ({"retry-after": "1e300"}, 86400.0),

@@ -97,6 +97,14 @@ def test_blanks_alone_are_no_text() -> None:
     assert (None, "(no output)") == (said["content"], result["content"])
 
 
+@pytest.mark.parametrize("only_text", [True, False])
+def test_a_reply_of_blanks_alone_is_left_out(only_text: bool) -> None:
+    """A model may say so that it has nothing to add to the results of its calls."""
+    blank = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text=" \n")])
+    request = ModelRequest("m", "", [user("a"), blank, user("b")], v1.Generation(), only_text=only_text)
+    assert ["a\n\nb"] == [message["content"] for message in body(request, "m", Profile(), "p")["messages"]]
+
+
 def test_ids_that_a_server_gives_again_are_told_apart() -> None:
     data = v1.ProviderData(provider="here", model="m", call_id="call_0")
     made = written(user("a"), called("ping", "c1", data), user("b"), called("ping", "c2", data))

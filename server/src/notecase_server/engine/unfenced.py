@@ -4,11 +4,11 @@ import re
 
 import msgspec
 
-_FENCE = re.compile(r"`{3,}[ \t]*[a-zA-Z0-9+-]{0,16}[ \t]*\r?")
+_FENCE = re.compile(r"`{3,}+[ \t]*+[a-zA-Z0-9+-]{0,16}+[ \t]*+\r?")
 
-_ONE_LINE = re.compile(r"`{3,}[ \t]*[a-zA-Z0-9+-]{0,16}[ \t]*(?=[{\[])")
+_ONE_LINE = re.compile(r"`{3,}+[ \t]*+[a-zA-Z0-9+-]{0,16}+[ \t]*+(?=[{\[])")
 
-_PLAIN_FENCE = re.compile(r"(?i)`{3}[ \t]*(json[5c]?)?[ \t]*\r?")
+_PLAIN_FENCE = re.compile(r"(?i)`{3}[ \t]*+(json[5c]?)?[ \t]*+\r?")
 
 _BEGINS_JSON = frozenset('{["-0123456789`')
 
@@ -154,7 +154,7 @@ class Unfenced:
 
     def _begin(self, text: str) -> str | None:
         """The text behind the opening fence, or all of it where it begins as JSON does. None while that is open."""
-        start = _until(_BLANK, text, 0)
+        size, start = len(text), _until(_BLANK, text, 0)
         while start < len(text) and text[start] not in _BEGINS_JSON:
             thought = text.find("</think>", start)
             if thought < 0:
@@ -170,19 +170,20 @@ class Unfenced:
         words, fence, rest = text.partition("```")
         if fence:
             return self._behind_fence(fence + rest, words)
-        return None if len(text) < _HELD_PROSE else text
+        return None if size < _HELD_PROSE else text
 
     def _behind_fence(self, text: str, words: str) -> str | None:
         if (found := _ONE_LINE.match(text)) is not None:
             return text[found.end() :]
         line, end, rest = text.partition("\n")
+        enough = len(text) > _HELD_PROSE
         if not _FENCE.fullmatch(line):
-            return words + text if end or len(line) > _HELD_PROSE else None
+            return words + text if end or enough else None
         begins = rest[_until(_BLANK, rest, 0) :][:1]
         if end and (_PLAIN_FENCE.fullmatch(line) or begins in ("{", "[")):
             self._fenced = True
             return rest
-        return words + text if begins or len(rest) > _HELD_BLANKS else None
+        return words + text if begins or enough or len(rest) > _HELD_BLANKS else None
 
     def words(self) -> str:
         """What was held back, once a call shows that it was said beside that."""

@@ -6,6 +6,7 @@ the SDK because its chunk objects cost ten times as much as everything else done
 """
 
 import re
+from contextlib import suppress
 from typing import Any
 
 from notecase_server import errors
@@ -50,7 +51,9 @@ _BOM = b"\xef\xbb\xbf"
 
 _AROUND_WORDS = b" \t\0\"'"
 _LAST = frozenset({b"[DONE]", b"DONE"})
-_KEEPS_ALIVE = re.compile(rb"(?i):.*|\W*(null|ping|pong|keep[ _-]?alive|heart[ _-]?beat|processing|waiting)?[\W\d]*")
+_KEEPS_ALIVE = re.compile(
+    rb"(?i):.*|[^\w\x80-\xff]*(null|ping|pong|keep[ _-]?alive|heart[ _-]?beat|processing|waiting)?[^a-z_\x80-\xff]*"
+)
 """Data that only keeps the connection: Vertex AI sends comments as data (anomalyco/opencode#50871)."""
 
 _FAILS = re.compile(rb"(?i)error|exception|fail|timed? ?out|<html|<!doctype")
@@ -123,9 +126,9 @@ class ChatReply:
         self._ragged = False
         self._halves: dict[type[Text | Reasoning | Refusal] | int, str] = {}
         self._failure: NotecaseError | None = None
-        self._broken: NotecaseError | None = None
-        """What cut the reply, if that came in words or as half a chunk."""
-        self._remark: NotecaseError | None = None
+        self._broken: bytes | None = None
+        """The words that cut the reply; empty where half a chunk did."""
+        self._remark = b""
         """What was said besides the reply."""
         self.done = False
         """Nothing that follows matters: the server said that this was all, or the reply has failed."""
@@ -323,17 +326,18 @@ class ChatReply:
         if text.startswith(b"data:"):  # some proxies frame what is framed
             text = text[5:].lstrip()
             if _is_json(text):
-                self._take(text, name, pieces)
-                return
+                with suppress(documents.NotJsonError):
+                    self._take(text, name, pieces)
+                    return
         if text.upper() in _LAST:
             self.done = True
         elif _is_json(text):
             if (error := provider_errors.find(documents.last_line(text))) is not None:
                 raise provider_errors.failure(None, provider_errors.told_by(error), self._asked, self._redactor)
             if not self._reason:
-                self._broken = errors.model_unavailable(_UNREAD)
+                self._broken = b""
         elif not _KEEPS_ALIVE.fullmatch(text[:TOLD_CHARS]):
-            self._remark = self._said_by(text)
+            self._remark = text
             if _FAILS.search(text):
                 self._broken = self._remark
 
@@ -538,9 +542,9 @@ class ChatReply:
         if self._reason != word:
             word = self._redactor.reason(mended(self._reason)) or word
         if self._broken is not None:
-            raise self._broken
-        if not self._reason and self._remark is not None:
-            raise self._remark
+            raise self._said_by(self._broken) if self._broken else errors.model_unavailable(_UNREAD)
+        if not self._reason and self._remark:
+            raise self._said_by(self._remark)
         if not (self._reason or self.done or (extras is not None and extras.audio.whole)):
             if cut is None and self._events.stray:
                 raise self._said_by(self._events.stray)

@@ -196,6 +196,8 @@ class _Conversation:
         made, before, assistant = self._made, None, v1.Message.ROLE_ASSISTANT
         for message in messages:
             role, text = message.role, message.parts[0].text
+            if role == assistant and text.isspace():
+                continue
             if role == before and self._joined:
                 _add(made[-1], text)
             elif role == assistant:
@@ -212,7 +214,8 @@ class _Conversation:
             if len(parts) == 1 and (text := parts[0].text or parts[0].json):
                 # Nearly every message.
                 if role == v1.Message.ROLE_ASSISTANT:
-                    self._say_assistant({"role": "assistant", "content": text})
+                    if not text.isspace():
+                        self._say_assistant({"role": "assistant", "content": text})
                 elif role == v1.Message.ROLE_SYSTEM:
                     self._say_system(text)
                 else:

@@ -32,7 +32,7 @@ _FAIR_BYTES = 32 << 10
 come without a pause."""
 
 _MAX_HEADER_BYTES = 64 << 10
-_MOST_HEADERS = 1000
+_MOST_HEADERS = 400
 """Of the head of an answer: proxies add policies and cookies of more than the 8 KB that aiohttp takes by itself. The
 SDK's client takes 100 KB in all."""
 

@@ -154,7 +154,15 @@ def _says(pattern: str, means: Verdict, source: str) -> Words:
     return Words(re.compile(pattern, re.IGNORECASE), means, source)
 
 
+_MONEY = r"(?<!context )(?<!thinking )(?<!reasoning )(?<!token )budget"
+
 WORDS = (
+    _says(
+        r"\b(per|this|each) (second|minute|hour)\b|\b[rt]p[ms]\b"
+        r"|\b(retry|try again|wait)\b( \w+)? \d+(\.\d+)? ?(ms|s|secs?|seconds?|m|min|minutes?)\b",
+        Verdict.PASSING,
+        "gateways: a quota that comes back",
+    ),
     _says(
         r"\b(insufficient|not enough|no|low|out of|more|zero)\b[\w $]{0,30}\b(balance|credits?|funds|quota)\b",
         Verdict.ACCOUNT,
@@ -167,8 +175,8 @@ WORDS = (
         "Anthropic, SiliconFlow, Chutes, New API, Google AI Studio, DashScope",
     ),
     _says(
-        r"\b(spend(ing)?|billing|budget|monthly|weekly|credit)( \w+)? (limit|cap|budget)\b"
-        r"|(budget|key limit)[^.!?]{0,20} exceeded|exceeded ?budget|over budget|crossed spend",
+        rf"\b(spend(ing)?|billing|{_MONEY}|monthly|weekly|credit)( \w+)? (limit|cap|budget)\b"
+        rf"|({_MONEY}|key limit)[^.!?]{{0,20}} exceeded|exceeded ?budget|over budget|crossed spend",
         Verdict.ACCOUNT,
         "OpenAI, xAI, Fireworks, Together, Zhipu, LiteLLM, OpenRouter",
     ),

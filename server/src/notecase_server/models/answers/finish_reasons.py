@@ -81,6 +81,7 @@ PARTS = (
     Word("cancel", Finish.FAILED, "TensorRT-LLM, NIM, Triton: cancelled"),
     Word("timeout", Finish.FAILED, "LM Studio, llama-swap"),
     Word("timed_out", Finish.FAILED, "gateways"),
+    Word("deadline", Finish.FAILED, "gateways in Go: context deadline exceeded"),
     Word("interrupt", Finish.FAILED, "KoboldCpp, llamafile"),
     Word("disconnect", Finish.FAILED, "gateways"),
     Word("unavailable", Finish.FAILED, "gateways"),

@@ -124,6 +124,9 @@ _WAITS = {
 _SPANS = re.compile(r"-?[\d.]+(e\d+)?\s*([a-z]+\s*([\d.]+\s*[a-z]+\s*)*)?")
 _EPOCH = 1e9
 """Seconds: what is above it counts from 1970, be it in seconds or in milliseconds."""
+_MAX_SPAN = 100
+"""Characters of a span that are read: the time that it takes grows with their square."""
+
 _SPAN = re.compile(
     r"(\d+(?:\.\d+)?)\s*(ms|milliseconds?|h|hours?|m|min|minutes?|s|secs?|seconds?)(?![a-z])", re.IGNORECASE
 )
@@ -297,6 +300,7 @@ def _http_status(code: str) -> int | None:
 def _seconds(value: object, most: float = _MAX_RETRY_AFTER) -> float | None:
     """A span as a number of seconds or as text such as "34s" or "1m2.5s"."""
     if isinstance(value, str):
+        value = value[:_MAX_SPAN]
         spans = _SPAN.findall(value)
         if not spans:
             try:
@@ -317,7 +321,7 @@ def _seconds(value: object, most: float = _MAX_RETRY_AFTER) -> float | None:
 def _moment_in(words: str) -> float | None:
     """The span that words such as "Please try again in 1m2.5s" name."""
     found = _MOMENT.search(words)
-    return _seconds(found[1]) if found and _SPAN.search(found[1]) else None
+    return _seconds(found[1]) if found and _SPAN.search(found[1][:_MAX_SPAN]) else None
 
 
 def retry_after(headers: Mapping[str, str], clock: Callable[[], int]) -> float | None:

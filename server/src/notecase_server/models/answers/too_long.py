@@ -84,8 +84,8 @@ WORDINGS = (
     _says(r"prompt length \(?\d+\)? exceeds", "Fireworks, TensorRT-LLM"),
     _says(r"current length is \d+ while limit is \d+", "Cerebras"),
     _says(
-        r"(输入|上下文|提示|prompt|对话|消息|请求|messages?|tokens?|内容|文本).{0,12}(过长|过大|超)"
-        r"|(上下文|tokens?数?)过多|超(出|过)?.{0,12}(上下文|最大长度)",
+        r"(输入|上下文|提示|prompt|对话|消息|请求|messages?|tokens?|内容|文本).{0,12}(过长|过大|超(?![时载额速频]))"
+        r"|(上下文|tokens?数?)过多|超(?![时载额速频])(出|过)?.{0,12}(上下文|最大长度)",
         "Chinese gateways",
     ),
 )
@@ -122,8 +122,30 @@ OTHERS = (
         r"\b(took|takes|taking|wait\w*|queued?|processing)\b[^.!?]{0,30}\btoo long|time.?out|timed out|deadline",
         "gateways: it is the time that is too long",
     ),
-    _says(r"\b(account|organi[sz]ation|subscription)\b", "gateways: what is left to an account"),
-    _says(r"(频率|并发|额度|配额|限流|限速|请求(数|次数|量)|每(秒|分|小时|天|日|月))", "Chinese gateways: the same"),
+    _says(
+        r"(?<!\+ )(?<!\+ `)(?<!and )(?<!and `)max_(completion_|output_|new_)?tokens\b[^.!?+]{0,40}"
+        r"\b(exceed\w*|(greater|larger|higher|more) than)\b(?![^.!?]{0,40}\bcontext\b)",
+        "gateways: too much output is asked for",
+    ),
+    _says(r"\b(thinking|reasoning)( tokens?)? budget|budget_tokens|stop sequence", "one member is too large"),
+    _says(
+        r"\b(images?|audio|video|files?)( (size|dimensions?|length))? exceeds?\b"
+        r"|\b(tool|function)[^.!?]{0,40}\b(name|id)\b[^.!?]{0,20}exceed",
+        "one part of the request is too large",
+    ),
+    _says(
+        r"\b(flagged|moderation|content.(policy|filter\w*|management)|safety|toxic\w*|severity|harmful|sensitive)\b",
+        "filters: what is above their limits is no length",
+    ),
+    _says(r"\b(concurren\w*|in flight|queue)\b", "what others send at the same time"),
+    _says(
+        r"(?s)\A(?!.*\bcontext (length|window)).*\b(account|organi[sz]ation|subscription)\b",
+        "gateways: what is left to an account",
+    ),
+    _says(
+        r"(频率|并发|额度|配额|限流|限速|速率|qps|敏感|违规|安全|审核|请求(数|次数|量)|每(秒|分|小时|天|日|月))",
+        "Chinese gateways: the same",
+    ),
 )
 """No request that is too long, although a row above applies."""
 
