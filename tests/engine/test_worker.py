@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -172,7 +172,9 @@ async def test_a_cancel_cuts_the_wait_for_mcp_servers_which_are_asked_at_the_sam
 
         functions: Sequence[str] = ()
         mcp_servers: Sequence[str] = ()
-        changes = 0
+
+        def changes(self, servers: Iterable[str]) -> int:
+            return 0
 
         async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
             asked.release()
