@@ -59,6 +59,7 @@ class Log:
     def add(self, event: v1.Event, *, seconds: float = 1) -> bool:
         """Commits an event in stored form, so much later; False when the fold refuses it."""
         rows = copy.deepcopy(self.rows)
+        rows.open.clear()  # refers to calls within the messages that were copied; a store loads rows for each commit
         self._now += round(seconds * 1_000_000)
         try:
             early = event.run not in rows.runs and event.run_state_changed.state == v1.Run.STATE_CANCELLED

@@ -80,6 +80,8 @@ class Rows:
     open: dict[str, dict[str, list[v1.ToolCall]]] = field(default_factory=dict)
     """The open calls of messages that were asked for one, by the message and by their ids: a commit may end a thousand
     calls of one message."""
+    pending: dict[str, set[str]] = field(default_factory=dict)
+    """The ids in `pending_calls` of runs that were asked for one, by the run."""
 
 
 def state_scope(key: SessionKey, user: str, state: str) -> Scope:
@@ -445,15 +447,14 @@ def _change_call(rows: Rows, message: v1.Message, call: v1.ToolCall, changed: v1
 def _start_call(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     message, call = _call(rows, event.tool_started.call_id, event.run)
     run = rows.runs[event.run]
-    if call.outcome == v1.ToolCall.OUTCOME_PENDING:
-        run.tool_calls += 1
-    else:
-        _drop_pending(run, call.call_id)
+    run.tool_calls += call.outcome == v1.ToolCall.OUTCOME_PENDING
+    _drop_pending(rows, run, call.call_id)
     event.tool_started.start_time.CopyFrom(event.create_time)
     _change_call(rows, message, call, event.tool_started)
     message.update_sequence = event.sequence
     if call.client_executed:
         run.pending_calls.append(call)
+        _pending(rows, run).add(call.call_id)
 
 
 def _finish_call(rows: Rows, key: SessionKey, event: v1.Event) -> None:
@@ -467,7 +468,7 @@ def _finish_call(rows: Rows, key: SessionKey, event: v1.Event) -> None:
         event.tool_finished.elapsed.FromMicroseconds(max(took, 0))
     _change_call(rows, message, call, event.tool_finished)
     _complete(rows, message, event)
-    _drop_pending(rows.runs[event.run], call.call_id)
+    _drop_pending(rows, rows.runs[event.run], call.call_id)
 
 
 def _seal_call(rows: Rows, event: v1.Event) -> None:
@@ -491,8 +492,19 @@ def _complete(rows: Rows, message: v1.Message, event: v1.Event) -> None:
     message.update_sequence = event.sequence
 
 
-def _drop_pending(run: v1.Run, call_id: str) -> None:
-    """Takes a dispatched call from those that wait; each is there once, and the first ones end first."""
+def _pending(rows: Rows, run: v1.Run) -> set[str]:
+    """The ids in `pending_calls` of a run."""
+    found = rows.pending.get(run.name)
+    if found is None:
+        found = rows.pending[run.name] = {call.call_id for call in run.pending_calls}
+    return found
+
+
+def _drop_pending(rows: Rows, run: v1.Run, call_id: str) -> None:
+    """Takes a call from those that wait, if it is one of them; each is there once, and the first ones end first."""
+    if call_id not in (held := _pending(rows, run)):
+        return
+    held.discard(call_id)
     for index, pending in enumerate(run.pending_calls):
         if pending.call_id == call_id:
             del run.pending_calls[index]
