@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -509,28 +510,47 @@ async def test_a_page_of_messages_needs_no_more_of_the_file_when_it_is_long(stor
     """Read costs are counted in steps of SQLite's machine, not in time."""
     await create(store)
     await add(store, *(said(f"a{number}") for number in range(100)))
-    short = await _steps(store)
+
+    async def read() -> None:
+        await store.list_messages(KEY, Query(20), newest_first=True)
+        await store.get_state(session_key("acme", "case").state, ["k"])
+
+    short = await _steps(store, read)
     await add(store, *(said(f"b{number}") for number in range(5000)))
-    assert await _steps(store) <= short * 1.3
+    assert await _steps(store, read) <= short * 1.3
 
 
-async def _steps(store: SqliteStore) -> int:
-    """The fewest of several tries: a reader that is asked for the first time reads the schema, too."""
-    return min([await _steps_once(store) for _ in range(8)])
+async def test_a_fork_of_the_beginning_needs_no_more_of_the_file_when_the_log_is_long(store: SqliteStore) -> None:
+    await create(store)
+    await add(store, *(said(f"a{number}") for number in range(100)))
+    numbers = count()
+
+    async def fork() -> None:
+        past, key = await store.read_past(KEY, 50), session_key("acme", f"copy{next(numbers)}")
+        await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
+
+    short = await _steps(store, fork)
+    await add(store, *(said(f"b{number}") for number in range(5000)))
+    assert await _steps(store, fork) <= short * 1.3
 
 
-async def _steps_once(store: SqliteStore) -> int:
+async def _steps(store: SqliteStore, ask: Callable[[], Awaitable[None]]) -> int:
+    """What an answer takes of the readers' connections, the fewest of several tries: a reader that is asked for the
+    first time reads the schema, too."""
+    return min([await _steps_once(store, ask) for _ in range(8)])
+
+
+async def _steps_once(store: SqliteStore, ask: Callable[[], Awaitable[None]]) -> int:
     steps = 0
 
-    def count() -> int:
+    def progressed() -> int:
         nonlocal steps
         steps += 1
         return 0
 
     for reader in store._connections.readers:
-        reader.set_progress_handler(count, 1)
-    await store.list_messages(KEY, Query(20), newest_first=True)
-    await store.get_state(session_key("acme", "case").state, ["k"])
+        reader.set_progress_handler(progressed, 1)
+    await ask()
     for reader in store._connections.readers:
         reader.set_progress_handler(None, 0)
     return steps

@@ -40,6 +40,7 @@ from notecase_server.store.tables import (
     Recorded,
     SessionRow,
     Tables,
+    save_states,
 )
 
 T = TypeVar("T")
@@ -137,14 +138,7 @@ class _MemoryTables:
         for run, _ in changes.changed_runs:
             if run.name in changes.ended:
                 self.drop_record(key, run.name)
-        for name, deaths in changes.deaths.items():
-            self.put_record(key, name, deaths, released=False)
-        for scope, version in changes.versions.items():
-            self.put_version(scope, version)
-        for scope, name, entry in changes.entries:
-            self.put_entry(scope, name, entry)
-        for sha256, sequence in changes.references.items():
-            self.refer(key.state, "", sha256, sequence)
+        save_states(self, changes)
 
     def request(self, once: Once) -> Recorded | None:
         found = self._tenants[once.tenant].requests.get((once.subject, once.rpc, once.request_id))

@@ -144,11 +144,12 @@ class PostgresTables(SqlTables):
     for_update = " FOR UPDATE"
     for_share = " FOR SHARE"
     heads = "sessions"
+    log = "events"
     listed = "sessions"
     session_rows: ClassVar[Sequence[Rows]] = (ROWS["events"], *SESSION_ROWS)
     tenant_rows = TENANT_ROWS
     copies: ClassVar[Sequence[Copied]] = copies(
-        "events",
+        log,
         added="""EXISTS (SELECT 1 FROM events e WHERE e.tenant = calls.tenant AND e.uid = calls.uid
             AND e.message = calls.message AND e.message IS NOT NULL AND e.sequence <= $3)""",
         ended="""NOT EXISTS (SELECT 1 FROM active_runs a WHERE a.tenant = runs.tenant

@@ -39,6 +39,8 @@ class SqlTables(Sql):
 
     heads: ClassVar[str]
     """Has the body, epoch and commits of each session."""
+    log: ClassVar[str]
+    """Has the events, and perhaps rows of sessions behind them."""
     listed: ClassVar[str]
     """Has them with the columns of lists."""
     session_rows: ClassVar[Sequence[Rows]]
@@ -298,7 +300,7 @@ class SqlTables(Sql):
 
     def log_bytes(self, key: SessionKey, until: int) -> int:
         row = self.one(
-            "SELECT coalesce(sum(length(body)), 0) FROM events WHERE tenant = $1 AND uid = $2 AND sequence <= $3",
+            f"SELECT coalesce(sum(length(body)), 0) FROM {self.log} WHERE tenant = $1 AND uid = $2 AND sequence <= $3",
             *(*of(key), until),
         )
         return int(row[0])

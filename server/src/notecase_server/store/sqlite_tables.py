@@ -39,7 +39,7 @@ from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Co
 from notecase_server.store.sql_tables import SqlTables, agent_body
 from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Changes, EventRow, Kept, SessionRow
+from notecase_server.store.tables import Applied, Changes, EventRow, Kept, SessionRow, save_states
 
 Bound = str | int | bytes | None
 
@@ -169,6 +169,7 @@ class SqliteTables(SqlTables):
     labels = staticmethod(_labels)
     discarded = "discarded"
     heads = "heads"
+    log = "logs"
     listed = "sessions CROSS JOIN heads USING (tenant, uid)"
     session_rows: ClassVar[Sequence[Rows]] = (
         *(ROWS["events"]._replace(table="logs"), *SESSION_ROWS),
@@ -176,7 +177,7 @@ class SqliteTables(SqlTables):
     )
     tenant_rows = (*TENANT_ROWS, TenantRows("retired_revisions", "agent, revision", "length(body)"))
     copies: ClassVar[Sequence[Copied]] = copies(
-        "logs",
+        log,
         added=f"""EXISTS (SELECT 1 FROM lookups l WHERE l.tenant = calls.tenant AND l.uid = calls.uid
             AND l.kind = {BY_ID} AND l.key = calls.message AND l.sequence <= $3)""",
         ended="revision IS NULL",
@@ -237,14 +238,7 @@ class SqliteTables(SqlTables):
             runs[run.name] = self._add_run(key, run, record.digest, None if ended else record.agent)
         for run, moved in changes.changed_runs:
             runs[run.name] = self._put_run(key, run, moved, ended=run.name in changes.ended)
-        for name, deaths in changes.deaths.items():
-            self.put_record(key, name, deaths, released=False)
-        for scope, version in changes.versions.items():
-            self.put_version(scope, version)
-        for scope, name, entry in changes.entries:
-            self.put_entry(scope, name, entry)
-        for sha256, sequence in changes.references.items():
-            self.refer(key.state, "", sha256, sequence)
+        save_states(self, changes)
         for name in changes.ended:
             del runs[name]
         body = head[-1]

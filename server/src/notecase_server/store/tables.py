@@ -521,3 +521,17 @@ class Tables(Protocol):
     def erase_rows(self, tenant: str, batch: Batch) -> None:
         """Removes the rows of the tenant outside of its sessions that the batch takes, its own row left out."""
         ...
+
+
+def save_states(tables: Tables, changes: Changes) -> None:
+    """Saves the versions and entries of states, the session's references to content, and how often its runs' workers
+    have died, for a store that saves them row by row."""
+    key = changes.key
+    for name, deaths in changes.deaths.items():
+        tables.put_record(key, name, deaths, released=False)
+    for scope, version in changes.versions.items():
+        tables.put_version(scope, version)
+    for scope, name, entry in changes.entries:
+        tables.put_entry(scope, name, entry)
+    for sha256, sequence in changes.references.items():
+        tables.refer(key.state, "", sha256, sequence)
