@@ -437,6 +437,8 @@ async def content(bench: Bench) -> Values:
     """What sending and fetching content costs, by the Python client's pieces of 1 MiB; what comes back is compared."""
     data = os.urandom(CONTENT_BYTES)
     async with bench.another() as fresh, Client(f"127.0.0.1:{fresh.server.port}") as client:
+        # A turn waits for the library of the provider, which the server loads after its start.
+        await fresh.load.turn(await fresh.load.session(), await fresh.load.agent(1), 1)
         await client.upload(data[: CONTENT_BYTES // 100], "application/pdf")
         before = fresh.server.peak()
         sent = await fresh.cpu(client.upload(data, "application/pdf"))
