@@ -77,7 +77,7 @@ class Beside(NamedTuple):
 def table(alone: Turns, others: Iterable[Beside]) -> Iterator[str]:
     """The lines of a Markdown table: turns in milliseconds, memory in MiB."""
     yield f"The neighbour's p99 may be {alone.bound * 1e3:.1f} ms, and the server's memory {KEPT} times what it was."
-    yield "| beside | that made | p50 | p99 | longest | memory before | at most | after | seconds until back | |"
+    yield "| with | that made | p50 | p99 | longest | memory before | at most | after | seconds until back | |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     yield f"| nobody | | {alone} | | | | | |"
     for other in others:

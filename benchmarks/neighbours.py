@@ -85,7 +85,7 @@ class Callers(NamedTuple):
 CALLERS: dict[str, Callers] = {
     "forks": Callers(f"a caller who forks a session of {MESSAGES} entries", _forks, 1),
     "creations": Callers("16 callers who make sessions with a state of 900 KiB", _creations, 16),
-    "app-state": Callers(f"a caller who writes app/state beside {WATCHERS} watchers", _app_state, 1, WATCHERS),
+    "app-state": Callers(f"a caller who writes app/state that {WATCHERS} watchers follow", _app_state, 1, WATCHERS),
     "pages": Callers("32 callers who read pages of 1000 messages", _pages, 32),
     "past": Callers(f"4 callers who read {KEYS} keys as they were", _past, 4),
     "turns": Callers("64 callers who take turns", _turns, 64),
