@@ -1,7 +1,9 @@
 """The gate: how many calls are open, and how much waits for a reader, of all callers and of each connection."""
 
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -11,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from notecase import v1
 from notecase_server.rpc import gate as gate_module
 from notecase_server.rpc import ops
-from notecase_server.rpc.gate import Gate
+from notecase_server.rpc.gate import Gate, Outlet
 from structlog.testing import capture_logs
 
 from tests.e2e.driving import detail_of, reason_of, said
@@ -157,6 +159,8 @@ async def test_a_stream_beside_which_too_much_waits_ends_as_too_slow() -> None:
                 await until(lambda: len(reasons(lines)) >= 9)
             assert {"WATCHER_TOO_SLOW"} <= set(reasons(lines)) <= {"WATCHER_TOO_SLOW", "RATE_LIMITED"}
             assert gate.unread < 2 << 20
+            traces = [each.tb_frame.f_code for each in gc.get_objects() if isinstance(each, TracebackType)]
+            assert Outlet.write.__code__ not in traces, "a status that waits for its reader holds no frame"
         await until(lambda: not (gate.unread or gate.calls))
 
 
