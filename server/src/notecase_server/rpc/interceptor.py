@@ -306,7 +306,7 @@ class UnaryUnary(Single):
     make = grpc.unary_unary_rpc_method_handler
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.unary_unary(await self._decode(request), context), call)
+        return await self._respond(self._wrapped.unary_unary(await self._decode(request, call), context), call)
 
 
 class StreamUnary(Single):
@@ -314,14 +314,14 @@ class StreamUnary(Single):
     drains = True
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, context), context), call)
+        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, context, call), context), call)
 
 
 class UnaryStream(Streaming):
     make = grpc.unary_stream_rpc_method_handler
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> None:
-        outlet, message = self._outlet(context, call), await self._decode(request)
+        outlet, message = self._outlet(context, call), await self._decode(request, call)
         await outlet.sent(self._wrapped.unary_stream(message, outlet))
 
 
@@ -330,7 +330,7 @@ class StreamStream(Streaming):
 
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
         outlet = self._outlet(context, call)
-        return outlet.sent(self._wrapped.stream_stream(Decoded(self._decode, context), outlet))
+        return outlet.sent(self._wrapped.stream_stream(Decoded(self._decode, context, call), outlet))
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
