@@ -115,6 +115,7 @@ def sentences() -> list[str]:
     told += [errors.tenant_suspended(), errors.not_found("key", "x"), errors.not_found("user", "x")]
     told += [errors.unread_answers(), errors.unread_stream()]
     told += [errors.page_token_invalid(), errors.draining(), errors.store_unavailable(), errors.issuer_unavailable()]
+    told += [errors.on_standby(), errors.tenant_needed("VIEWER")]
     return [text for error in told for text in (error.message, error.quota) if text]
 
 

@@ -140,6 +140,7 @@ async def test_an_operator_reads_no_content(scene: Scene) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await scene.look(scene.operator)
     assert ("ROLE_MISSING", "VIEWER") == (reason_of(refused.value), metadata_of(refused.value)["role"])
+    assert "an operator has no tenant" in str(refused.value.details())
 
 
 async def test_another_tenants_key_is_not_found(scene: Scene) -> None:

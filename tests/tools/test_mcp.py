@@ -490,6 +490,15 @@ async def test_the_log_says_that_a_program_ended_and_with_which_exit_code(
     assert expected | told == line
 
 
+async def test_the_log_says_that_there_is_no_such_program() -> None:
+    with capture_logs() as lines:
+        async with tools(McpServerSettings(command="./clock-mcp", connect_timeout=60)) as box:
+            with pytest.raises(NotecaseError, match="cannot be reached"):
+                await resolved(box)
+    (line,) = [line for line in lines if line["event"] == "mcp_unreachable"]
+    assert (["FileNotFoundError"], "There is no program ./clock-mcp.") == (line["errors"], line["problem"])
+
+
 @pytest.mark.parametrize("answers", [True, False], ids=["silent", "refused"])
 async def test_a_url_that_cannot_be_had_is_a_tool_error(answers: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:

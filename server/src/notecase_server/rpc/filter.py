@@ -138,7 +138,7 @@ class _Parser:
         else:
             known = ", ".join(sorted(self._fields)).replace("labels", "labels.KEY")
             advice = "; ':' is not supported, write =" if ":" in name else ""
-            raise self._wrong(f"unknown field; known are {known}{advice}", field)
+            raise self._wrong(f"unknown field; the fields are {known}{advice}", field)
         operator = self._take()
         if operator.kind != "operator":
             raise self._wrong("expected one of = != < <= > >=", operator)

@@ -41,7 +41,7 @@ from notecase_server.tools.mcp_answers import (
 )
 from notecase_server.tools.mcp_pipes import program
 from notecase_server.tools.mcp_questions import Questions
-from notecase_server.tools.mcp_settings import McpServerSettings
+from notecase_server.tools.mcp_settings import McpServerSettings, program_problem
 from notecase_server.tools.outcome import failed, succeeded
 
 log = structlog.get_logger()
@@ -293,10 +293,12 @@ class _Connection:
         if opened:
             log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
             return
-        known: dict[str, int] = {}
+        known: dict[str, int | str] = {}
         if self._output_ended:
             wrong.add("OutputEnded")
             known = {} if self._exit_code is None else {"exit_code": self._exit_code}
+        elif problem := program_problem(self._settings):
+            known = {"problem": problem}
         log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}), **known)
 
     async def _opened(self, stack: AsyncExitStack) -> Client:
