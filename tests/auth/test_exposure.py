@@ -91,7 +91,7 @@ def test_what_a_server_needs_where_it_listens(folder: Path) -> None:
         assert expected == [*options(wrong)]
 
 
-async def test_all_mistakes_are_told_at_once_by_their_options(folder: Path) -> None:
+async def test_all_mistakes_are_reported_at_once_with_their_options(folder: Path) -> None:
     done = await notecase(
         *("serve", "--store", "memory:", "--listen", BEYOND),
         *("--tls-cert", str(folder / "client.pem"), "--tls-key", str(folder / "server.key")),
@@ -181,7 +181,7 @@ async def test_a_server_takes_the_tokens_of_its_issuers(folder: Path, tmp_path: 
         assert token not in served.log.read_text()
 
 
-async def test_a_server_for_everybody_warns_at_each_start(tmp_path: Path) -> None:
+async def test_an_insecure_server_warns_at_each_start(tmp_path: Path) -> None:
     for _ in range(2):
         served = await Spawned.start("memory:", tmp_path / "log", "--insecure")
         assert 0 == await served.stop()

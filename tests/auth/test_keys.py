@@ -135,7 +135,7 @@ OTHERS: dict[str, Metadata] = {
 
 
 @pytest.mark.parametrize("metadata", OTHERS.values(), ids=OTHERS)
-async def test_what_is_no_key_of_ours_is_left_to_others(scene: Scene, metadata: Metadata) -> None:
+async def test_other_credentials_than_keys_are_left_to_other_authenticators(scene: Scene, metadata: Metadata) -> None:
     assert await scene.keys.principal(metadata, dict) is None
     assert 0 == scene.store.lookups
 
@@ -162,7 +162,7 @@ async def test_a_key_that_has_expired_is_not_made(scene: Scene) -> None:
         await scene.make(expire_time=expire_time)
 
 
-async def test_a_revoked_key_is_not_let_in_although_it_was_known(scene: Scene) -> None:
+async def test_a_revoked_key_is_refused_although_it_was_cached(scene: Scene) -> None:
     key_id, token = await scene.make()
     assert await scene.is_let_in(token)
     await scene.keys.revoke("acme", key_id)

@@ -39,7 +39,7 @@ def made(store: Counted) -> Principals:
 ADA = Principal("acme", "keys/a", Role.USER, "ada", display_name="Ada's phone")
 
 
-async def test_a_name_is_asked_for_once_for_each_tenant_and_principal() -> None:
+async def test_a_name_is_requested_once_for_each_tenant_and_principal() -> None:
     store = Counted()
     known = made(store)
     first = await known.name(ADA, "acme")

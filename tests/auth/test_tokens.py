@@ -293,7 +293,7 @@ async def test_a_key_that_is_replaced_under_its_id_counts_no_more(setting: Setti
     assert "not its issuer's" in await setting.refuses(token)
 
 
-async def test_unknown_keys_are_asked_for_once_in_thirty_seconds(setting: Setting) -> None:
+async def test_unknown_keys_are_fetched_once_in_thirty_seconds(setting: Setting) -> None:
     assert await setting.of(KEY.sign(claims()))
     for number in range(50):
         await setting.refuses(SigningKey(f"unknown-{number}").sign(claims()))
@@ -340,7 +340,7 @@ async def test_keys_count_on_for_a_day_while_their_place_is_away(
     assert await setting.of(token)
 
 
-async def test_nobody_waits_for_keys_whose_place_hangs_while_there_are_some(setting: Setting) -> None:
+async def test_no_caller_waits_for_a_slow_fetch_while_there_are_keys(setting: Setting) -> None:
     token = KEY.sign(claims(exp=NOW + 10**6))
     assert await setting.of(token)
     setting.server.status = 503
@@ -407,7 +407,7 @@ async def test_keys_that_cannot_be_had_leave_the_caller_unknown(
     assert await setting.of(KEY.sign(claims()))
 
 
-async def test_keys_that_are_away_at_the_start_are_asked_for_every_second(setting: Setting) -> None:
+async def test_keys_that_are_unavailable_at_the_start_are_fetched_every_second(setting: Setting) -> None:
     setting.server.status = 503
     for _ in range(10):
         await setting.cannot_verify(KEY.sign(claims()))

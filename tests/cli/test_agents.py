@@ -115,7 +115,7 @@ MISTAKES = """\
 """
 
 
-def test_all_mistakes_of_a_file_are_told_at_once() -> None:
+def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
     """Each with its line and its path."""
     with pytest.raises(manifest.Mistakes) as raised:
         manifest.read("team.yaml", MISTAKES)
@@ -153,7 +153,7 @@ def test_all_mistakes_of_a_file_are_told_at_once() -> None:
         ("[" * 5000, "This is not YAML"),
     ],
 )
-def test_what_is_no_file_of_agents_is_told(text: str, told: str) -> None:
+def test_a_file_that_does_not_contain_agents_is_reported(text: str, told: str) -> None:
     with pytest.raises(manifest.Mistakes) as raised:
         manifest.read("team.yaml", text)
     assert told in str(raised.value)
@@ -179,7 +179,7 @@ def test_yaml_shares_what_is_written_once() -> None:
     ]
 
 
-async def test_what_the_server_refuses_is_told_by_its_line_and_the_others_are_applied(
+async def test_a_refusal_of_the_server_names_the_line_and_the_others_are_applied(
     served: Running, tmp_path: Path
 ) -> None:
     file = tmp_path / "team.yaml"

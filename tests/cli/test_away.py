@@ -167,7 +167,7 @@ async def test_another_session_of_the_same_name_is_not_followed(
         assert told.empty()
 
 
-async def test_a_log_is_printed_whole_for_a_reader_who_takes_his_time(
+async def test_a_log_is_printed_completely_for_a_slow_reader(
     served: Running, renewed: Renewed, told: asyncio.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server lets a stream go that nobody reads, and the command goes on after the last event."""

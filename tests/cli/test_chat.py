@@ -47,7 +47,7 @@ async def test_each_line_of_a_pipe_is_a_message_and_each_reply_goes_to_standard_
     assert ["SUCCEEDED"] * 3 == await states(served, session.name)
 
 
-async def test_what_the_model_made_and_its_sources_are_named_beside_the_reply(served: Running, agent: v1.Agent) -> None:
+async def test_content_and_sources_are_named_next_to_the_reply(served: Running, agent: v1.Agent) -> None:
     """On standard error, as each came; nothing in them can command the terminal."""
     await open_case(served, agent)
     directives = "/say Here: /image /cite https://example.org/\x1b[2J\n"
@@ -146,7 +146,9 @@ async def test_notes_are_put_and_shown_at_a_terminal(served: Running, agent: v1.
         assert {"seen": 3, "title": "\x1b]0;x"} == await client.get_state((await only_session(served)).name)
 
 
-async def test_what_cannot_be_noted_is_told_and_the_conversation_goes_on(served: Running, agent: v1.Agent) -> None:
+async def test_a_note_that_cannot_be_stored_is_reported_and_the_conversation_continues(
+    served: Running, agent: v1.Agent
+) -> None:
     wrong = [str(1 << 63), r'"\ud800"', "[" * 400 + "]" * 400, "[" * 17 + "]" * 17, "1e999"]
     said = [f"/note wrong {value}" for value in wrong]
     done = await notecase(
@@ -385,7 +387,7 @@ async def test_a_session_that_is_busy_shows_what_with(served: Running, agent: v1
             assert 0 == await screen.ended()
 
 
-async def test_a_summary_is_told_in_a_line_beside_the_reply(served: Running) -> None:
+async def test_a_line_next_to_the_reply_reports_a_summary(served: Running) -> None:
     """On standard error, so that a pipe holds nothing but what the agent says."""
     kept = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=1, instruction="/say They met."))
     agent = v1.Agent(llm=v1.LlmAgent(context=kept))

@@ -232,7 +232,7 @@ async def test_among_too_many_sessions_or_runs_only_a_complete_id_is_found(
             await named.run(client, f"case/{run.rpartition('/')[2][:8]}")
 
 
-async def test_what_a_session_s_commands_did_is_told(served: Running, agent: v1.Agent, command: Commands) -> None:
+async def test_commands_print_what_they_did(served: Running, agent: v1.Agent, command: Commands) -> None:
     """How much is superseded, where a summary is, why a run was cancelled, what a message calls."""
     async with served.client() as client:
         await client.create_session(agent.name, session_id="long")

@@ -80,7 +80,7 @@ async def test_one_key_is_its_value_alone(served: Running, case: str) -> None:
     assert (b"\xff\x00", b"") == await process.communicate()
 
 
-async def test_a_key_that_is_not_there_is_told_and_the_others_are_printed(served: Running, case: str) -> None:
+async def test_a_missing_key_is_reported_and_the_others_are_printed(served: Running, case: str) -> None:
     done = await notecase("state", "get", "case", "seen", "none", "--server", served.address)
     assert (1, {"seen": 3}, "sessions/case/state has no 'none'.\n") == (done.code, json.loads(done.out), done.err)
     done = await notecase("state", "get", "case", "none", "--server", served.address)
@@ -180,7 +180,7 @@ async def test_text_that_is_not_utf_8_is_a_sentence(served: Running, client: Cli
 
 
 @pytest.mark.parametrize("value", ["[" * 17 + "]" * 17, "1e999"])
-async def test_what_the_server_refuses_is_told_in_its_words(served: Running, value: str) -> None:
+async def test_a_refusal_of_the_server_is_printed_in_its_words(served: Running, value: str) -> None:
     done = await notecase("state", "put", "app", "k", value, "--server", served.address)
     assert (1, "") == (done.code, done.out)
     assert done.err.startswith("Error: value")
@@ -192,7 +192,7 @@ async def test_a_session_that_is_not_there_is_a_sentence(served: Running) -> Non
         assert (1, "", f"Error: {missing('sessions/none')}\n") == done
 
 
-async def test_changes_of_all_three_scopes_are_told_as_they_come(served: Running, client: Client, case: str) -> None:
+async def test_changes_of_all_three_scopes_are_printed_as_they_come(served: Running, client: Client, case: str) -> None:
     """One line each, with what was done; other users' are not, nor what was there before."""
     await client.put_state("app", "old", 1)
     async with watching(served.address, "case") as watch:

@@ -292,7 +292,7 @@ async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running,
         assert 0 == await screen.ended()
 
 
-async def test_a_program_that_has_the_tool_answers_it_and_nobody_is_asked(served: Running, clerk: v1.Agent) -> None:
+async def test_a_program_with_the_tool_answers_and_no_user_is_asked(served: Running, clerk: v1.Agent) -> None:
     def search() -> str:
         return "found"
 
@@ -586,7 +586,7 @@ def test_who_may_answer_is_who_the_server_lets(role: Role, user: str) -> None:
             assert may_answer(None, Wait("r", asked, asked.call))
 
 
-async def test_who_may_not_approve_is_told_who_may_and_is_not_asked(guarded: str) -> None:
+async def test_a_user_who_may_not_approve_sees_who_may_and_is_not_asked(guarded: str) -> None:
     """The chat goes on once somebody has who may."""
     user, admin = ({"NOTECASE_ADDRESS": guarded, "NOTECASE_TOKEN": role} for role in ("user", "admin"))
     async with terminal("chat", "--new", "--session", "case", env=user) as screen:

@@ -92,7 +92,7 @@ async def test_an_agent_that_is_put_again_as_it_is_stays_as_it_is(client: Client
     [(Report, Report("the butler")), (Note, {"suspect": "the butler"}), (Model, Model(suspect="the butler"))],
     ids=["dataclass", "TypedDict", "pydantic"],
 )
-async def test_a_reply_is_read_as_the_type_that_was_asked_for(
+async def test_a_reply_is_read_as_the_given_type(
     client: Client, model: OpenAIServer, output: Any, expected: Any
 ) -> None:
     """By this client's own `put_agent`, and by a client that knows the type otherwise; without it as dicts."""
@@ -133,7 +133,7 @@ async def test_type_checkers_know_what_a_reply_is_read_as(served: Running, model
     await asyncio.to_thread(ask)
 
 
-async def test_a_reply_that_is_no_report_says_why(client: Client, model: OpenAIServer) -> None:
+async def test_the_error_of_a_reply_that_is_not_a_report_says_why(client: Client, model: OpenAIServer) -> None:
     model.script(stream(chunk({"refusal": "I would rather not."})), reply(FOUND))
     await client.put_agent("reporter", "You report.", output=Report)
     refused = await client.invoke("Who?", agent="reporter")
@@ -243,7 +243,7 @@ async def test_a_queued_run_has_the_functions_of_the_sessions_agent(client: Clie
         assert "Found." == (await second).text
 
 
-async def test_nobody_is_asked_nothing(client: Client) -> None:
+async def test_a_run_without_agent_and_session_is_refused(client: Client) -> None:
     """A run that names neither agent nor session is refused before anything is sent."""
     with pytest.raises(ValueError, match="Name an agent, a session, or both"):
         await client.invoke("Hello?")

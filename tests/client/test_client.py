@@ -235,7 +235,7 @@ async def test_leaving_a_stream_leaves_the_run_alone(client: Client, session: st
     assert again.result.state == v1.Run.STATE_SUCCEEDED
 
 
-async def test_attaching_begins_where_it_is_told(client: Client, session: str, model: OpenAIServer) -> None:
+async def test_attaching_begins_at_the_given_sequence(client: Client, session: str, model: OpenAIServer) -> None:
     """At the head of an idle session there is nothing; after a sequence, what follows it; beyond it, a refusal."""
     model.script(reply("One."))
     await client.invoke("One", session=session)
@@ -654,7 +654,7 @@ async def committed(served: Running, upload_id: str) -> int:
         return 0
 
 
-async def test_an_upload_asks_again_when_what_it_was_told_is_old(
+async def test_an_upload_asks_again_when_its_offset_is_outdated(
     client: Client, served: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an earlier call had sent may be stored only after the server has said how far it came."""
@@ -716,7 +716,7 @@ async def test_a_files_media_type_is_what_its_bytes_are(
     assert (await client.upload(tmp_path / name)).media_type == media_type
 
 
-async def test_content_that_is_no_text_needs_a_name_or_a_media_type(client: Client) -> None:
+async def test_content_that_is_not_text_needs_a_name_or_a_media_type(client: Client) -> None:
     """What begins like text and has other bytes further on is not text; a character may be cut by what is looked at."""
     for content in (b"\xff", b"a\0", b"a" * 100 + b"\xc3"):
         with pytest.raises(ValueError, match="media_type"):

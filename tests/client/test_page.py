@@ -82,7 +82,7 @@ def pairs() -> list[tuple[str, str]]:
     return [(theirs.text, ours.text) for theirs, ours in zip(found[::2], found[1::2], strict=True)]
 
 
-def test_ours_are_no_longer_than_theirs_and_the_table_counts_right() -> None:
+def test_our_programs_are_not_longer_and_the_table_has_the_right_counts() -> None:
     counted = sorted((lines(theirs), lines(ours)) for theirs, ours in pairs())
     assert [] == [pair for pair in counted if pair[1] > pair[0]]
     told = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|$", COMPARISON, re.MULTILINE)

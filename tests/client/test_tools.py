@@ -560,7 +560,7 @@ async def test_reading_a_log_calls_nothing(client: Client, session: str, model: 
     assert desk.answered == 1
 
 
-async def test_a_call_that_is_told_again_is_executed_once(
+async def test_a_call_that_is_sent_again_is_executed_once(
     client: Client, session: str, served: Running, model: OpenAIServer, desk: Desk
 ) -> None:
     """The connection breaks between the call and its result; the stream attaches again and is told what waits."""
@@ -896,7 +896,7 @@ def logged() -> Iterator[Logged]:
     logging.getLogger("notecase").removeHandler(handler)
 
 
-async def test_a_wait_that_nobody_here_ends_is_logged_once(
+async def test_a_wait_that_this_program_cannot_end_is_logged_once(
     client: Client, session: str, model: OpenAIServer, logged: Logged
 ) -> None:
     """A stream that waits in silence says for what, as the exception of `invoke` does."""

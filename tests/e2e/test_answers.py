@@ -243,7 +243,7 @@ AT_ONCE: dict[str, tuple[str, Message, set[str]]] = {
 
 
 @pytest.mark.parametrize("case", AT_ONCE)
-async def test_all_that_is_wrong_is_told_at_once(served: Running, session: str, case: str) -> None:
+async def test_all_mistakes_are_reported_at_once(served: Running, session: str, case: str) -> None:
     """Templates, schemas, masks, filters and page tokens with it; the reason is then INVALID_FIELD."""
     method, request, fields = AT_ONCE[case]
     refused = await refusal(call(served, method, request))  # type: ignore[arg-type]
@@ -259,7 +259,7 @@ async def test_a_template_that_is_all_that_is_wrong_keeps_its_reason(served: Run
     assert await revisions(served, agent) == [1]
 
 
-async def test_what_is_wrong_with_all_of_an_agent_is_told_of_an_update_too(served: Running, agent: str) -> None:
+async def test_an_update_reports_all_problems_of_an_agent_too(served: Running, agent: str) -> None:
     """Two updates that are fine by themselves make an agent together that is too large."""
     for index, refused in ((0, False), (1, True)):
         tools = [client_tool(f"t{index}{n}", parameters='{"x": "%s"}' % ("x" * 60_000)) for n in range(9)]

@@ -324,7 +324,9 @@ async def test_an_answer_is_remembered_for_what_was_called(served: Running) -> N
     ],
     ids=["implementation", "description", "timeout", "to-the-caller", "the-instruction-only"],
 )
-async def test_a_tool_that_is_declared_anew_is_asked_about_again(served: Running, changed: v1.Tool, asks: bool) -> None:
+async def test_a_changed_declaration_of_a_tool_needs_a_new_approval(
+    served: Running, changed: v1.Tool, asks: bool
+) -> None:
     """An agent is updated between the answer and the next call."""
     await session(served, function())
     await approved(served, "pay")

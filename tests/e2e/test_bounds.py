@@ -324,7 +324,7 @@ async def test_nonsense_is_refused_as_it_comes(begun: bytes) -> None:
         assert "IMPORT_INVALID" == reason_of(refused.value)
 
 
-async def test_a_reading_of_the_past_waits_for_its_turn_and_keeps_nobody_else_waiting(store_url: str) -> None:
+async def test_a_read_of_the_past_waits_for_its_turn_and_delays_no_other_call(store_url: str) -> None:
     async with running(store_url, max_heavy_reads=1) as served:
         for n in range(2):
             await entry(served, n)

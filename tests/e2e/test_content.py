@@ -212,7 +212,7 @@ async def test_of_two_who_send_under_one_id_only_one_goes_on(served: Running) ->
         assert await download(served, blob.name) in {one, two}
 
 
-async def test_bad_requests_are_told_whole(served: Running, session: str) -> None:
+async def test_all_problems_of_a_bad_request_are_reported(served: Running, session: str) -> None:
     async def violations(call: Any) -> set[str]:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call
@@ -670,9 +670,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-async def test_content_that_was_damaged_in_the_store_is_told_where_it_is_read_whole(
-    damage: str, tmp_path: Path
-) -> None:
+async def test_damaged_content_in_the_store_is_reported_when_it_is_read_completely(damage: str, tmp_path: Path) -> None:
     path, data = tmp_path / "store.db", noise(MIB)
     async with running(f"sqlite:{path}") as served:
         blob = await upload(served, data[: MIB // 2], data[MIB // 2 :])

@@ -354,7 +354,7 @@ async def test_content_is_named_in_what_is_summarised(served: Running, model: Op
     assert rest == [assistant("a1"), user(ASK)]
 
 
-async def test_a_summary_has_a_model_of_its_own_and_no_limits_of_replies(served: Running, model: OpenAIServer) -> None:
+async def test_a_summary_has_a_separate_model_and_no_limits_of_replies(served: Running, model: OpenAIServer) -> None:
     """And the server's own instruction where the agent has none."""
     context = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=1, model="small"))
     generation = v1.Generation(temperature=0.5, max_output_tokens=7, stop=["."])
@@ -444,7 +444,7 @@ async def test_a_summary_of_more_than_the_model_takes_covers_less(served: Runnin
     assert model.requests[-1] == body(summary("After a5.", "Be brief."), *exchange(6, 7, 8), user("q9"))
 
 
-async def test_a_summary_that_is_too_long_and_not_asked_for_again_is_a_fact(
+async def test_a_summary_that_is_too_long_and_not_requested_again_is_in_the_log(
     served: Running, model: OpenAIServer
 ) -> None:
     """With one call left, which is the reply's."""
@@ -492,7 +492,7 @@ async def test_no_summary_is_made_in_place_of_the_reply(served: Running, model: 
     assert [request["messages"][-1] for request in model.requests] == [user("q1"), user("q2"), user("q3")]
 
 
-async def test_a_summary_under_way_is_cut_by_a_cancel_and_shown_to_nobody(served: Running, model: OpenAIServer) -> None:
+async def test_an_unfinished_summary_is_cut_by_a_cancel_and_not_shown(served: Running, model: OpenAIServer) -> None:
     """No delta of it reaches a watcher, and nothing of it is kept."""
     session = await opened(served, SUMMARY)
     await talk(served, model, session, 1, 2)
@@ -514,7 +514,7 @@ async def test_a_summary_under_way_is_cut_by_a_cancel_and_shown_to_nobody(served
     assert not summaries(await log_of(served, session))
 
 
-async def test_a_summary_that_was_not_committed_is_asked_for_again(tmp_path: Path) -> None:
+async def test_a_summary_that_was_not_committed_is_requested_again(tmp_path: Path) -> None:
     """kill -9 between the model's summary and its commit: the next server asks for it anew, and there is one."""
 
     def answer(request: Json) -> Answer:
@@ -698,9 +698,7 @@ async def test_a_compaction_that_cannot_be_is_refused(served: Running, model: Op
     assert (await served.sessions.CompactSession(request)).summary_sequence > 0
 
 
-async def test_what_is_said_while_a_session_is_compacted_stays_beside_the_summary(
-    served: Running, model: OpenAIServer
-) -> None:
+async def test_messages_during_a_compaction_stay_next_to_the_summary(served: Running, model: OpenAIServer) -> None:
     """A run that starts and ends meanwhile changes nothing of what is covered."""
     session = await opened(served)
     await talk(served, model, session, 1, 2)

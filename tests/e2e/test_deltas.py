@@ -422,7 +422,7 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
         assert seen.open == {}
 
 
-async def test_what_is_discarded_right_before_its_run_ends_is_told_before_the_end(case: Running) -> None:
+async def test_a_discard_right_before_the_end_of_a_run_is_sent_before_the_end(case: Running) -> None:
     """Nobody has looked in between, so that the end comes with the same batch."""
     sessions = case.server._sessions
     key, row = await sessions.find("default", "case")

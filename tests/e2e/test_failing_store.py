@@ -44,7 +44,7 @@ def replies(commit: Any) -> bool:
     [(reply("Once."), v1.Run.STATE_SUCCEEDED), (tool_calls(("weigh", "{}")), v1.Run.STATE_WAITING)],
     ids=["the end", "a call"],
 )
-async def test_a_reply_whose_commit_nobody_can_say_was_made_is_in_the_log_once(
+async def test_a_reply_whose_commit_has_an_unknown_outcome_is_in_the_log_once(
     store: Store,
     model: OpenAIServer,
     answer: Answer,

@@ -153,7 +153,7 @@ async def test_a_result_that_is_there_when_a_halt_comes_is_kept_with_what_it_cha
     assert set(state.entries) == {"first", "second"}
 
 
-async def test_a_call_cancelled_while_another_ones_result_waits_for_the_store_harms_nobody(
+async def test_a_call_cancelled_while_another_ones_result_waits_for_the_store_has_no_side_effect(
     served: Running, session: str, store: Observed, model: OpenAIServer
 ) -> None:
     """Its own result is there as well, and comes too late."""
@@ -188,7 +188,7 @@ async def test_a_call_cancelled_while_another_ones_result_waits_for_the_store_ha
 
 
 @pytest.mark.parametrize(("broken_for", "reason", "end"), [(1, "RUN_ENDED", True), (2, "OWNER_LOST", False)])
-async def test_who_asked_for_a_halt_is_answered_although_the_worker_dies_of_it(
+async def test_the_caller_of_a_halt_is_answered_although_the_worker_fails(
     store: Observed, model: OpenAIServer, broken_for: int, reason: str, end: bool
 ) -> None:
     """By a defect, in the commit that seals. The run fails on record where that can be written; where it cannot,

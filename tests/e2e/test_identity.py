@@ -295,7 +295,7 @@ async def test_a_start_that_makes_a_session_never_takes_a_uid_over(
     assert new.uid != old.uid
 
 
-async def test_an_import_has_a_uid_of_its_own(served: Running) -> None:
+async def test_an_import_has_a_new_uid(served: Running) -> None:
     """The file knows none, and a caller cannot choose one."""
     chosen = v1.Session(agent="agents/clerk", uid="00000000-0000-4000-8000-000000000000")
     source = await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=chosen))

@@ -409,7 +409,7 @@ async def test_a_write_whose_answer_was_lost_is_made_once(store_url: str, name: 
 
 
 @pytest.mark.parametrize("name", ROWS)
-async def test_a_caller_is_told_when_the_store_cannot_say_what_became_of_a_write(
+async def test_the_error_says_when_the_outcome_of_a_write_is_unknown(
     store_url: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Or is answered, where the server asks again. It was made once in any case, and a repeat with the same id is

@@ -67,7 +67,7 @@ async def test_what_passes_is_repeated_whenever_it_comes(
     assert model.requests[0] == model.requests[1]
 
 
-async def test_a_call_that_the_provider_could_not_read_is_asked_for_once_more(
+async def test_a_call_that_the_provider_could_not_read_is_requested_again(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     unread = error(400, "Failed to call a function.", code="tool_use_failed")
@@ -88,7 +88,7 @@ async def test_an_empty_reply_that_stays_is_a_typed_failure_that_names_the_reaso
     assert (done.run.usage.input_tokens, done.run.usage.output_tokens, done.run.usage.model_calls) == (21, 3, 3)
 
 
-async def test_a_try_from_which_nothing_came_is_no_model_call(served: Running, model: OpenAIServer) -> None:
+async def test_a_try_that_returned_nothing_does_not_count_as_a_model_call(served: Running, model: OpenAIServer) -> None:
     agent = await served.agents.CreateAgent(v1.CreateAgentRequest(agent=v1.Agent(llm=v1.LlmAgent(max_model_calls=1))))
     made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent=agent.name)))
     model.script(error(500), error(500), reply("Hi"))
@@ -109,9 +109,7 @@ async def test_a_provider_that_asks_for_more_time_than_there_is_is_not_asked_aga
     assert len(model.requests) == 1
 
 
-async def test_a_limit_that_can_never_be_met_is_told_at_once(
-    served: Running, session: str, model: OpenAIServer
-) -> None:
+async def test_a_limit_that_can_never_be_met_fails_at_once(served: Running, session: str, model: OpenAIServer) -> None:
     words = "Rate limit reached on tokens per min (TPM): Limit 10000, Requested 12000."
     model.script(error(429, words, code="rate_limit_exceeded"))
     done = await invoke(served, session)

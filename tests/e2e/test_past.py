@@ -103,7 +103,7 @@ async def test_a_rewind_into_what_was_left_behind_is_refused(served: Running, se
     assert (await rewind(served, session, 1)).last_sequence == 6
 
 
-async def test_a_rewind_wants_a_session_at_rest_and_the_head_it_was_told(
+async def test_a_rewind_needs_a_session_without_an_active_run_and_the_given_head(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     model.script(tool_calls(("weigh", "{}")), reply("Light."))
@@ -154,7 +154,7 @@ async def test_calls_that_were_open_there_are_cancelled(served: Running, session
     await agree(served, session)
 
 
-async def test_a_reply_is_generated_anew_or_the_question_edited(
+async def test_a_reply_is_generated_again_or_the_question_edited(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     """Rewind and start are one commit, and the model is shown what is left."""

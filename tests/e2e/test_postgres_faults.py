@@ -132,9 +132,7 @@ FAULTS: dict[str, Fault] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_fault_of_the_database_is_told_waited_for_and_over(
-    fault: str, place: Place, model: OpenAIServer
-) -> None:
+async def test_a_run_waits_until_a_fault_of_the_database_ends(fault: str, place: Place, model: OpenAIServer) -> None:
     """A write is STORE_UNAVAILABLE. A run whose reply comes meanwhile is neither lost nor failed, its model is asked
     once, and the write is made once when it is repeated."""
     held = asyncio.Event()
@@ -204,7 +202,9 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
     assert cuts >= 3
 
 
-async def test_a_full_disk_is_told_waited_for_and_over(model: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_logged_and_the_run_waits_until_there_is_room(
+    model: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A caller's write is refused, and a run's commit is tried again. Each is made once when there is room, and the
     model is not asked again."""
     long = base64.b64encode(random.Random(0).randbytes(200_000)).decode()

@@ -220,7 +220,7 @@ async def test_a_tool_learns_whether_it_was_declined_or_dismissed(
     assert [decision] == [response.decision for response in resolved(await log_of(served, session))]
 
 
-async def test_a_question_that_nobody_answers_in_time_is_dismissed(served: Running, model: OpenAIServer) -> None:
+async def test_a_question_without_an_answer_in_time_is_dismissed(served: Running, model: OpenAIServer) -> None:
     model.script(tool_calls(("paint", "{}")), reply("Done."))
     session = await session_with(served, of_mcp())
     run = await start(served, session, limits=v1.Limits(input_timeout=Duration(nanos=50_000_000)))
@@ -415,7 +415,7 @@ async def test_a_call_cancelled_alone_takes_its_question_along_and_the_others_go
     assert "DECISION_ANSWER warm" == results_of(model.requests[1])[1]
 
 
-async def test_a_run_that_is_to_end_after_its_turn_awaits_the_tool_and_asks_nobody(
+async def test_a_run_that_is_to_end_after_its_turn_awaits_the_tool_and_asks_no_person(
     served: Running, model: OpenAIServer
 ) -> None:
     """The question is withdrawn at once, the tool is told that nobody chose, and its result is kept."""
@@ -595,7 +595,7 @@ async def test_a_question_that_cannot_be_asked_fails_its_call(
     assert told in results_of(model.requests[1])[0]
 
 
-async def test_what_is_left_of_a_tool_whose_call_is_over_asks_nobody(served: Running, model: OpenAIServer) -> None:
+async def test_a_tool_whose_call_has_ended_cannot_ask(served: Running, model: OpenAIServer) -> None:
     model.script(tool_calls(("keep", "{}")), reply("Done."))
     session = await session_with(served, of_server("keep"))
     assert (await start(served, session)).state == v1.Run.STATE_SUCCEEDED

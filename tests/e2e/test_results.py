@@ -285,7 +285,9 @@ async def test_a_result_is_read_whole_piece_by_piece(served: Running, model: Ope
         ({"result": "{name}", "length": 1}, "page\n[Bytes 0 to 4 of "),
     ],
 )
-async def test_what_cannot_be_read_is_told(served: Running, model: OpenAIServer, arguments: object, told: str) -> None:
+async def test_the_model_reads_why_read_result_failed(
+    served: Running, model: OpenAIServer, arguments: object, told: str
+) -> None:
     names = []
     for _ in range(2):
         session = await opened(served)

@@ -171,7 +171,7 @@ async def test_a_time_that_cannot_be_is_refused(served: Running, agent: str, fie
     assert fields_of(refused.value) == {f"start.new_session.{wrong}"}
 
 
-async def test_a_fork_has_an_end_of_its_own(served: Running, clock: ManualClock) -> None:
+async def test_a_fork_and_its_source_expire_separately(served: Running, clock: ManualClock) -> None:
     """The source's is not its own, and one that cannot be is refused as at a creation."""
     source = await opened(served, ttl=Duration(seconds=60))
     fork = await served.sessions.ForkSession(v1.ForkSessionRequest(name=source.name))

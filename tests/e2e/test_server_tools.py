@@ -260,7 +260,7 @@ async def test_a_call_that_takes_too_long_fails(served: Running, model: OpenAISe
 
 @pytest.mark.parametrize("limit", [None, Duration(seconds=3600)])
 @pytest.mark.parametrize("function", ["crash", "time_out_by_itself"])
-async def test_of_a_defect_the_model_is_told_only_that_the_tool_failed(
+async def test_the_model_reads_only_that_a_tool_with_a_defect_failed(
     served: Running, model: OpenAIServer, function: str, limit: Duration | None
 ) -> None:
     """The server's log has the rest; nothing of it is in the session."""

@@ -792,7 +792,7 @@ class SessionMachine(RuleBasedStateMachine):
     # ---- what always holds
 
     @invariant()
-    def all_that_is_told_is_in_the_log(self) -> None:
+    def everything_sent_is_in_the_log(self) -> None:
         self.do(self.compare_all())
 
     async def compare_all(self) -> None:

@@ -220,7 +220,7 @@ async def test_a_forced_choice_holds_until_its_call_has_an_outcome(
     assert [FORCED] * 3 + ["auto", FORCED] == choices(model)
 
 
-async def test_a_forced_choice_begins_anew_with_what_a_user_says_meanwhile(
+async def test_a_forced_choice_applies_again_after_a_users_message(
     served: Running, forced: str, model: OpenAIServer
 ) -> None:
     """What is said while the call waits is a message of its own behind the call's result."""
@@ -339,7 +339,7 @@ async def test_a_question_is_answered_by_a_person(served: Running, careful: str,
     assert results_of(model.requests[1]) == ["The old one."]
 
 
-async def test_an_answer_of_the_wrong_kind_and_one_that_nobody_waits_for_are_refused(
+async def test_an_answer_of_the_wrong_kind_and_one_without_a_question_are_refused(
     served: Running, careful: str, model: OpenAIServer
 ) -> None:
     model.script(tool_calls(("pay", "{}")))
@@ -623,7 +623,7 @@ async def test_a_run_out_of_time_fails_and_keeps_what_came(served: Running, sess
     assert listed.messages[-1].parts[0].text == "Half"
 
 
-async def test_who_is_not_answered_in_time_is_denied_and_late_calls_fail(
+async def test_approvals_without_an_answer_in_time_are_denied_and_late_calls_fail(
     served: Running, careful: str, session: str, model: OpenAIServer
 ) -> None:
     soon = v1.Limits(input_timeout=Duration(nanos=50_000_000))

@@ -166,7 +166,7 @@ async def test_the_client_takes_a_session_along(served: Running, case: str) -> N
             await client.import_session(pieces[:-1])
 
 
-async def test_a_large_session_is_no_matter_of_memory(tmp_path: Path) -> None:
+async def test_memory_does_not_grow_with_the_session(tmp_path: Path) -> None:
     """It is written and read in pieces, waits on disk, and is not held while its log is replayed."""
     server = await Spawned.start(f"sqlite:{tmp_path / 'large.db'}", tmp_path / "log")
     try:

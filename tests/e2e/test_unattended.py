@@ -429,7 +429,7 @@ async def ended_after(served: Running, run: str, session: str) -> v1.Run:
     return await ended(served, run, session)
 
 
-async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
+async def test_a_cancellation_without_a_request_fails_the_run() -> None:
     """The provider raises it; and a command in which it is raised is answered."""
     model = Model()
     inner = await open_store("memory:", now)
@@ -458,7 +458,7 @@ async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
 # Damage.
 
 
-async def test_one_damaged_session_of_a_hundred_keeps_nobody_from_going_on(tmp_path: Path) -> None:
+async def test_one_damaged_session_of_a_hundred_does_not_stop_the_others(tmp_path: Path) -> None:
     url = f"sqlite:{tmp_path / 'n.db'}"
     before = Model()
     names = [f"s{number}" for number in range(100)]
@@ -558,7 +558,7 @@ async def test_a_start_in_place_of_a_run_that_waits_is_refused_before_anything_i
         assert waits == await rests(served, "one")
 
 
-async def test_waiting_for_a_place_is_no_time_at_work() -> None:
+async def test_waiting_for_a_slot_does_not_count_as_running() -> None:
     """Neither for running_duration nor for Limits.timeout, by a clock that moves only meanwhile."""
     time, model = ManualClock(), Model()
     async with running("memory:", {"model": model}, max_runs=1, clock=time) as served:
@@ -613,7 +613,7 @@ async def prepared_session(served: Running, session: str) -> None:
     await served.sessions.CreateSession(request)
 
 
-async def test_who_waits_for_a_run_hears_of_the_deletion_of_its_session_at_once() -> None:
+async def test_waits_for_a_run_end_at_once_when_its_session_is_deleted() -> None:
     model = Model()
     async with running("memory:", {"model": model}, pace=Pace(poll=3600.0)) as served:
         await prepared(served)

@@ -43,7 +43,7 @@ async def read_all(served: Running) -> None:
     check({op.key: op.set for op in event.state_changed.ops})
 
 
-async def test_what_was_put_is_read_and_told(store_url: str) -> None:
+async def test_values_that_were_put_are_read_and_sent_to_watchers(store_url: str) -> None:
     """In all three scopes; a key that holds an empty map is there, and one that was never put is not."""
     async with running(store_url) as served:
         await put_all(served)

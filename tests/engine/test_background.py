@@ -68,7 +68,7 @@ async def test_what_breaks_every_time_is_given_up() -> None:
     assert (DUTY_TRIES, ["INTERNAL"]) == (duty.tries, told)
 
 
-async def test_what_is_asked_for_meanwhile_is_done_once_more() -> None:
+async def test_work_that_is_requested_while_it_runs_runs_once_more() -> None:
     owner, begun, go_on, twice = Supervisor(str), asyncio.Event(), asyncio.Event(), asyncio.Event()
     done: list[int] = []
 

@@ -161,7 +161,7 @@ async def test_no_task_is_left_once_calls_are_closed(store: Store, clock: Manual
         assert before == asyncio.all_tasks()
 
 
-async def test_a_tool_that_does_not_heed_its_time_out_fails_and_is_left_behind(
+async def test_a_tool_that_ignores_its_time_out_fails_and_is_left_behind(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is owned, named and counted, and what it comes to later counts for nothing."""

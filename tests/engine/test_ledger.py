@@ -16,7 +16,7 @@ from notecase_server.tools.contract import Function
 @pytest.mark.parametrize(
     "arguments", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1e999}', '{"a": -1e999}', "[]", "{'a': 1}", '{"a":' * 9999]
 )
-def test_what_is_not_json_is_no_arguments(arguments: str) -> None:
+def test_text_that_is_not_json_is_not_arguments(arguments: str) -> None:
     """Not even where Python's own parser takes it: callers in other languages get it as JSON."""
     assert arguments_of(v1.ToolCall(arguments=arguments)) is None
 

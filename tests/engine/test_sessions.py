@@ -40,7 +40,7 @@ async def test_a_session_here_is_one_and_hears_of_each_write_to_it(store: Store,
         others.cancel()
 
 
-async def test_a_change_of_the_app_is_told_to_every_session_here(store: Store, clock: ManualClock) -> None:
+async def test_a_change_of_the_app_is_sent_to_every_session_here(store: Store, clock: ManualClock) -> None:
     async with house(store, clock) as rooms:
         lives = [rooms.sessions.live(key) for key in await rooms.prepare("s", "t")]
         once = rooms.sessions.record(None, TENANT, Answer("state"))
@@ -50,7 +50,7 @@ async def test_a_change_of_the_app_is_told_to_every_session_here(store: Store, c
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("mode", [Mode.AFTER, Mode.PASSING])
-async def test_nobody_decides_before_it_is_known_what_a_commit_made(
+async def test_nothing_is_decided_before_the_outcome_of_a_commit_is_known(
     store: Store, clock: ManualClock, mode: Mode
 ) -> None:
     """What follows the commit comes first, once, and only where it was made; then what was put off until it is
@@ -79,7 +79,7 @@ async def test_nobody_decides_before_it_is_known_what_a_commit_made(
 
 
 @pytest.mark.parametrize("mode", [Mode.AFTER, Mode.PASSING])
-async def test_a_write_whose_answer_is_lost_is_told_as_made_where_it_was(
+async def test_a_write_whose_answer_is_lost_is_announced_if_it_was_made(
     store: Store, clock: ManualClock, mode: Mode
 ) -> None:
     failing = Failing(store, "delete_session", mode)

@@ -67,7 +67,7 @@ async def test_a_duty_that_breaks_each_time_is_given_up(supervised: Supervisor) 
     assert v1.ERROR_REASON_INTERNAL == duty.refusal.reason
 
 
-async def test_a_duty_that_is_asked_for_meanwhile_is_done_once_more(supervised: Supervisor) -> None:
+async def test_a_duty_that_is_requested_while_it_runs_runs_once_more(supervised: Supervisor) -> None:
     first, second = Duty(), Duty()
     supervised.duty("a duty", 1, first.act, first.refused)
     supervised.duty("a duty", 1, second.act, second.refused)
@@ -100,7 +100,7 @@ async def test_work_is_carried_to_its_end_without_its_caller(supervised: Supervi
     await done.wait()
 
 
-async def test_the_caller_of_work_that_is_cancelled_is_told(supervised: Supervisor) -> None:
+async def test_the_caller_of_cancelled_work_gets_an_error(supervised: Supervisor) -> None:
     async def odd() -> None:
         raise asyncio.CancelledError
 

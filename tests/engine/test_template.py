@@ -196,7 +196,7 @@ def test_keys_are_what_a_render_may_read(
         ("{% for a in list %}{% for b in forloop %}{% endfor %}x{% endfor %}", "its values cannot be combined"),
     ],
 )
-def test_a_faulty_template_is_told_what_and_where(source: str, told: str) -> None:
+def test_the_error_of_a_faulty_template_says_what_is_wrong_and_where(source: str, told: str) -> None:
     assert told in failure(source, {"x": "secret", "list": [1, 2], "huge": 1e300 * 1e10})
 
 

@@ -50,7 +50,7 @@ async def deleted(rooms: House, key: SessionKey) -> None:
 
 @pytest.mark.parametrize("followed", [False, True])
 @pytest.mark.parametrize("way", [answered, deleted])
-def test_nobody_watches_over_a_run_that_is_gone(way: Any, followed: bool) -> None:
+def test_the_task_that_watches_a_run_ends_with_it(way: Any, followed: bool) -> None:
     """One task watches over it, however often it gets a worker, and ends with it: no hour later, and no poll later."""
 
     async def watched() -> tuple[int, float]:

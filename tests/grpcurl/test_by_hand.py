@@ -201,7 +201,7 @@ async def test_every_kind_of_symbol_can_be_described(terminal: Terminal, symbol:
     assert f" is {kind}:" in (await terminal.print("describe", symbol)).splitlines()[0]
 
 
-async def test_health_is_told_for_the_server_and_each_service(terminal: Terminal) -> None:
+async def test_health_is_reported_for_the_server_and_each_service(terminal: Terminal) -> None:
     for service in ["", *sorted(NOTECASE)]:
         flags = ("-d", json.dumps({"service": service}))
         assert json.loads(await terminal.print("grpc.health.v1.Health/Check", flags=flags)) == {"status": "SERVING"}

@@ -357,7 +357,7 @@ class TestEnvironment:
     @pytest.mark.filterwarnings(
         "ignore:.*proxy_auth.* is deprecated", "ignore:BasicAuth is deprecated"
     )  # the SDK's way
-    async def test_a_proxy_with_a_password_is_told_it_and_the_provider_is_not(
+    async def test_the_password_of_a_proxy_is_sent_to_it_and_not_to_the_provider(
         self, server: Recorder, proxy: Recorder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HTTP_PROXY", f"http://me:p%40ss@127.0.0.1:{proxy.port}")

@@ -351,7 +351,7 @@ class TestRequest:
         assert 2**53 + 1 == server.requests[0]["seed"]
 
     @pytest.mark.parametrize("extra", ["[]", "{", "7", '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' + "[" * 100_000])
-    async def test_extra_that_is_no_json_object_is_a_model_error(self, provider: OpenAIProvider, extra: str) -> None:
+    async def test_extra_that_is_not_a_json_object_is_a_model_error(self, provider: OpenAIProvider, extra: str) -> None:
         assert v1.ERROR_REASON_MODEL_ERROR == (await failure(provider, ask(extra=extra))).reason
 
     async def test_no_model_to_ask_is_a_model_error(self, server: OpenAIServer) -> None:

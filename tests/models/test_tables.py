@@ -599,7 +599,7 @@ def test_a_mark_before_a_refusal_is_none_of_it() -> None:
     assert told_by_body(b"\xef\xbb\xbf" + body) == told_by_body(body)
 
 
-def test_numbers_without_end_are_no_numbers() -> None:
+def test_numbers_that_are_too_long_to_read_are_ignored() -> None:
     """Python reads none of that length."""
     endless = "9" * 5000
     assert not error_table.is_never_met(f"Limit {endless}, Requested 5")
@@ -644,7 +644,7 @@ def test_beginnings_of_content(data: bytes, media_type: str, filename: str) -> N
 
 
 @pytest.mark.parametrize(("name", "media_type"), AUDIO)
-def test_formats_that_audio_is_asked_for_in(name: str, media_type: str) -> None:
+def test_formats_in_which_audio_is_requested(name: str, media_type: str) -> None:
     assert media_type == heard(name)
 
 

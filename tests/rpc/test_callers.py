@@ -107,7 +107,7 @@ async def test_without_authenticators_a_caller_is_the_admin_of_one_tenant() -> N
         assert "" == await reason(served.sessions.EraseUser(request, metadata=(("authorization", "Bearer x"),)))
 
 
-async def test_a_refused_upload_is_told_why() -> None:
+async def test_a_refused_upload_gets_the_reason() -> None:
     """Although its caller writes on."""
 
     async def chunks() -> AsyncIterator[v1.UploadBlobRequest]:
@@ -370,7 +370,7 @@ async def test_a_call_that_waits_ends_as_a_stream_does(method: str, monkeypatch:
             assert v1.Run.STATE_SUCCEEDED == (await served.runs.WaitRun(waited, metadata=other)).state
 
 
-async def test_a_caller_is_told_what_its_credential_says() -> None:
+async def test_a_caller_can_read_what_its_credential_says() -> None:
     """So that a program can tell beforehand what it may do; without credentials everybody may do everything."""
     for principal in (who(Role.DEVELOPER), who(Role.USER, user="ada")):
         async with serving() as served:

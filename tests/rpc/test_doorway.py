@@ -81,7 +81,7 @@ async def test_garbage_is_an_invalid_argument_to_every_service(method: str, fram
 
 
 @pytest.mark.parametrize("method", ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
-async def test_what_is_too_large_is_told_to_every_service(method: str) -> None:
+async def test_every_service_refuses_requests_that_are_too_large(method: str) -> None:
     frame = health_pb2.HealthCheckRequest(service="x" * (5 << 20)).SerializeToString()
     async with running() as served:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -140,7 +140,7 @@ async def test_health_is_not_serving_while_the_probe_breaks(monkeypatch: pytest.
         watching.cancel()
 
 
-def test_a_caller_is_told_that_the_disk_is_full() -> None:
+def test_a_full_disk_is_reported_to_callers() -> None:
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorname = "SQLITE_FULL"
     with capture_logs() as lines:
@@ -239,7 +239,7 @@ that is empty they say themselves when they have begun."""
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_call_that_the_stop_of_the_server_cuts_is_told_so(call: str) -> None:
+async def test_a_call_that_is_cut_by_the_stop_of_the_server_gets_that_reason(call: str) -> None:
     make, method = CALLS[call]
     begun = asyncio.Event()
 

@@ -115,7 +115,7 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
         ("user = " + "é" * 1024, "longer than 2048 bytes"),
     ],
 )
-def test_what_is_no_filter_is_refused_with_its_position(text: str, told: str) -> None:
+def test_an_invalid_filter_is_refused_with_the_position(text: str, told: str) -> None:
     assert told == violation(text)
 
 

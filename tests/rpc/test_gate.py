@@ -97,7 +97,7 @@ async def test_probes_are_bounded_and_take_no_places_of_callers(monkeypatch: pyt
         assert await third.Watch(request).read()
 
 
-async def test_a_watcher_of_health_that_reads_nothing_keeps_nobody_waiting() -> None:
+async def test_a_watcher_of_health_that_reads_nothing_delays_no_other_caller() -> None:
     """Neither other watchers nor the stop of the server."""
     status = health_pb2.HealthCheckResponse
     async with running(grace=0.1) as served, Deaf(served.address, window=0) as deaf:
@@ -110,7 +110,7 @@ async def test_a_watcher_of_health_that_reads_nothing_keeps_nobody_waiting() -> 
         assert status.NOT_SERVING == (await watching.read()).status
 
 
-async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waiting() -> None:
+async def test_unread_answers_are_limited_and_delay_no_other_caller() -> None:
     """One of a megabyte waits; the others are refused before they do, and the calls after them before they are made."""
     async with running(max_unread_bytes=8 << 20) as served, connection(served) as other:
         await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
@@ -143,7 +143,7 @@ async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waitin
         assert 2 == len(listed["list"].value.list_value.values), "the second was refused before it did anything"
 
 
-async def test_a_stream_beside_which_too_much_waits_ends_as_too_slow() -> None:
+async def test_a_stream_ends_as_too_slow_when_too_much_waits_on_its_connection() -> None:
     async with running(max_unread_bytes=8 << 20) as served:
         await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
         for _ in range(4):

@@ -204,7 +204,7 @@ async def test_a_tenant_that_is_removed_meanwhile_ends_its_export_with_an_error(
     assert "TENANT_NOT_FOUND" == await refusal(served)
 
 
-async def test_the_audits_of_the_tenant_and_of_operators_tell_of_it(served: Running) -> None:
+async def test_the_audits_of_the_tenant_and_of_operators_have_it(served: Running) -> None:
     """Before anything is sent; of an export that is refused they tell nothing."""
     assert "TENANT_NOT_FOUND" == await refusal(served, name="tenants/unknown")
     assert "INVALID_FIELD" == await refusal(served, name="acme")

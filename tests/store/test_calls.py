@@ -99,7 +99,7 @@ async def test_of_two_results_in_one_commit_neither_is_kept(calling: Store) -> N
 
 
 @pytest.mark.parametrize("call_id", ["nobody", ""])
-async def test_a_call_that_nobody_asked_for_is_not_pending(calling: Store, call_id: str) -> None:
+async def test_a_call_that_was_never_made_is_not_pending(calling: Store, call_id: str) -> None:
     for event in (dispatched(call_id, "r1"), finished(call_id, "r1")):
         with refused("CALL_NOT_PENDING"):
             await add(calling, event)
@@ -126,7 +126,7 @@ async def test_a_call_that_is_run_again_counts_once_and_keeps_its_last_attempt(
     assert (pending.attempt, pending.start_time.ToMicroseconds()) == (2, clock.now)
 
 
-async def test_who_is_asked_is_asked_until_somebody_answers(calling: Store) -> None:
+async def test_a_user_is_asked_until_somebody_answers(calling: Store) -> None:
     first, second = asked("i1", "c1", "r1"), asked("i2", "c2", "r1")
     committed = await add(calling, first, second)
     assert list(committed.runs["r1"].pending_inputs) == [first.input_requested, second.input_requested]

@@ -334,7 +334,7 @@ async def test_each_who_uploads_a_blob_is_recorded_with_it(store: Store, clock: 
 
 
 @looks_inside
-async def test_who_completes_an_upload_of_new_content_is_recorded(store: Store, clock: ManualClock) -> None:
+async def test_the_caller_who_completes_an_upload_of_new_content_is_recorded(store: Store, clock: ManualClock) -> None:
     sha256 = hashlib.sha256(b"new").hexdigest()
     await store.open_upload("acme", "u1", clock.now + 100)
     await store.add_chunk("acme", "u1", 0, b"new")

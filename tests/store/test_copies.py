@@ -158,7 +158,7 @@ async def test_no_transaction_writes_more_than_its_bound_of_rows_and_of_bytes(st
     assert len(written) < 3 * (before.rows // copies.COPY_ROWS + before.size // copies.COPY_BYTES)
 
 
-async def test_an_import_is_replayed_in_small_pieces_that_nobody_holds(store: Store) -> None:
+async def test_an_import_is_replayed_in_small_pieces_that_are_not_kept(store: Store) -> None:
     """However long the log is; each piece stands on the rows of those before it."""
     await create(store)
     for number in range(10):

@@ -312,7 +312,7 @@ async def waits_for_a_lock(connection: Any) -> None:
 # ---- other writers
 
 
-async def test_a_commit_whose_session_has_changed_since_it_was_read_is_made_anew(
+async def test_a_commit_whose_session_has_changed_since_it_was_read_is_repeated(
     store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await create(store)
@@ -329,7 +329,7 @@ async def test_a_commit_whose_session_has_changed_since_it_was_read_is_made_anew
 
 
 @pytest.mark.parametrize("scope", [USER_STATE, APP_STATE], ids=lambda scope: scope.kind)
-async def test_a_commit_whose_state_has_changed_since_it_was_read_is_made_anew(
+async def test_a_commit_whose_state_has_changed_since_it_was_read_is_repeated(
     store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch, scope: Scope
 ) -> None:
     """Also the first time that anybody writes to it."""
@@ -467,7 +467,7 @@ async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_a
     "code",
     ["08006", "25006", "40001", "53100", "53300", "55P03", "57014", "57P01", "57P02", "57P03", "42501", "58030"],
 )
-async def test_a_failure_that_passes_is_told_as_one(store: PostgresStore, code: str) -> None:
+async def test_a_transient_failure_is_reported_as_one(store: PostgresStore, code: str) -> None:
     with refused("STORE_UNAVAILABLE") as told:
         await store._write(lambda tables, _: raise_sqlstate(tables, code))
     assert ("disk" in str(told.value)) == (code == "53100")
@@ -614,7 +614,7 @@ async def test_a_commit_that_was_said_not_to_be_made_is_never_made(url: str, clo
         await store.close()
 
 
-async def test_a_raise_of_the_fence_that_arrives_late_deposes_nobody(url: str, clock: ManualClock) -> None:
+async def test_a_raise_of_the_fence_that_arrives_late_replaces_no_owner(url: str, clock: ManualClock) -> None:
     """The store that sent it has gone by a later one since, and writes on."""
     async with PostgresProxy(url) as proxy:
         store = await PostgresStore.open(proxy.url, clock, connections=2)
@@ -1037,7 +1037,7 @@ async def test_an_older_schema_is_refused_or_brought_up_to_date(
     await connection.close()
 
 
-async def test_a_user_who_may_create_nothing_is_told_so(clock: ManualClock) -> None:
+async def test_the_error_says_that_the_user_may_not_create_tables(clock: ManualClock) -> None:
     url = await postgres.shared().new_database()
     connection = await asyncpg.connect(url)
     await connection.execute("DROP ROLE IF EXISTS guest")

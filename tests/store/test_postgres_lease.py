@@ -296,7 +296,7 @@ async def test_a_renewal_of_sessions_under_an_old_fence_changes_nothing(
     await store.close()
 
 
-async def test_nobody_becomes_the_owner_while_sessions_are_renewed(
+async def test_no_server_becomes_the_owner_while_sessions_are_renewed(
     url: str, clock: ManualClock, beside: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = await PostgresStore.open(url, clock)
@@ -345,7 +345,7 @@ async def test_a_copy_under_an_old_fence_writes_nothing(url: str, beside: Any) -
     await beside.execute("DROP TABLE unfinished_copy")
 
 
-async def test_a_copy_that_is_complete_is_no_failure_when_it_cannot_be_analyzed(url: str, beside: Any) -> None:
+async def test_a_complete_copy_that_cannot_be_analyzed_is_not_a_failure(url: str, beside: Any) -> None:
     def cut(kind: str, body: bytes) -> None:
         if kind == "Q" and b"ANALYZE" in body:
             proxy.cut()

@@ -196,7 +196,7 @@ async def test_an_erased_users_state_refers_to_no_blob_any_more(store: Store, cl
     assert await store.get_blob("acme", held) is None
 
 
-async def test_a_fork_does_not_expire_with_its_source_but_as_it_is_told(store: Store, clock: ManualClock) -> None:
+async def test_a_fork_has_the_expiry_in_its_request_and_not_its_sources(store: Store, clock: ManualClock) -> None:
     await create(store, ttl=Duration(seconds=60))
     await add(store, said("m1"))
     past = await store.read_past(KEY, 1)

@@ -250,14 +250,14 @@ async def test_a_database_of_another_program_is_refused_and_left_alone(path: Pat
     assert path.read_bytes() == before
 
 
-async def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+async def test_a_file_that_is_not_a_database_is_refused_and_not_changed(path: Path) -> None:
     path.write_text("Dear diary, " * 1000)
     before = path.read_bytes()
     assert "not a SQLite database" in await refusal(path)
     assert path.read_bytes() == before
 
 
-async def test_a_directory_is_no_store_and_a_missing_one_is_named(tmp_path: Path) -> None:
+async def test_a_directory_is_not_a_store_and_a_missing_one_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path} cannot be opened for writing" in await refusal(tmp_path)
     assert f"The directory {tmp_path / 'none'} does not exist" in await refusal(tmp_path / "none" / "store.db")
 

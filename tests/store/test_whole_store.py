@@ -412,7 +412,7 @@ async def exports(served: Running, tenant: str) -> dict[str, bytes]:
     return found
 
 
-async def test_callers_of_a_renewed_store_begin_anew(path: Path) -> None:
+async def test_callers_of_a_renewed_store_read_sessions_again(path: Path) -> None:
     """Every session exports as the bytes it was. A cursor and an etag from before are refused, and a request that is
     repeated is answered with the new uid."""
     metadata = ((TENANT, "acme"),)

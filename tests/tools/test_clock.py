@@ -31,7 +31,7 @@ async def test_it_stands_still_while_anybody_waits_and_goes_on_afterwards() -> N
 
 
 @pytest.mark.parametrize("seconds", [None, SECONDS])
-async def test_who_waits_longer_than_the_call_does_no_harm(seconds: float | None) -> None:
+async def test_a_pause_that_ends_after_the_call_is_harmless(seconds: float | None) -> None:
     clock = Clock(seconds)
     async with clock:
         pause = clock.paused()

@@ -30,7 +30,7 @@ def text(said: str) -> Outcome:
     return Outcome([v1.Part(text=said)])
 
 
-def test_the_model_is_told_the_docstring_and_a_schema_of_the_annotations() -> None:
+def test_the_model_gets_the_docstring_and_a_schema_of_the_annotations() -> None:
     """And nothing else: no context, no titles that repeat a name, no place for arguments that are not there."""
     assert "Looks for a thing.\n\nIn every drawer." == TOOLS["find"].description
     place = {
@@ -96,9 +96,7 @@ async def test_any_parameter_name_is_allowed() -> None:
         ({"what": "", "place": {"name": ""}, "kind": "x"}, 'kind must be one of ["letter", "key"], not "x"'),
     ],
 )
-async def test_arguments_that_do_not_fit_are_told_to_the_model_in_a_sentence(
-    arguments: dict[str, Any], told: str
-) -> None:
+async def test_the_model_reads_in_a_sentence_which_arguments_do_not_fit(arguments: dict[str, Any], told: str) -> None:
     assert Outcome(error=f"The arguments do not fit: {told}.") == await TOOLS["find"].call(arguments, context())
 
 
@@ -167,7 +165,7 @@ async def test_media_may_be_larger_than_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["fail", "fail_in_thread"])
-async def test_a_failure_is_told_to_the_model_and_any_other_exception_is_a_defect(name: str) -> None:
+async def test_the_model_reads_a_failure_and_any_other_exception_is_a_defect(name: str) -> None:
     """Also what would end the loop, or the call as nobody asked: SystemExit, StopIteration, a cancellation."""
     assert Outcome(error="The drawer is locked.") == await call(name, kind="failure")
     assert MAX_ERROR + 1 == len((await call(name, kind="novel")).error)

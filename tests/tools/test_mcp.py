@@ -165,13 +165,13 @@ async def test_calls_run_side_by_side_and_each_gets_its_own_answer(box: Toolbox,
     await asyncio.wait([waiting])
 
 
-async def test_the_list_of_tools_is_asked_for_once(box: Toolbox) -> None:
+async def test_the_list_of_tools_is_requested_once(box: Toolbox) -> None:
     before = await call(box, "listings")
     await resolved(box)
     assert before == await call(box, "listings")
 
 
-async def test_a_tool_that_comes_later_is_found_at_once_where_the_server_tells_of_it(box: Toolbox) -> None:
+async def test_a_tool_that_is_added_later_is_found_at_once_if_the_server_announces_it(box: Toolbox) -> None:
     """The list is kept, and asked for again on the server's notice."""
     name = f"grown_{uuid.uuid4().hex}"
     assert name not in await resolved(box)
@@ -257,7 +257,7 @@ async def test_a_session_that_the_server_forgot_is_opened_again(facts: asyncio.Q
     served.kill()
 
 
-async def test_a_list_is_asked_for_again_where_the_connection_proves_to_be_lost(
+async def test_a_list_is_requested_again_when_the_connection_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("notecase_server.tools.mcp.LIST_SECONDS", 0)
@@ -292,7 +292,7 @@ async def test_a_process_has_what_the_operator_gave_it_and_none_of_this_ones_sec
     assert set() == set(held) - basics - python - {"TOKEN"}
 
 
-async def test_what_a_process_prints_beside_its_messages_reaches_no_log(
+async def test_other_output_of_a_process_is_not_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The protocol's library would quote it; the operator may have it in a file."""
@@ -431,7 +431,7 @@ async def test_over_pipes_that_tell_nothing_only_the_calls_of_one_run_may_ask(wi
         assert Outcome([v1.Part(text="accept red")]) == await box.call(paint, {}, replace(other, pose=pose))
 
 
-async def test_a_question_that_was_taken_for_another_calls_is_asked_anew_when_that_has_ended(witness: Witness) -> None:
+async def test_a_question_that_was_taken_for_another_calls_is_asked_again_when_that_has_ended(witness: Witness) -> None:
     async def pose(question: str, schema: str) -> v1.InputResponse:
         return ANSWERS["accept red"]
 
@@ -524,7 +524,7 @@ async def test_a_call_that_takes_longer_than_its_server_is_given_fails_and_is_ca
     assert began.done()
 
 
-async def test_closing_ends_the_process_and_the_calls_and_whoever_comes_later(witness: Witness) -> None:
+async def test_closing_ends_the_process_and_the_calls_and_refuses_later_ones(witness: Witness) -> None:
     async with tools(stdio()) as box:
         waiting = asyncio.create_task(call(box, "wait", witness=witness.path))
         pid = int((await witness.heard()).removeprefix("started "))

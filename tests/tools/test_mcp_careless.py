@@ -102,7 +102,7 @@ async def test_a_run_has_a_bounded_number_of_tools_of_a_server_that_lists_more(m
 
 
 @pytest.mark.parametrize("code", [-32000, -32001, -32700])
-async def test_an_error_of_the_server_is_told_in_its_words_whatever_its_code(code: int) -> None:
+async def test_an_error_of_the_server_is_reported_in_its_words_whatever_its_code(code: int) -> None:
     """The library uses the first two itself, for what is lost and what takes too long."""
     body = b'{"jsonrpc":"2.0","id":ASKED,"error":{"code":%d,"message":"There is no such city."}}' % code
     async with Lists(lambda cursor: {"tools": [T]}, body).box() as box:
