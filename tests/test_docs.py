@@ -55,7 +55,8 @@ def calls() -> list[tuple[str, str]]:
 
 
 def told(output: str) -> list[Any]:
-    """What an output says, without what no two runs have alike: ids, times, and how the events fell into batches."""
+    """Returns the content of an output without what differs between runs: ids, times, and how the events fell into
+    batches."""
     try:
         documents = list(_documents(CHANGING.sub("", output)))
     except ValueError:
@@ -66,7 +67,7 @@ def told(output: str) -> list[Any]:
 
 
 def _found(text: str) -> list[str]:
-    """What may be named in later calls, too."""
+    """Returns values that later calls may name."""
     return [found.group() for found in CHANGING.finditer(text) if not found.group().isdigit()]
 
 
@@ -206,7 +207,7 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
 def prose(page: Path) -> str:
-    """The page without what stands in code."""
+    """Returns the page without its code."""
     return re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 

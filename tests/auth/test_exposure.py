@@ -1,4 +1,5 @@
-"""Where a server may be reached, and what it takes: all that is wrong is told at once, each by its option."""
+"""The addresses on which a server may listen, and the options that each needs: all mistakes are reported at once, each
+with its option."""
 
 import asyncio
 import json
@@ -112,7 +113,7 @@ async def test_all_mistakes_are_reported_at_once_with_their_options(folder: Path
 
 
 async def test_a_server_has_a_port_with_tls_and_one_for_client_certificates(folder: Path, tmp_path: Path) -> None:
-    """And each start without credentials beyond this machine is told in the log."""
+    """The log has a warning at each start without credentials on an address that other machines can reach."""
     served = await Spawned.start(
         "memory:",
         tmp_path / "log",

@@ -181,7 +181,7 @@ async def test_a_key_that_is_revoked_while_it_is_looked_up_is_not_remembered(
         return row
 
     monkeypatch.setattr(scene.store, "find_key", slowly)
-    assert await scene.is_let_in(token)  # it was let in before it was revoked
+    assert await scene.is_let_in(token)  # it was accepted before it was revoked
     monkeypatch.setattr(scene.store, "find_key", find)
     assert not await scene.is_let_in(token)
     assert key_id
@@ -236,7 +236,7 @@ async def test_keys_that_are_known_are_bounded(scene: Scene, monkeypatch: pytest
 
 
 async def test_wrong_keys_cost_no_look_into_the_store(scene: Scene) -> None:
-    """However many there are; and a right one is let in between them."""
+    """However many there are; a valid key is accepted between them."""
     key_id, right = await scene.make()
     elsewhere = Keys(Counting(scene.clock), lambda: key_id, scene.clock, lambda: 0.0)
     _, others = await elsewhere.create("acme", v1.Key(role=v1.Key.ROLE_ADMIN))

@@ -14,7 +14,7 @@ from tests.store.build import ManualClock
 
 
 class Counted(MemoryStore):
-    """Counts the writes, and makes each wait while it is told to."""
+    """Counts the writes, and can make each of them wait."""
 
     def __init__(self) -> None:
         super().__init__(ManualClock())

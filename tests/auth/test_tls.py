@@ -43,7 +43,7 @@ def files(tmp_path: Path, authority: Authority) -> dict[str, Any]:
 
 
 async def served_certificate(port: int) -> x509.Certificate:
-    """The one that a connection of its own is shown."""
+    """Returns the certificate that a new connection gets."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -145,7 +145,7 @@ def test_all_files_of_tls_that_cannot_be_used_are_reported_at_once(tmp_path: Pat
 
 @pytest.mark.parametrize("key", [ed448.Ed448PrivateKey.generate(), ec.generate_private_key(ec.SECP256K1())])
 def test_a_key_that_grpc_does_not_know_is_refused(tmp_path: Path, authority: Authority, key: Any) -> None:
-    """Here, since gRPC tells of it only that it cannot bind to the address."""
+    """The server says so itself, since gRPC only says that it cannot bind to the address."""
     files = authority.issue(key=key).write(tmp_path)
     with pytest.raises(SettingsError, match="is of a kind that gRPC does not know"):
         read_identity(*files, None, now)

@@ -35,11 +35,11 @@ class Setting:
         self.now = float(NOW)
         self.tasks = Tasks("test")
         self.unavailable: list[str] = []
-        """What the log has told of keys that could not be fetched, while tokens were refused."""
+        """Returns the log lines about keys that could not be fetched, and checks that tokens were refused."""
         self.judge()
 
     def judge(self, **others: Any) -> None:
-        """Begins anew with further settings of the issuer."""
+        """Starts again with more settings of the issuer."""
         given = {"tenant": "acme", "role": Role.USER, "jwks_url": self.server.url, "algorithms": ("ES256", "RS256")}
         settings = IssuerSettings(**{"issuer": ISSUER, "audiences": ("notecase",), **given, **others})
         self.tokens = Tokens([settings], self.tasks, lambda: round(self.now * 1e6), lambda: self.now)

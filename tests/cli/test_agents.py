@@ -1,4 +1,5 @@
-"""Agents as files: applied whole or not at all, again without an effect, with every mistake told by its line."""
+"""Agents as files: applied completely or not at all; a repeat changes nothing; every mistake is reported with its
+line."""
 
 import json
 import re
@@ -222,7 +223,7 @@ async def test_an_edit_that_comes_too_late_is_kept(
 
 
 async def test_an_agent_is_created_edited_and_deleted(served: Running, tmp_path: Path) -> None:
-    """The editor is any program; what is wrong is told and edited again."""
+    """The editor may be any program; mistakes are shown, and the text can be edited again."""
     env = {"NOTECASE_ADDRESS": served.address}
     done = await notecase("agents", "create", "tutor", "--instruction", "-", "--model", "m", said="Teach.", env=env)
     assert (0, "agents/tutor\n", "") == tuple(done)

@@ -37,7 +37,7 @@ async def appended(channel: grpc.aio.Channel, session: str, heads: dict[str, int
 
 
 async def logs(path: Path) -> dict[str, list[v1.Event]]:
-    """All of a copy, read as a store of its own."""
+    """Returns all data of a copy, which is opened as a store."""
     store = await SqliteStore.open(path, ManualClock())
     found: dict[str, list[v1.Event]] = {}
     for number in range(WRITERS):
@@ -82,7 +82,7 @@ async def test_a_store_is_copied_while_its_server_writes(spawned: Spawned, tmp_p
 
 
 async def test_a_copy_replaces_a_file_only_with_force(spawned: Spawned, tmp_path: Path) -> None:
-    """And leaves nothing beside itself."""
+    """It leaves no other file next to it."""
     store, copy = f"sqlite:{tmp_path / 'store.db'}", tmp_path / "backups" / "copy.db"
     copy.parent.mkdir()
     copy.write_text("mine")

@@ -100,7 +100,7 @@ async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None
 
 
 async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
-    """Once, also if the run fails; what is no file is told, and nothing is lost by it."""
+    """It is sent once, even if the run fails; a path that is not a file is reported, and nothing is lost."""
     plan = tmp_path / "plan.pdf"
     plan.write_bytes(b"%PDF-1.7")
     (tmp_path / "unknown").write_bytes(b"\xff")

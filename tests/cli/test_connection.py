@@ -17,7 +17,7 @@ from tests.support.server import running
 
 
 class ByToken:
-    """Takes whoever has the one token."""
+    """Accepts only callers with this token."""
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         known = metadata.get("authorization") == "Bearer secret-1"

@@ -148,7 +148,7 @@ async def test_a_file_is_put_and_read_back(served: Running, client: Client, case
 
 
 async def test_a_put_prints_the_version_that_the_next_one_can_ask_for(served: Running, client: Client) -> None:
-    """Of two who saw the same version one is told the current one."""
+    """Of two writers with the same version, one gets an error with the current version."""
     there = {"NOTECASE_ADDRESS": served.address}
     version = "0"
     for value in ("first", "second"):
@@ -215,7 +215,7 @@ async def test_a_cut_loses_no_change_of_any_scope(served: Running, client: Clien
     async with Proxy(served.address) as proxy, watching(proxy.address, case) as watch:
         await client.put_state("users/ada", "kept", 2)
         assert 2 == (await watch.next())["set"]
-        proxy.deaf = True  # what is told now is lost
+        proxy.deaf = True  # changes of this moment are lost
         await client.put_state(case, "seen", 4)
         remove = v1.StateOp(key="gone", remove=Empty())
         await client.state.UpdateState(v1.UpdateStateRequest(name="users/ada/state", ops=[remove]))

@@ -1,4 +1,4 @@
-"""The menu, on a pseudo-terminal of its own."""
+"""The menu, on a separate pseudo-terminal."""
 
 import os
 import pty

@@ -1,4 +1,5 @@
-"""What a run waits for is shown and answered: in a conversation at a terminal, and by commands of their own."""
+"""Approvals, questions and calls that a run waits for are shown and answered: in a conversation at a terminal, and by
+separate commands."""
 
 import asyncio
 import json
@@ -137,7 +138,7 @@ async def test_arguments_are_edited_and_a_call_is_denied_with_a_reason(served: R
 
 
 async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.Agent) -> None:
-    """Ctrl-C at a question leaves it; the command to answer it is told, and the next chat asks it again."""
+    """Ctrl-C at a question leaves it open; the command that answers it is printed, and the next chat asks it again."""
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type('/call ask_user {"question": "Which city?"}\r')
@@ -317,7 +318,7 @@ async def test_a_program_with_the_tool_answers_and_no_user_is_asked(served: Runn
 
 
 async def test_in_a_pipe_a_run_that_waits_ends_the_command(served: Running, clerk: v1.Agent) -> None:
-    """With an exit code of its own, and the command that answers it."""
+    """The exit code is 3, and the command that answers is printed."""
     for said, told in (
         ('/call ask_user {"question": "Which city?"}', "Which city? Answer with `notecase answer"),
         ("/call pay {}", "`notecase approve"),
@@ -475,7 +476,8 @@ async def book(context: CallContext, nested: bool = False) -> str:
 
 
 async def test_a_tools_question_is_a_form() -> None:
-    """Its members are asked one by one; what does not fit is told and asked again; it can be declined and dismissed."""
+    """Its members are asked for one by one; an invalid answer is reported and asked for again; the question can be
+    declined and dismissed."""
     async with running(toolbox=make_toolbox((__name__,), {})) as served:
         booking = v1.Tool(name="book", server=v1.ServerTool(function="book"))
         agent = v1.Agent(llm=v1.LlmAgent(tools=[booking]))

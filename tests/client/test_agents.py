@@ -68,7 +68,7 @@ async def test_a_revision_is_asked_with_functions_that_it_does_not_have(client: 
 async def test_a_run_that_another_process_repeats_in_a_session_is_the_same(
     client: Client, session: str, served: Running, model: OpenAIServer
 ) -> None:
-    """Without a session each start is a run in a session of its own: other users may have chosen the same run_id."""
+    """Without a session each start is a run in a new session: other users may have chosen the same run_id."""
     model.script(reply("Once."), *[reply("Apart.")] * 2)
     async with Client(served.address) as other:
         once, again = [await one.invoke("Work", session=session, run_id="job-42") for one in (client, other)]
@@ -210,7 +210,7 @@ async def test_a_run_may_differ_from_its_agent(client: Client, model: OpenAIServ
 
 
 async def test_choices_are_words(client: Client, session: str, model: OpenAIServer) -> None:
-    """Of a wrong one the right ones are told, before anything is sent."""
+    """The error for a wrong one lists the valid ones, and nothing is sent."""
     release = asyncio.Event()
     model.script(reply("One.").held(release, 0), reply("More."), reply("Two."))
     async with client.run("One", session=session) as run:
@@ -291,7 +291,7 @@ async def test_lists_go_on_over_their_pages(client: Client, monkeypatch: pytest.
 
 
 async def test_fields_are_named_as_the_caller_wrote_them(client: Client) -> None:
-    """Where they stand in the request is the client's affair."""
+    """Their paths within the request are hidden from the caller."""
     with pytest.raises(NotecaseError) as put:
         await client.put_agent("A b", "{{", max_model_calls=-1)
     with pytest.raises(NotecaseError) as created:

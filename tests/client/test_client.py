@@ -46,7 +46,8 @@ def durable(events: list[v1.Event]) -> list[v1.Event]:
 
 
 async def test_a_conversation_reads_as_in_the_readme(client: Client, model: OpenAIServer) -> None:
-    """Open a session with a note, hear a reply as it comes, put a note, ask again: the next reply is told of it."""
+    """Open a session with a note, hear a reply as it comes, put a note, ask again: the model of the next reply gets
+    it."""
     model.script(reply("At the harbour, près du quai. 🎻", chunks=7), reply("Still there."))
     session = await client.create_session(agent="agents/detective", state={"case": "The missing violin"})
     async with client.run("Where was it last seen?", session=session.name) as run:
@@ -277,7 +278,7 @@ async def test_a_timeout_while_waiting_for_an_event_loses_none(
 async def test_a_cut_connection_is_mended_without_gap_or_repeat(
     client: Client, session: str, served: Running, model: OpenAIServer, kind: str
 ) -> None:
-    """Whatever was told last before the cut, each entry of the log comes once."""
+    """Each entry of the log comes once, whichever event came last before the cut."""
     release = asyncio.Event()
     model.script(reply("Räuber, überall Räuber! 🦹", chunks=6).held(release, 4))
     events = []

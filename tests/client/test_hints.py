@@ -1,4 +1,5 @@
-"""What a model is told of a function's arguments is what the function is then given, or a sentence for the model."""
+"""The schema that a model gets for a function's arguments, and the values that the function receives, or a sentence for
+the model."""
 
 import enum
 import functools
@@ -291,7 +292,7 @@ class Unsaid(Exception):
     ids=["said", "unsaid", "endless", "stop"],
 )
 async def test_an_exception_is_the_calls_error(error: Exception, told: str, caplog: pytest.LogCaptureFixture) -> None:
-    """For the model in its own words, for whoever runs the program with its traceback."""
+    """The model reads its text, and the program's log has the traceback."""
 
     def broken() -> None:
         raise error

@@ -91,8 +91,8 @@ async def test_what_is_not_as_it_was_said_to_be_is_refused_and_forgotten(served:
 
 @pytest.mark.parametrize("whole", [v1.Blob(size_bytes=6), v1.Blob(name=f"blobs/{digest(b'abcdef')}"), v1.Blob()])
 async def test_the_end_of_a_stream_alone_completes_nothing(served: Running, whole: v1.Blob) -> None:
-    """A stream that is cut ends as well; so the end is told by a size, a name, or the last frame, and what has come is
-    kept until then."""
+    """A cut stream ends, too, so a size, a name or the last frame marks the end, and the received bytes are kept until
+    then."""
 
     async def send(chunk: bytes, **first: Any) -> v1.Blob:
         request = v1.UploadBlobRequest(blob=whole, chunk=chunk, upload_id="u1", **first)
@@ -325,8 +325,8 @@ async def test_a_model_is_shown_content_the_way_its_api_wants_it(
 
 
 async def test_state_is_said_by_its_key(served: Running, session: str, model: OpenAIServer) -> None:
-    """Put into state once, a PDF is shown to the model by whoever names its key; so is every other value, as it is when
-    the message is taken."""
+    """A PDF in state is sent to the model with every message that names its key; so is every other value, as of the
+    time when the message is added."""
     pdf = await upload(served, b"%PDF-1.7")
     client = served.client()
     async with client:

@@ -170,7 +170,7 @@ async def test_a_window_of_tokens_counts_what_nothing_was_reported_of_by_its_byt
 
 
 async def test_a_window_of_tokens_counts_a_reply_as_its_provider_did(served: Running, model: OpenAIServer) -> None:
-    """Its output without reasoning, exactly: 30 tokens and a frame beside 5 + 5 for the questions are just 44."""
+    """Its output without reasoning, exactly: 30 tokens and a frame, with 5 + 5 for the questions, are exactly 44."""
     answer = "a" * 120
     for most, shown in ((44, [user("who?"), assistant(answer), user("why?")]), (43, [user("why?")])):
         context = v1.Context(max_tokens=most)
@@ -224,8 +224,8 @@ async def test_an_instruction_that_comes_to_blanks_is_none(
 
 
 async def test_a_stateless_run_without_messages_is_shown_what_it_answers(served: Running, model: OpenAIServer) -> None:
-    """The newest message of a user and what followed it, before its own messages, whoever said it and however often it
-    was answered: without them the request would be empty."""
+    """The newest message of a user and what followed it, before its own messages, whatever its author and however often
+    it was answered: without them the request would be empty."""
     session = await opened(served, v1.Context(stateless=True))
     await talk(served, model, session, 1)
     await append(served, session, said("q2"), v1.Message(role=SYSTEM, parts=[v1.Part(text="Now.")]))
@@ -408,7 +408,7 @@ async def test_a_summary_of_calls_declares_their_tools_and_no_choice(served: Run
     ids=["unavailable", "refused", "too long", "empty", "a call", "endless", "cut"],
 )
 async def test_a_run_goes_on_without_a_summary_that_fails(served: Running, model: OpenAIServer, answer: Answer) -> None:
-    """Nothing is lost meanwhile, so nobody is told; the next run tries again."""
+    """Nothing is lost, so there is no event; the next run tries again."""
     session = await opened(served, SUMMARY, max_model_calls=2)
     await talk(served, model, session, 1, 2)
     model.script(answer)
@@ -515,7 +515,8 @@ async def test_an_unfinished_summary_is_cut_by_a_cancel_and_not_shown(served: Ru
 
 
 async def test_a_summary_that_was_not_committed_is_requested_again(tmp_path: Path) -> None:
-    """kill -9 between the model's summary and its commit: the next server asks for it anew, and there is one."""
+    """kill -9 between the model's summary and its commit: the next server requests it again, and there is one
+    summary."""
 
     def answer(request: Json) -> Answer:
         return reply("They met.") if request["messages"][-1] == user(ASK) else reply("Answer.")
@@ -579,7 +580,7 @@ async def test_a_request_that_is_too_long_is_asked_again_with_a_summary(served: 
 async def test_a_request_that_is_too_long_without_a_summary_leaves_out_its_older_half(
     served: Running, model: OpenAIServer
 ) -> None:
-    """And so does the rest of the run, which is not told twice."""
+    """So does the rest of the run, without a second event."""
     session = await opened(served)
     await talk(served, model, session, 1, 2, 3)
     model.script(TOO_LONG, TOO_LONG, tool_calls(("lens", "{}"), usage=None), reply("a4"))

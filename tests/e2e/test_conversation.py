@@ -171,7 +171,7 @@ async def test_a_model_that_refuses_fails_the_run_as_data_without_the_key(
 async def test_a_reply_cut_in_mid_stream_is_requested_again_under_another_name(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """Watchers are told to forget the first; only the second is in the log."""
+    """Watchers receive `message_discarded` for the first; only the second is in the log."""
     seen = asyncio.Event()
     model.script(reply("Lost words.", chunks=3).cut(after=2).held(seen, after=2), reply("Kept words."))
     call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))

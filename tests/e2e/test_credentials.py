@@ -1,5 +1,5 @@
-"""The credential that a provider is called with is told nowhere: not in a log of a session, an error, a note or the
-server's own log, wherever the provider puts it and however it writes it."""
+"""The credential for a provider is shown nowhere: not in a session's log, an error, a state or the server's log,
+wherever the provider puts it and however it spells it."""
 
 from collections.abc import AsyncIterator, Callable
 
@@ -57,7 +57,7 @@ async def served(model: OpenAIServer) -> AsyncIterator[Running]:
 
 
 async def told_of(served: Running, session: str, run: v1.Run) -> str:
-    """All that callers are told of a session and its run."""
+    """Returns everything that callers can read of a session and its run."""
     events = await log_of(served, session)
     found = await served.runs.GetRun(v1.GetRunRequest(name=run.name))
     whole = await served.sessions.GetSession(v1.GetSessionRequest(name=session))

@@ -1,4 +1,4 @@
-"""A session that is deleted is gone at once and for good, whatever becomes of the server while its rows go."""
+"""A deleted session is gone at once and permanently, whatever happens to the server while its rows are deleted."""
 
 import asyncio
 from contextlib import suppress

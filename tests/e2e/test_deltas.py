@@ -102,7 +102,7 @@ async def agent(request: pytest.FixtureRequest, served: Running) -> str:
 async def test_a_fast_reply_is_printed_whole_from_deltas_alone(
     served: Running, session: str, model: OpenAIServer, way: Callable[[], OnStream | BySendCommand], delay: Duration
 ) -> None:
-    """On its own stream always; beside it where the watch came before the reply."""
+    """On its own stream always; on another one if the watch began before the reply."""
     for _ in range(5):
         model.script(reply(EIGHT, chunks=8))
         options = v1.WatchOptions(max_batch_delay=delay)
@@ -347,8 +347,8 @@ async def test_a_draft_is_not_sent_again_behind_its_message(
 
 
 async def test_a_stream_that_comes_after_a_discard_is_spared_it(case: Running, held: Held) -> None:
-    """The one before is told; a client forgets what was open at `Attached`, and the new stream begins with what is open
-    now."""
+    """The sequence before is given; a client forgets the open blocks at `Attached`, and the new stream begins with the
+    blocks that are open now."""
     call = case.runs.Run()
     options = v1.WatchOptions(max_batch_delay=Duration())
     await call.write(v1.RunRequest(start=v1.StartRun(session=CASE, messages=[said("Go")], options=options)))

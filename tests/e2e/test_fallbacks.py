@@ -1,4 +1,4 @@
-"""An agent's fallbacks answer in its model's place while that is away, and whoever answers is named and counted."""
+"""An agent's fallbacks answer while its model is unavailable, and the model that answers is named and counted."""
 
 import asyncio
 from collections.abc import AsyncIterator

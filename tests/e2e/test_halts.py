@@ -1,5 +1,5 @@
-"""What stops a run at a bad moment: results that are there are kept, whoever asked is answered, and a refusal has
-changed nothing."""
+"""Halts of a run at bad moments: finished results are kept, every caller gets an answer, and a refusal changes
+nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -192,7 +192,7 @@ async def test_the_caller_of_a_halt_is_answered_although_the_worker_fails(
     store: Observed, model: OpenAIServer, broken_for: int, reason: str, end: bool
 ) -> None:
     """By a defect, in the commit that seals. The run fails on record where that can be written; where it cannot,
-    another worker goes on with it. Neither the caller nor the server's end waits for ever."""
+    another worker goes on with it. Neither the caller nor the stop of the server waits forever."""
     model.script(stream(chunk({"content": "Half"})).held(asyncio.Event(), after=2), reply("Whole."))
     left = broken_for
 

@@ -32,7 +32,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def served(store_url: str, model: OpenAIServer, clock: ManualClock) -> AsyncIterator[Running]:
-    """A server whose time stands still until it is told to go on, with an agent and a session that others copy."""
+    """A server with a clock that only the test advances, an agent and a session to copy."""
     async with running(store_url, {"openai": OpenAIProvider("test-key", model.url, "stub-1")}, clock=clock) as server:
         await server.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent())))
         source = v1.CreateSessionRequest(session_id="source", session=v1.Session(agent="agents/clerk"))

@@ -1,5 +1,5 @@
-"""What passes at a provider is repeated alike, whenever it comes; what does not is told at once. A reply that was cut
-at a limit runs none of its calls."""
+"""Transient failures of a provider are retried in the same way, whenever they come; others fail the run at once. A
+reply that was cut at a limit runs none of its calls."""
 
 import asyncio
 import json
@@ -136,7 +136,7 @@ async def test_a_run_can_be_cancelled_while_it_waits_to_repeat(
 async def test_what_a_call_took_that_a_halt_cuts_is_counted(
     served: Running, session: str, model: OpenAIServer, by: str
 ) -> None:
-    """As far as its provider had told: the newest counts, once."""
+    """As far as its provider reported it: the newest report counts, once."""
     told = {"prompt_tokens": 50, "completion_tokens": 1}, {"prompt_tokens": 50, "completion_tokens": 4}
     counts = b"".join(chunk({"content": ""}, usage=usage) for usage in told)
     model.script(Answer((counts, chunk({"content": "Hi"}), asyncio.Event())), reply("Done."))
@@ -250,7 +250,7 @@ async def test_what_a_summary_took_that_came_to_nothing_is_counted(
 
 
 class Halfway:
-    """A model that tells of its second reply what it took so far, and then says nothing more."""
+    """A model that reports usage in its second reply, and then sends nothing more."""
 
     def __init__(self) -> None:
         self.told = asyncio.Event()
@@ -293,7 +293,7 @@ def calling(arguments: str) -> bytes:
 async def test_what_a_reply_took_that_is_too_large_is_counted(
     served: Running, session: str, model: OpenAIServer, piece: Callable[[str], bytes]
 ) -> None:
-    """As far as its provider told before; nothing more is read of it."""
+    """As far as its provider reported before; nothing more is read from it."""
     counts = chunk({"content": ""}, usage=COUNTED)
     model.script(Answer((counts, piece('{"a": "' + "x" * 600_000), piece("x" * 600_000), asyncio.Event())))
     done = await invoke(served, session)

@@ -1,4 +1,4 @@
-"""What goes wrong with a database while a server works on it is told as one typed error, waited for, and then over."""
+"""A failure of the database while a server works is one typed error; the server waits, and works again afterwards."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ from tests.support.small_disk import small_disk, small_log
 
 @dataclass
 class Place:
-    """A database of its own, and the user of a server in it, who is no superuser."""
+    """A separate database, and a user for the server in it, who is not a superuser."""
 
     admin: Any
     name: str
@@ -162,7 +162,7 @@ async def test_a_run_waits_until_a_fault_of_the_database_ends(fault: str, place:
 async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_twice(
     seed: int, place: Place, model: OpenAIServer
 ) -> None:
-    """Before a statement has reached the database, or when it has: no run is told FAILED that succeeded."""
+    """Before a statement has reached the database, or when it has: no run that succeeded is reported as FAILED."""
     chance, cuts = random.Random(seed), 0
     async with PostgresProxy(place.url) as proxy:
         url = proxy.url.replace("postgres@", f"{place.name}@")
@@ -245,7 +245,7 @@ async def test_a_full_disk_is_logged_and_the_run_waits_until_there_is_room(
 
 
 async def test_a_full_write_ahead_log_loses_no_commit_and_makes_none_twice() -> None:
-    """PostgreSQL ends without an answer, and starts anew: what became of the last commit is asked for."""
+    """PostgreSQL ends without an answer and starts again: the server looks up the outcome of the last commit."""
     with small_log() as log:
         store = await PostgresStore.open(await log.server.new_database(), now)
         await create(store)

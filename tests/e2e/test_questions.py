@@ -161,8 +161,8 @@ def resolved(log: Sequence[v1.Event]) -> list[v1.InputResponse]:
 async def test_a_tool_asks_and_goes_on_with_the_answer(
     store_url: str, model: OpenAIServer, http: Http, transport: str
 ) -> None:
-    """The run waits and is found by whoever looks for runs that wait; the question, its form and the wait are one
-    commit, the answer and the going on another."""
+    """The run waits, and lists of waiting runs have it; the question, its form and the wait are one commit, the answer
+    and the continuation another."""
     model.script(tool_calls(("varnish", "{}")), reply("Done."))
     async with serving(store_url, model, over(transport, http)) as served:
         session = await session_with(served, of_mcp("m0", "varnish"))
@@ -418,7 +418,7 @@ async def test_a_call_cancelled_alone_takes_its_question_along_and_the_others_go
 async def test_a_run_that_is_to_end_after_its_turn_awaits_the_tool_and_asks_no_person(
     served: Running, model: OpenAIServer
 ) -> None:
-    """The question is withdrawn at once, the tool is told that nobody chose, and its result is kept."""
+    """The question is withdrawn at once, the tool gets DECISION_CANCEL, and its result is kept."""
     model.script(tool_calls(("prime_and_paint", "{}")))
     session = await session_with(served, of_mcp())
     run = await start(served, session)
@@ -621,7 +621,7 @@ async def test_the_client_answers_with_what_becomes_the_form_or_dismisses(served
 async def test_a_stop_does_not_wait_for_people_and_the_call_goes_the_way_of_lost_ones(
     tmp_path: Path, model: OpenAIServer, http: Http, policy: v1.Tool.OnInterrupt.ValueType
 ) -> None:
-    """Whoever answers what the process before asked is told that nobody takes it."""
+    """An answer to a question of the previous process is refused."""
     model.script(tool_calls(("paint", "{}")), reply("Done."))
     store = f"sqlite:{tmp_path / 'notecase.db'}"
     async with asyncio.timeout(60):
@@ -679,7 +679,7 @@ async def test_a_kill_while_one_tool_asks_and_another_works_loses_both_to_their_
 
 
 async def test_a_tool_that_a_call_adds_can_be_called_in_the_same_run(store_url: str, model: OpenAIServer) -> None:
-    """The server says that its tools have changed, and the model is shown them anew."""
+    """The server announces that its tools have changed, and the model gets the new ones."""
     async with serving(store_url, model, stdio()) as served:
         session = await session_with(served, of_mcp())
         model.script(tool_calls(("grow", '{"name": "later"}')), tool_calls(("later", '{"text": "x"}')), reply("ok"))

@@ -31,7 +31,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def served(store_url: str, model: OpenAIServer, clock: ManualClock) -> AsyncIterator[Running]:
-    """A server whose time stands still until it is told to go on."""
+    """A server with a clock that only the test advances."""
     async with running(store_url, {"openai": OpenAIProvider("test-key", model.url, "stub-1")}, clock=clock) as server:
         yield server
 
@@ -70,7 +70,7 @@ async def exists(served: Running, name: str) -> bool:
 
 
 async def test_a_session_is_deleted_when_its_time_has_come(served: Running, clock: ManualClock) -> None:
-    """Its watchers are told, and others stay."""
+    """Its watchers receive an error, and other sessions stay."""
     short, long = await opened(served, ttl=Duration(seconds=60)), await opened(served, ttl=Duration(seconds=61))
     assert short.expire_time == in_seconds(clock, 60)
     assert not short.HasField("ttl")

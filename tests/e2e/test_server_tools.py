@@ -242,7 +242,7 @@ async def test_an_idempotency_key_belongs_to_one_call_of_one_session(served: Run
 
 @pytest.mark.parametrize("function", ["meet", "meet_in_threads"])
 async def test_calls_of_one_reply_run_at_once(served: Running, model: OpenAIServer, function: str) -> None:
-    """Each waits for the other, so one after the other would wait for ever."""
+    """Each waits for the other, so run in turn they would wait forever."""
     session = await session_with(served, function)
     model.script(tool_calls((function, "{}"), (function, "{}")), reply("They met."))
     await invoke(served, session)

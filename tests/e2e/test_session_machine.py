@@ -1,6 +1,6 @@
-"""The sessions of two tenants under whatever their callers do to them, in any order and at once, through restarts and
+"""The sessions of two tenants with all kinds of calls, in any order and concurrently, through restarts and
 kills of their server, failures of its store and deletions: a log only grows, each run ends once, each call is answered
-once, and all that is told can be told from the log."""
+once, and everything that watchers receive follows from the log."""
 
 import asyncio
 import shutil
@@ -236,8 +236,8 @@ ACCEPTED = {
 
 
 class Case:
-    """A session of one tenant, as its callers know it. Two watchers follow it: one from the beginning of the log, after
-    each start of the server anew, and a laggard, who reads now and then and comes back to where it was."""
+    """A session of one tenant, as its callers know it. Two watchers follow it: one from the beginning of the log, again
+    after each start of the server, and a slow one, which reads now and then and resumes where it was."""
 
     def __init__(self, tenant: str, doors: Doors) -> None:
         self.tenant = tenant
@@ -299,7 +299,8 @@ class Case:
             assert reason_of(missing.value) == "SESSION_NOT_FOUND"
 
     def follow(self, served: Running) -> None:
-        """Watches from the beginning: it must be told what was told before. The laggard comes back where it was."""
+        """Watches from the beginning: it must receive the same events as before. The slow watcher resumes where it
+        was."""
         self.served = served
         self.told = []
         self.view = SessionView(0)
@@ -358,13 +359,13 @@ class Case:
         self.keep()
 
     def keep(self) -> None:
-        """The log as it was known is the beginning of the log as it is told now."""
+        """The log as it was known is the beginning of the log as it is sent now."""
         assert self.told[: len(self.log)] == self.log[: len(self.told)]
         if len(self.told) > len(self.log):
             self.log = list(self.told)
 
     def cut(self, count: int) -> None:
-        """The server was killed when it had so many events: what was told is among them."""
+        """The server was killed when it had so many events; those that were sent are among them."""
         self.log = self.log[:count]
         if (self.late.last_sequence or 0) > count:  # it went on reading from the server that was taken for dead
             self.late = SessionView(0)
@@ -520,7 +521,7 @@ class Case:
             return reason_of(refused)
 
     async def on_stream(self, command: v1.RunRequest, run: str) -> v1.CommandResult | str:
-        """On a stream of its own, attached to the run meant where there is one."""
+        """On a separate stream, attached to the run if there is one."""
         options = v1.WatchOptions(keep_open=True)
         call = self.served.runs.Run(metadata=self.metadata)
         await call.write(v1.RunRequest(attach=v1.AttachRun(name=run or SESSION, options=options)))
@@ -713,7 +714,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(whose=WHOSE, starts=st.lists(st.tuples(TEXTS, NUMBERS), min_size=2, max_size=3))
     def starts_wait_in_line(self, whose: str, starts: list[tuple[str, int]]) -> None:
-        """Each brings state of its own, which is set when its turn has come."""
+        """Each has its own state, which is set when it starts."""
 
         async def work() -> None:
             for text, state in starts:

@@ -197,8 +197,8 @@ async def wait_again(served: Running, run: v1.Run) -> v1.Run:
 async def test_a_forced_choice_holds_until_its_call_has_an_outcome(
     served: Running, forced: str, model: OpenAIServer, approved: bool
 ) -> None:
-    """Over a failed try and the call of another tool; then the model may speak, and the user's next message begins it
-    anew."""
+    """Over a failed try and the call of another tool; then the model may reply with text, and the choice applies again
+    after the user's next message."""
     model.script(error(503), tool_calls(("look", "{}")), tool_calls(("weigh", "{}")), reply("1 kg."), reply("Again."))
     run = (await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=forced, messages=[said("Go")])))).run
     (look,) = run.pending_calls
@@ -223,7 +223,7 @@ async def test_a_forced_choice_holds_until_its_call_has_an_outcome(
 async def test_a_forced_choice_applies_again_after_a_users_message(
     served: Running, forced: str, model: OpenAIServer
 ) -> None:
-    """What is said while the call waits is a message of its own behind the call's result."""
+    """Input that comes while the call waits is a separate message after the call's result."""
     model.script(tool_calls(("weigh", "{}")), tool_calls(("weigh", "{}")))
     run = (await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=forced, messages=[said("Go")])))).run
     said_more = v1.RunRequest(input=v1.UserInput(messages=[said("The other one.")]))

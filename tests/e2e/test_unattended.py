@@ -303,7 +303,7 @@ async def test_a_takeover_outlives_a_store_that_fails_once(tmp_path: Path, fault
             assert SUCCEEDED == (await ended(served, run, session)).state
 
 
-# What is refused for good.
+# Permanent refusals.
 
 
 def starts(run: str) -> Callable[[Commit], bool]:
@@ -347,7 +347,7 @@ async def test_a_queued_start_that_breaks_the_server_fails_and_the_next_has_its_
 
 
 async def test_a_poisoned_queue_that_a_start_of_the_server_finds_is_repaired(tmp_path: Path) -> None:
-    """Its own commit is refused for good from then on, so that the queued start can never begin."""
+    """Its commit is refused permanently from then on, so the queued start can never begin."""
     url = f"sqlite:{tmp_path / 'n.db'}"
     before = Model()
     async with running(url, {"model": before}, grace=0.1) as served:

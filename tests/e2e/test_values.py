@@ -1,5 +1,5 @@
-"""Every kind of value and every edge of it through the real channel: what is read, told and restarted with is what was
-put, to the bit, and so is its JSON."""
+"""Every kind of value, with its extremes, over the real channel: a value that is read, sent to watchers or read after a
+restart equals the stored one exactly, and so does its JSON."""
 
 import json
 from collections.abc import Mapping

@@ -233,7 +233,7 @@ async def test_what_is_written_past_this_server_is_found_by_a_look_into_the_stor
 
 
 class Asked:
-    """A store that says when somebody was told about a run."""
+    """A store that reports when a run was read."""
 
     def __init__(self, store: Store) -> None:
         self.told = asyncio.Event()
@@ -271,7 +271,8 @@ async def test_the_end_of_a_run_that_is_written_past_this_server_ends_a_wait(sto
 
 
 async def test_a_change_of_app_state_is_sent_only_to_sessions_of_the_tenant(served: Running) -> None:
-    """Each tenant's sessions hear of a change of their own app's state first, whoever changed theirs before."""
+    """Each tenant's sessions receive a change of their own app's state first, even if another tenant's changed
+    before."""
     watches = []
     for tenant in ("default", "other"):
         metadata = ((TENANT, tenant),)

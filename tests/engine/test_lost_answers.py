@@ -19,7 +19,7 @@ QUEUE, INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_INTE
 SUCCEEDED = v1.Run.STATE_SUCCEEDED
 
 Way = Callable[[House, SessionKey, Model], Awaitable[str]]
-"""Starts the run "two", and lets the one before it end; returns the run that its caller was told of, "" for none."""
+"""Starts the run "two", and lets the one before it end; returns the run in its caller's answer, "" for none."""
 
 
 async def direct(rooms: House, key: SessionKey, model: Model) -> str:
@@ -72,7 +72,7 @@ async def test_a_run_whose_start_was_made_unheard_is_at_work_once_and_the_queue_
     async with asyncio.timeout(60), house(failing, clock, model) as rooms:
         (key,) = await rooms.prepare()
         if way is direct and silent > ASKS:
-            with refused("STORE_UNAVAILABLE"):  # nobody can know it yet, and a repeat is told
+            with refused("STORE_UNAVAILABLE"):  # the outcome is not known yet, and a repeat gets it
                 await way(rooms, key, model)
         else:
             assert TOLD[way] == await way(rooms, key, model)

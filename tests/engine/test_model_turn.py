@@ -25,7 +25,7 @@ from tests.support.time import in_no_time
 
 
 class Broken:
-    """Breaks off after the first piece as often as it is told to, and replies whole then."""
+    """Breaks off after the first piece the given number of times, and then replies completely."""
 
     def __init__(self, breaks: int) -> None:
         self.breaks = breaks

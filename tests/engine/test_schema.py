@@ -1,4 +1,5 @@
-"""Schemas and replies by strangers: what is valid, what is told of the rest, and that neither holds anybody up."""
+"""Schemas and replies from untrusted callers: which are valid, how problems are described, and that neither delays
+other callers."""
 
 import asyncio
 import errno

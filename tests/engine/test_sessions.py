@@ -1,4 +1,5 @@
-"""The sessions of a process: whoever is here hears of each write, and decides on nothing that is not known."""
+"""The sessions of a process: watchers are woken by each write, and nothing is decided before the outcome of a commit is
+known."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Timers: what is due is told once, and follows the clock of the wall."""
+"""Timers: each deadline fires once, by the wall clock."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What a message costs in tokens: exact where a provider told, by this conversation's own measure elsewhere."""
+"""The tokens of a message: exact if a provider reported them, otherwise by the ratio in this conversation."""
 
 import pytest
 from notecase import v1

@@ -178,7 +178,7 @@ class Maker:
         return self.chance.choice(TEXTS)
 
     def changed(self, message: Message) -> Message:
-        """A copy with some field, at any depth, set anew, emptied, doubled or multiplied."""
+        """Returns a copy with some field, at any depth, changed, emptied, doubled or multiplied."""
         made = type(message)()
         made.CopyFrom(message)
         at, depth = made, 0

@@ -105,8 +105,8 @@ async def fuzzed_server(store: str) -> AsyncIterator[Running]:
 
 
 class Fuzz:
-    """One fuzz of a server in this process. The same seed sends the same requests as far as the server answers the
-    same; each caller has a source of chance of its own."""
+    """One fuzz of a server in this process. The same seed sends the same requests if the server answers the same; each
+    caller has its own random numbers."""
 
     def __init__(self, served: Running, seed: int) -> None:
         self.findings: list[Finding] = []

@@ -280,7 +280,7 @@ class TestEnd:
 
     @pytest.mark.parametrize("data", [b"[" * 600 + b"]" * 600, b'{"error":' * 600 + b"1" + b"}" * 600])
     def test_what_is_nested_without_end_is_a_model_error(self, data: bytes) -> None:
-        """As one event, and as a document of its own."""
+        """As one event, and as a separate document."""
         for sent in (SAID + event(None).replace(b"null", data), data):
             assert v1.ERROR_REASON_MODEL_ERROR == failure(sent).reason
 

@@ -294,7 +294,7 @@ class TestEnvironment:
     async def test_organization_and_project_go_to_openai_alone(
         self, proxy: Recorder, monkeypatch: pytest.MonkeyPatch, url: str, sent: bool
     ) -> None:
-        """The SDK sends them to whoever is asked; they are nobody else's business."""
+        """The SDK sends them to every provider; here only OpenAI gets them."""
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
         monkeypatch.setenv("OPENAI_PROJECT_ID", "project-1")

@@ -364,7 +364,7 @@ class TestRequest:
     async def test_openai_itself_is_given_the_names_that_its_models_want(
         self, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The stub stands in for it as the HTTP proxy, which the environment may name."""
+        """The stub takes its place as the HTTP proxy, which the environment may name."""
         monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
         monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
         provider = OpenAIProvider(KEY, "http://api.openai.com/v1", "m")
@@ -544,7 +544,7 @@ class TestLeaving:
 
 
 class TestRefused:
-    """Each status, and that the key is not told where the provider echoes it."""
+    """Each status; the key is not shown if the provider echoes it."""
 
     @pytest.mark.parametrize(
         ("answer", "message", "metadata"),

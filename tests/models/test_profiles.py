@@ -247,7 +247,7 @@ def no_null(body: Json) -> str:
 
 
 class Play(NamedTuple):
-    """A request that a server is sent, behind a first reply of its own where there is one."""
+    """A request to a server, after its first reply if there is one."""
 
     title: str
     host: str

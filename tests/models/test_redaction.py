@@ -1,4 +1,4 @@
-"""A provider's words are told as far as they are safe: short, of a known shape, and without the key in any writing."""
+"""A provider's words are shown if they are safe: short, of a known shape, and without the key in any spelling."""
 
 import base64
 import html
@@ -87,7 +87,7 @@ def test_half_of_the_key_is_a_secret_too(part: str) -> None:
 
 @pytest.mark.parametrize("key", ["sk-proj-" + "aB3" * 50, "0123456789abcdef0123", "A" * 40])
 def test_what_is_read_of_the_key_costs_others_nothing(key: str) -> None:
-    """Words, codes and addresses that have nothing of it are told as they are."""
+    """Words, codes and addresses without parts of it are shown unchanged."""
     redactor = Redactor(key)
     words = "The request has 115 107 45 tokens; see https://example.org/a%20b?x=1&y=%2F for =3D and 100% more."
     assert (words, "model-1") == (redactor.told(words), redactor.name("model-1"))

@@ -1,4 +1,4 @@
-"""A request as it is written, where no server's profile matters: choices among tools, calls of strangers, summaries."""
+"""A request as it is written, where no profile matters: choices among tools, calls of unknown tools, summaries."""
 
 import json
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def written(*messages: v1.Message, tools: tuple[Tool, ...] = (PING,), plain: boo
     ids=str,
 )
 def test_a_forced_choice_holds_until_its_call_has_a_result(choice: Any, before: Any, after: Any) -> None:
-    """Otherwise the model could never speak. The user's next message begins it anew."""
+    """Otherwise the model could never reply with text. The choice applies again after the user's next message."""
     asked, answered = user("Go"), called("ping")
     assert before == written(asked, tool_choice=choice)["tool_choice"]
     assert after == written(asked, answered, tool_choice=choice)["tool_choice"]

@@ -35,7 +35,7 @@ ANYBODY, USER, DEVELOPER, ADMIN = (
     v1.Tool.APPROVER_ADMIN,
 )
 CALLERS = ("ada", "user", "developer", "admin")
-"""Each with a key of its own; Ada's is bound to her."""
+"""Each with a different key; Ada's is bound to her."""
 
 CASE = "sessions/case"
 QUEUED = v1.CommandResult.DISPOSITION_QUEUED
@@ -102,7 +102,7 @@ class Office:
         return await self.served.runs.GetRun(v1.GetRunRequest(name=run.name), metadata=self.keys["admin"])
 
     async def rest(self, run: v1.Run) -> v1.Run:
-        """The run once it has ended, or waits anew."""
+        """Returns the run when it has ended or waits again."""
         request = v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence)
         return await self.served.runs.WaitRun(request, metadata=self.keys["ada"])
 

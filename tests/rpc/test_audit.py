@@ -233,7 +233,7 @@ async def test_refusals_are_audited_up_to_a_limit_and_then_counted(served: Runni
     assert ["clerk", "boss", *["clerk"] * refusals.KEPT_A_MINUTE] == subjects
     await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
     await written(served)
-    assert len(found) + 1 == len(await entries(served))  # a minute later they are told again
+    assert len(found) + 1 == len(await entries(served))  # a minute later they have entries again
 
 
 async def test_refusals_of_more_principals_than_are_counted_apart_are_the_operators(
@@ -315,7 +315,7 @@ async def test_calls_beyond_the_bound_fill_no_log(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_tokens_that_are_not_valid_fill_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log says why of the first ones, and the caller is not told."""
+    """The log has the reason for the first ones, and the caller does not get it."""
     monkeypatch.setattr(refusals, "LOGGED_A_MINUTE", 2)
     judge = Tokens([], Tasks("test"), now, time.monotonic)
     async with running(authenticators=[judge]) as served:

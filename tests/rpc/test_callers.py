@@ -35,7 +35,7 @@ async def serving(words: ByWord | None = None, **settings: Any) -> AsyncIterator
 
 
 async def reason(call: Awaitable[Any]) -> str:
-    """The reason for which a call is refused, with what is told beside it; empty when it is answered."""
+    """Returns the reason for which a call is refused, with its details; empty when it is answered."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -205,7 +205,7 @@ FIELDS: dict[str, tuple[Callable[[Running, Words], Awaitable[Any]], set[str]]] =
         {"update_state.name"},
     ),
 }
-"""What only developers set, with the fields that are told."""
+"""Requests with fields that only developers may set, and the fields in the error."""
 
 
 @pytest.mark.parametrize("case", FIELDS)

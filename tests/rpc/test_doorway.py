@@ -278,7 +278,7 @@ def require_draining(error: grpc.aio.AioRpcError) -> None:
 
 
 class Waiting:
-    """Methods that wait at a gate and count how they end, one of each shape, behind a doorway of their own."""
+    """Methods that wait at a gate and count how they end, one of each shape, behind a separate interceptor."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -399,7 +399,7 @@ async def test_a_call_that_is_being_refused_when_the_doorway_closes_ends_with_it
 
 
 async def test_a_caller_that_leaves_is_not_taken_for_the_stop() -> None:
-    """Its handler is cancelled as ever, and the log tells of no refusal."""
+    """Its handler is cancelled as usual, and the log has no refusal."""
     waiting = Waiting()
     with capture_logs() as lines:
         async with waiting.serving() as channel:

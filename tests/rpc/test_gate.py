@@ -128,7 +128,7 @@ async def test_unread_answers_are_limited_and_delay_no_other_caller() -> None:
             assert big.ByteSize() < gate.unread < 1 << 20
             answer = await v1.StateServiceStub(other).GetState(get)
             assert big == answer.entries["k"].value
-            # What a write answers is told whatever waits: its caller has to hear of it.
+            # The answer of a write is sent whatever waits: its caller has to receive it.
             append = v1.UpdateStateRequest(name="sessions/s/state")
             append.ops.add(key="list", append=v1.Value(bool_value=True))
             await until(lambda: gate.unread < 1 << 20)

@@ -66,7 +66,7 @@ def asking(request: pytest.FixtureRequest, served: Running) -> Asking:
 
 
 def pool_of(response: Response) -> DescriptorPool:
-    """The descriptors of one response alone, in a pool of their own; it fails for a file whose imports are missing."""
+    """The descriptors of one response, in a separate pool; it fails for a file whose imports are missing."""
     assert response.WhichOneof("message_response") == "file_descriptor_response", response.error_response
     packed = response.file_descriptor_response.file_descriptor_proto
     waiting = [descriptor_pb2.FileDescriptorProto.FromString(file) for file in packed]

@@ -31,7 +31,7 @@ def values(one: v1.Value, number: int) -> v1.Value:
 
 
 def told(check: Check, look: Any) -> list[str]:
-    """The fields that are told."""
+    """Returns the fields in the error."""
     try:
         look()
         check.done()

@@ -99,7 +99,7 @@ TOLD: dict[str, Callable[[Any], Message]] = {
     "tenant": lambda result: result,
     "erased": lambda result: v1.EraseUserResponse(sessions_deleted=3),
 }
-"""What of each kind must be told, at least."""
+"""The least that an answer of each kind must contain."""
 
 
 async def prepare(store: Store) -> None:
@@ -148,7 +148,7 @@ async def test_names_within_an_answer_are_whole(store: Store) -> None:
 
 @pytest.mark.parametrize("owner", ["session", "user", "app"])
 async def test_large_state_has_no_values_after_the_first_page_in_the_order_of_keys(store: Store, owner: str) -> None:
-    """Whatever order they were written in; the entry that crosses the line is told whole, and all have versions."""
+    """Whatever order they were written in; the entry that crosses the limit is complete, and all have versions."""
     await create(store)
     ops = [put(f"k{number}", "x" * 400_000) for number in (4, 2, 0, 3, 1)]
     answer = Answer("state", "the/state")

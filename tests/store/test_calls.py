@@ -405,7 +405,7 @@ async def test_a_queued_run_does_nothing_but_start_or_end(store: Store) -> None:
 
 
 async def test_a_cancel_that_comes_first_is_the_runs_end(store: Store, clock: ManualClock) -> None:
-    """It leaves a run that has ended, no agent, and an empty digest by which a start is told."""
+    """It leaves a run that has ended, no agent, and an empty digest by which a later start is recognised."""
     await create(store)
     committed = await add(store, ended("r1", CANCELLED), start=RunRecord(b"", v1.Agent()))
     run = committed.runs["r1"]

@@ -115,7 +115,7 @@ async def test_an_upload_goes_on_only_where_it_ends(store: Store) -> None:
 
 
 async def test_content_stored_at_once_lies_in_pieces_too(store: Store) -> None:
-    """So that whoever reads it is never handed more than a frame takes."""
+    """So a reader never gets more than fits into a frame."""
     data = b"a" * CHUNK_BYTES + b"b" * CHUNK_BYTES + b"c"
     sha256 = await stored(store, data)
     assert await store.read_blob("acme", sha256, 1) == data[1:CHUNK_BYTES]

@@ -199,7 +199,7 @@ async def test_an_import_takes_an_event_that_changes_more_keys_than_a_statement_
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("key", ["a\0b", "a\0", "\0", "\U0001f50d\0\ud7ff", '"\\'])
 async def test_a_fork_has_every_key_of_the_state(store: Store, way: Way, key: str) -> None:
-    """Also one with a character 0, beside the key that ends there."""
+    """Also one with U+0000, next to the key that ends there."""
     await create(store)
     await add(store, changed(put(key, 1), put(key[:1], 2), put(key[0] + key, 3)))
     await (await maker(store, way))()

@@ -149,7 +149,7 @@ async def replayed(store: Store, key: SessionKey) -> dict[str, Any]:
 
 
 async def fed(store: Store, clock: ManualClock, source: Told, at: int, key: SessionKey) -> None:
-    """A session that was told the same up to a sequence, commit by commit."""
+    """A session that got the same commits up to a sequence."""
     await create(store, key)
     log = (await store.read_events(source.key, 0))[:at]
     before = 0
@@ -238,8 +238,8 @@ async def scenario(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None, database=None)
 @given(actions=st.lists(ACTIONS, max_size=25))
 def test_the_past_is_what_the_log_says(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
-    """State at every sequence is the fold of the log up to it; a fork is a session that was told the same and then put
-    to rest; rows are the fold, whatever was rewound and forked."""
+    """State at every sequence is the fold of the log up to it; a fork equals a session that got the same commits and
+    whose runs were then ended; rows equal the fold, whatever was rewound and forked."""
     asyncio.run(scenario(open_store, actions))
 
 
@@ -313,7 +313,7 @@ async def test_either_of_a_fork_and_its_source_is_whole_without_the_other(store:
 
 
 async def test_a_second_outcome_wants_a_rewind_right_before_it(store: Store) -> None:
-    """And cancels, in a message that the rewind keeps; else a call has one outcome for good."""
+    """A rewind also cancels calls in a message that it keeps; otherwise the one outcome of a call never changes."""
     await create(store)
     await start(store, "r1", called("m1", "r1", "c1"), called("m2", "r1", "c2"))
     mark = v1.Event(rewound=v1.Rewound(to_sequence=2))

@@ -279,7 +279,7 @@ def _unused(make: Callable[[], Provider]) -> Any:
 
 
 async def depose(connection: Any) -> None:
-    """Becomes the owner in place of whoever is."""
+    """Becomes the owner in place of the current one."""
     await connection.execute("UPDATE owner SET name = 'another', counter = counter + 1, fence = fence + 1")
 
 

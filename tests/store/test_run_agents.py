@@ -1,4 +1,4 @@
-"""A run has the agent that it was started with until it ends, and then nothing is left of it beside its revision."""
+"""A run keeps the agent that it was started with until it ends; then only the revision remains."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

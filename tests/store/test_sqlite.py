@@ -154,7 +154,8 @@ async def test_two_files_have_different_secrets(tmp_path: Path, clock: ManualClo
 
 
 async def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
-    """A writer is killed again and again in the middle of its work; nothing it told of is lost, nothing is half."""
+    """A writer is killed again and again in the middle of its work; nothing that it reported is lost, and nothing is
+    half written."""
     chance = random.Random(7)
     acknowledged: dict[str, int] = {}
     for _ in range(5):

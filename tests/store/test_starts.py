@@ -123,7 +123,7 @@ async def test_an_agent_that_changes_while_it_is_read_is_not_kept(store: SqliteS
     await create(store)
     reading = asyncio.create_task(store.read_start(TENANT, KEY.session, "agents/sherlock"))
     await asyncio.sleep(0)
-    store._starts.forget()  # as a write does whose outcome is told meanwhile
+    store._starts.forget()  # as a write does whose outcome is reported meanwhile
     await reading
     assert not kept(store)
 

@@ -1,4 +1,4 @@
-"""Every store: the tenants that an operator has to do with, and the removal of one with everything."""
+"""Every store: the tenants that operators manage, and the removal of one with all its data."""
 
 import hashlib
 from collections.abc import Awaitable, Callable

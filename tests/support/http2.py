@@ -1,4 +1,4 @@
-"""As much HTTP/2 as it takes to call: frames as bytes, and a client that reads only when it is told to."""
+"""As much HTTP/2 as a call needs: frames as bytes, and a client that reads only on request."""
 
 import asyncio
 import struct

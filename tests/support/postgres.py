@@ -57,7 +57,7 @@ DURABLE = {**SETTINGS, "fsync": "on", "synchronous_commit": "on", "full_page_wri
 
 
 class Postgres:
-    """A server of its own, that listens on a socket in a directory of its own."""
+    """A separate server, which listens on a socket in a separate directory."""
 
     _prefix = ""
 

@@ -24,7 +24,7 @@ SSL_REQUEST = struct.pack("!i", 80877103)
 
 
 class PostgresProxy:
-    """Listens on a socket of its own, and passes on what comes between clients and the server of `url`. With `tls` it
+    """Listens on a separate socket, and passes data on between clients and the server of `url`. With `tls` it
     listens on 127.0.0.1 instead, and speaks TLS with clients that ask for it."""
 
     def __init__(self, url: str, tls: ssl.SSLContext | None = None) -> None:

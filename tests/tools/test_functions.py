@@ -1,4 +1,4 @@
-"""Python functions as tools: what the model is told, what becomes of what it writes, and of what they give back."""
+"""Python functions as tools: what the model gets, how its arguments are read, and how results are returned."""
 
 import asyncio
 import json

@@ -176,7 +176,7 @@ async def test_a_tool_that_is_added_later_is_found_at_once_if_the_server_announc
     name = f"grown_{uuid.uuid4().hex}"
     assert name not in await resolved(box)
     assert Outcome([v1.Part(text="grown")]) == await call(box, "grow", name=name)
-    # By HTTP the notice has a stream of its own, so it may come a moment later than the answer.
+    # By HTTP the notice comes on a separate stream, so it may come a moment later than the answer.
     while name not in await resolved(box):
         await call(box, "echo", text="")
     assert Outcome([v1.Part(text="here")]) == await call(box, name, text="here")
@@ -244,7 +244,7 @@ async def test_a_url_that_dies_in_mid_call_is_an_error_and_serves_again_once_it_
 
 
 async def test_a_session_that_the_server_forgot_is_opened_again(facts: asyncio.Queue[str]) -> None:
-    """A server of the protocol's earlier versions answers 404 once it was started anew."""
+    """A server of the protocol's earlier versions answers 404 after a restart."""
     served = Http("--sessions")
     async with tools(McpServerSettings(url=served.url)) as box:
         echo = (await resolved(box, "echo"))["echo"]

@@ -296,7 +296,7 @@ NO_SESSION = '{"jsonrpc":"2.0","id":ASKED,"error":{"code":-32000,"message":"%s"}
 async def test_a_session_that_a_server_no_longer_knows_is_opened_again_however_it_says_so(
     status: str, told: str
 ) -> None:
-    """404 is what the protocol has; the examples of its own libraries, and servers made after them, say 400 or 401."""
+    """The protocol says 404; the examples of its own libraries, and servers made after them, say 400 or 401."""
 
     class Forgetful(Lists):
         forgotten = False
@@ -387,7 +387,7 @@ async def test_a_server_that_has_no_stream_keeps_its_session() -> None:
 
 
 async def test_a_tool_that_is_missing_or_has_no_name_leaves_the_others() -> None:
-    """What is left out is told, with the ones that can be used."""
+    """The error names what was left out, with the tools that can be used."""
     async with Lists(lambda cursor: {"tools": [T, {**U, "name": "u" * 300}]}).box() as box:
         with pytest.raises(Incomplete, match="longer than 256") as left_out:
             await listed(box)
