@@ -102,7 +102,7 @@ class Bench(Side):
 
     @asynccontextmanager
     async def another(self, *, offline: bool = False, key: str = "") -> AsyncIterator["Bench"]:
-        """The same with a server of its own over an empty store; `offline` without the stub, with a `key` that callers
+        """The same with a separate server over an empty store; `offline` without the stub, with a `key` that callers
         need."""
         name = f"another-{next(self.names)}"
         model_port = None if offline else self.model.port
@@ -365,7 +365,7 @@ def _waits(what: str, waited: float, alone: float) -> Values:
 
 @asynccontextmanager
 async def _small_write(bench: Bench) -> AsyncIterator[Callable[[], Awaitable[object]]]:
-    """A write to a session of its own, over a connection of its own: it does not wait for a file on its way."""
+    """A write to another session, over a separate connection: it does not wait for a file that is being sent."""
     (session,) = await bench.load.new_sessions(1)
     put = v1.PutStateRequest(name=f"{session}/state", key="mood", value=v1.Value(string_value="wary"))
     async with Load.connect(bench.server.port) as other:
@@ -551,7 +551,7 @@ async def neighbours(bench: Bench) -> Values:
 async def _beside(
     bench: Bench, module: str, prepare: Callable[[Load], Awaitable[None]], described: Mapping[str, str]
 ) -> tuple[Turns, list[Beside]]:
-    """A neighbour's turns alone and beside each caller of that module, on a server of their own."""
+    """A neighbour's turns, alone and together with each caller of that module, on a separate server."""
     async with bench.another(offline=True) as fresh:
         await prepare(fresh.load)
         alone, others = await compare(

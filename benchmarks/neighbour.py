@@ -1,7 +1,6 @@
-"""What others do to a neighbour: a caller whose turn comes once a second, alone and beside each of them.
-
-The others are processes of their own, `python -m MODULE NAME PORT`, on the CPU of the load; the server has one to
-itself. So what is compared is what the server does, within one run. They stop when they are terminated.
+"""Measures how other callers affect a neighbour: a caller with one turn a second, first alone and then together with
+each of them. The others are separate processes, `python -m MODULE NAME PORT`, on the CPU of the load; the server has
+its own CPU. They stop when they are terminated.
 """
 
 import asyncio
@@ -44,7 +43,7 @@ class Turns(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """What the p99 may be beside others, where these are the turns of a neighbour that is alone."""
+        """Returns the p99 that is allowed together with others, from the turns of a neighbour that is alone."""
         return 2 * self.p99 + ALLOWED
 
     def __str__(self) -> str:
@@ -61,7 +60,7 @@ class Beside(NamedTuple):
     memory: tuple[int, int, int]
     """Bytes that the server holds before, at the most, and after."""
     back: float
-    """Seconds until its memory is back within `KEPT`, or until nobody waits for it any more."""
+    """Seconds until its memory is back within `KEPT`, or until the wait ends."""
 
     @property
     def kept(self) -> float:
@@ -85,7 +84,7 @@ def table(alone: Turns, others: Iterable[Beside]) -> Iterator[str]:
 
 
 class Neighbour:
-    """The caller that minds its own business, in a session of its own."""
+    """The caller whose turns are measured, in a separate session."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -143,8 +142,8 @@ class Times(NamedTuple):
 async def compare(
     load: Load, server: Process, cpu: int, folder: Path, module: str, callers: Mapping[str, str], times: Times
 ) -> tuple[Turns, list[Beside]]:
-    """Measures a neighbour of that server alone, and then beside each of the module's callers, which are described by
-    their names. They run on `cpu`."""
+    """Measures a neighbour of that server alone, and then together with each of the module's callers, which are
+    described by their names. They run on `cpu`."""
     neighbour = Neighbour(load)
     await neighbour.prepare()
     await neighbour.turns(WARM * EVERY)

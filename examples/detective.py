@@ -1,6 +1,6 @@
 """A detective's conversation, from an empty machine to a restarted server: what `make demo` shows.
 
-It starts a server of its own on a free port, with a SQLite file in a temporary directory. With OPENAI_API_KEY or
+It starts a server on a free port, with a SQLite file in a temporary directory. With OPENAI_API_KEY or
 OPENAI_BASE_URL set it talks to that model, otherwise to the built-in offline one.
 """
 

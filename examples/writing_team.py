@@ -21,7 +21,7 @@ class Member(NamedTuple):
     instruction: str
     output_key: str
     offline: str
-    """What is said to it where no model is: after `/say` that one says the rest, and otherwise what it was told."""
+    """The message for the offline model: after `/say` it says the rest, and otherwise it repeats its instruction."""
 
 
 TEAM = {

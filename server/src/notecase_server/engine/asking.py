@@ -142,8 +142,8 @@ class Asking:
         raise AssertionError("the last source returns or raises")
 
     async def _repeated(self, source: Source, once: Callable[[Source], Coroutine[Any, Any, T]]) -> T:
-        """Asks a model, and again while what went wrong may pass, before its first piece or after it. A try from which
-        nothing came does not count as a model call; what one took, as far as its provider told, is counted."""
+        """Calls a model, and retries after transient failures, before its first piece or after it. A try that returned
+        nothing does not count as a model call; its usage is counted if the provider reported it."""
         most, seconds = source.named.repeats
         for repeat in itertools.count():
             if self._halts.pending:

@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 class AtRest:
-    """Does what callers ask of a session at rest; nothing here goes on in the background."""
+    """Rewinds, forks and compacts a session without an active run; nothing here continues in the background."""
 
     def __init__(self, sessions: Sessions, services: Services, admission: Admission) -> None:
         self._sessions = sessions
@@ -132,8 +132,8 @@ class AtRest:
                 log.warning("usage_lost", session=live.key.session, reason=errors.reason_name(error.reason))
 
     async def _summarized(self, plan: summary.Plan, llm: v1.LlmAgent, usage: list[v1.Event]) -> list[v1.Event]:
-        """Returns the summary's event; it covers fewer messages where the plan is more than the model takes. Adds to
-        `usage` what each call of a model took, also where there is no summary."""
+        """Returns the summary's event; it covers fewer messages if the model does not accept all of the plan. Adds the
+        usage of each model call to `usage`, even if there is no summary."""
         request = await plan.request(llm)
 
         async def once(source: Source) -> list[v1.Event]:

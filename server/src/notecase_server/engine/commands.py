@@ -55,8 +55,8 @@ class Commands:
     async def respond(
         self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, approver: Approver
     ) -> Committed:
-        """Answers an approval or a question. Raises INPUT_NOT_PENDING when nobody asks (any more), whatever the run
-        does by now, and ROLE_MISSING for what needs another approver than the caller counts as."""
+        """Answers an approval or a question. Raises INPUT_NOT_PENDING when the input is not open (any more), whatever
+        the state of the run, and ROLE_MISSING when the caller may not answer it."""
         return await self._whole(self._respond(key, run_id, response, caused, approver))
 
     async def _respond(
@@ -96,8 +96,8 @@ class Commands:
     async def say(
         self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, approver: Approver
     ) -> tuple[Committed, bool]:
-        """Commits what a user says to a run under way. Returns the commit, and whether it only queued the input. While
-        the run asks for what needs another approver than the caller counts as, it denies nothing and waits behind that.
+        """Commits a user's input to an active run. Returns the commit, and whether it only queued the input. While an
+        approval is open that the caller may not answer, the input denies nothing and is queued behind it.
 
         Raises RUN_ENDED and QUEUE_FULL, and ROLE_MISSING for an interrupt that would withdraw such an approval."""
         return await self._whole(self._say(key, run_id, said, caused, approver))

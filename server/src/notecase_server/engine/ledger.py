@@ -42,7 +42,7 @@ all of them still fits into an answer."""
 
 
 class Bound(NamedTuple):
-    """A name that the model may call, and what it stands for."""
+    """A name that the model may call, and its tool."""
 
     tool: v1.Tool
     name: str
@@ -228,8 +228,8 @@ def _ended(
 
 
 def asked_by_tool(request: v1.InputRequest) -> bool:
-    """Returns whether the tool of a call at work asks: it is given the answer and goes on, so that the answer is no
-    outcome of the call."""
+    """Returns whether the tool of a running call asks: it continues with the answer, so the answer is not an outcome of
+    the call."""
     return request.kind == v1.InputRequest.KIND_QUESTION and request.call.outcome == v1.ToolCall.OUTCOME_RUNNING
 
 

@@ -68,7 +68,7 @@ class RunLog:
         self.resolved: dict[str, v1.InputResponse] = {}
         """What was answered, by input_id, until `Questions.hand_out` has given it to the tools that asked."""
         self.spent: v1.Usage | None = None
-        """What the last call of a model took, as far as its provider told and no commit has counted."""
+        """The usage of the last model call that its provider reported and that no commit has counted."""
         self.log = log.bind(tenant=live.key.tenant, session=live.key.session, run=active.run.name)
         self._know(session, ())
 
@@ -143,7 +143,7 @@ class RunLog:
         return v1.Event(cause_id=cause_id, run_state_changed=change)
 
     def cut(self) -> list[v1.Event]:
-        """The reply being written, as far as it came, and what it took, as far as its provider told."""
+        """The reply being written so far, and its usage if its provider reported it."""
         message = self.draft.cut(self.run.agent) if self.draft is not None else None
         if message is None:
             self.live.discard(self.step)
@@ -151,7 +151,7 @@ class RunLog:
         return [v1.Event(message_added=message), *self.used()]
 
     def spend(self, usage: v1.Usage) -> None:
-        """Notes what the call of a model that is under way has taken so far."""
+        """Records the usage so far of the current model call."""
         self.spent = usage
 
     def used(self) -> list[v1.Event]:

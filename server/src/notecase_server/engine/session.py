@@ -61,7 +61,7 @@ class Bell(dict[asyncio.Future[None], None]):
 
 
 class Registry(Protocol):
-    """The sessions that a live one belongs to, as far as it needs them."""
+    """The part of `Sessions` that a live session uses."""
 
     new_id: Callable[[], str]
     content_limit: int | None

@@ -39,7 +39,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 BATCH = 100
-"""Sessions deleted one after another before it is asked for more."""
+"""Sessions that are deleted before the next page is read."""
 
 REFUSALS = 10
 """Sessions that one call leaves to the next because the store refuses them: a few may be damaged."""
@@ -71,7 +71,7 @@ class Sessions:
         self.new_id = new_id
         self.content_limit = content_limit
         self.unsure: Callable[[LiveSession], None] = lambda _: None
-        """Called with a session when nobody knows whether a commit of it was made: see Upkeep.settle_commits."""
+        """Called with a session when the outcome of one of its commits is not known: see Upkeep.settle_commits."""
         self.gone: Callable[[SessionKey], None] = lambda _: None
         """Called with a session that is deleted: see Timers.disarm."""
         self.transcripts = Transcripts()

@@ -82,7 +82,7 @@ class Gauge:
 
 
 def tokens_of(messages: Sequence[v1.Message]) -> int:
-    """Returns the tokens of messages together, counted by what they tell."""
+    """Returns the tokens of messages together, from the reports in them if possible."""
     return sum(map(Gauge(messages).tokens, messages))
 
 

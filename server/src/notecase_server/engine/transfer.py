@@ -40,7 +40,7 @@ CHUNK_BYTES = 256 << 10
 
 MAX_RECORD_BYTES = 5 << 20
 """More bytes than any event has: a greater length is invalid. Nothing interrupts the parser, which takes some 20 ms for
-a MiB of the smallest messages, during which nobody else is served."""
+a MiB of the smallest messages, during which no other call is served."""
 
 MAX_LENGTH_BYTES = 4
 
@@ -185,7 +185,7 @@ def _framed(record: v1.ExportRecord) -> bytes:
 
 async def read(file: BinaryIO, key: SessionKey) -> Restore:
     """Returns the session `key` to be stored from a complete file. The log is read again when it is stored, and
-    replayed then. Raises NotecaseError IMPORT_INVALID with a sentence that says what is wrong."""
+    replayed then. Raises NotecaseError IMPORT_INVALID with a sentence about the mistake."""
     check = await asyncio.to_thread(_Check, file)
     while await asyncio.to_thread(check.more):
         pass

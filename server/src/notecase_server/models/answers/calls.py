@@ -19,7 +19,7 @@ MAX_NAME = 256
 
 
 class _OpenCall:
-    """One tool call of the reply, as far as it has come."""
+    """The received part of one tool call of the reply."""
 
     __slots__ = ("arguments", "doubtful", "given", "held", "held_size", "id", "key", "name", "size")
 
