@@ -58,7 +58,7 @@ def context_parameters(function: Callable[..., Any], context: type[CallContext])
 
 
 def _unwrapped(hint: Any) -> Any:
-    """Returns a hint without `Annotated` and `| None`, and what a `type` alias stands for."""
+    """Returns a hint without `Annotated` and `| None`, and the value of a `type` alias."""
     hint = getattr(hint, "__value__", hint)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:

@@ -1,5 +1,5 @@
-"""What a provider gets back with a later request, picked out of a reply: each keeps its own signatures and encrypted
-thoughts in members of its own."""
+"""Takes out of a reply the data that its provider gets back with a later request: signatures and encrypted reasoning,
+in different members for each provider."""
 
 import json
 from typing import Any

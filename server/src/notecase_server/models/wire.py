@@ -91,7 +91,7 @@ class Wire:
     async def close(self) -> None:
         """Closes the connections. What is being read or sent fails with one of BROKEN. Idempotent."""
         self._closed = True
-        # Closing the session alone would leave the readers of its connections waiting for ever.
+        # Closing the session alone would leave the readers of its connections waiting forever.
         for answer in tuple(self._open):
             answer.close()
         session, self._session = self._session, None

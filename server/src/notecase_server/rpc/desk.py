@@ -61,8 +61,8 @@ class Desk:
     arrivals: Arrivals
     principals: Principals
     heavy: Places
-    """For what reads a long past: forks, rewinds, states as they were. Whoever asks for such waits for its turn, and
-    not all others for it."""
+    """Limits reads of a long past: forks, rewinds, earlier states. Such calls wait for each other, and do not delay
+    others."""
     new_id: Callable[[], str]
 
     async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:

@@ -340,7 +340,7 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
 
 
 async def abort(context: Any, error: Exception) -> None:
-    """Ends the call with the failure's status. Any other than a NotecaseError is logged, and told as INTERNAL."""
+    """Ends the call with the failure's status. Any other error than a NotecaseError is logged and sent as INTERNAL."""
     if not isinstance(error, NotecaseError):
         log.error("rpc_crashed", exc_info=error)
         error = errors.internal(caller.get().request_id)

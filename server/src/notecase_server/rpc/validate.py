@@ -38,7 +38,7 @@ MAX_MCP_NAMES = 1000
 MAX_CLIENT_TOOLS_BYTES = 256 << 10
 """Bytes of all client tools of a run together: every answer about the run holds them."""
 MAX_RECENT = 500
-"""Messages beside a summary, of each kind."""
+"""The most messages that a summary or a compaction may leave out."""
 MAX_BATCH_DELAY = 10.0
 """Seconds."""
 MAX_STOPS = 16
@@ -93,7 +93,7 @@ def messages(
     if len(given) > MAX_MESSAGES:
         check.few(field, given, MAX_MESSAGES, "messages")
         return
-    given = given[:]  # each look into a repeated field makes its messages anew
+    given = given[:]  # each access to a repeated field creates its messages again
     parts = labels = 0
     for message in given:
         parts += min(len(message.parts), MAX_PARTS + 1)
@@ -279,7 +279,7 @@ def tools(check: Check, field: str, declared: Sequence[v1.Tool], only_client: bo
 
 
 def _mcp_names(check: Check, field: str, declared: Sequence[v1.Tool]) -> None:
-    """Checks that no tool of an MCP server gets the name of another tool, as far as the declarations tell."""
+    """Checks that no tool of an MCP server gets the name of another tool, as far as the declarations name them."""
     taken = {tool.name: f"{field}[{index}]" for index, tool in enumerate(declared) if not tool.HasField("mcp")}
     whole: dict[str, bool] = {}
     """Servers declared without a prefix so far, and whether with all their tools."""

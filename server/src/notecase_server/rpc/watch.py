@@ -19,8 +19,8 @@ from notecase_server.store.contract import PAGE_BYTES, History
 from notecase_server.store.fold import ENDED
 
 DEFAULT_BATCH_DELAY = 0.03
-"""Seconds for which deltas are batched. A message costs the same whether it carries one event or thirty, and nobody
-reads faster than thirty times a second."""
+"""Seconds for which deltas are batched. A message costs the same whether it carries one event or thirty, and people do
+not read thirty times a second."""
 
 
 class Pace(NamedTuple):

@@ -1,12 +1,10 @@
-"""A file of an older schema becomes one of now, inside a transaction that somebody else begins and ends.
-
-The tables whose rows change are set aside, made anew and filled, of the first schema row by row; the others, content
-among them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The
-second lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs,
-since a message says no more by itself whether it is superseded. Both it and the third had a row for each message
-besides that of its event, and neither had keys, nor what says whether there ever was one. Up to the fourth, runs that
-had not ended had a row more, with their agent. Up to the fifth, a session's row had its head, and what finds rows
-within a session were indexes.
+"""Converts a file of an older schema, inside a transaction that the caller begins and ends. The tables whose rows
+change are renamed, created again and filled, from the first schema row by row; the others, including content, stay
+where they are. So the disk needs room for several times the rows, and memory holds a few of them. The second lacks two
+tables: that of deleted sessions begins empty, and rewound ranges are read from the logs, since a message no longer has
+a mark that it is superseded. The second and the third had a row for each message besides that of its event, and neither
+had keys, nor a mark that there ever was one. Up to the fourth, runs that had not ended had a row more, with their
+agent. Up to the fifth, a session's row had its head, and what finds rows within a session were indexes.
 """
 
 import re
@@ -167,7 +165,7 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
 
 
 def _from_first(connection: sqlite3.Connection) -> None:
-    """Converts all of it, with lines in the log that tell how far it is."""
+    """Converts all of it, with its progress in the log."""
     total = sum(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in FIRST)
     progress = _Progress(total)
     _set_aside(connection)
@@ -256,7 +254,7 @@ def _fill(connection: sqlite3.Connection, table: str, rows: Iterable[Row]) -> No
 
 def _bind(connection: sqlite3.Connection) -> None:
     """Gives the open calls of runs that have not ended what they are bound to, in the row of the run and in its
-    messages: such a message has a body of its own from then on, and the event that added it stays as it is."""
+    messages: such a message has a separate body from then on, and the event that added it does not change."""
     with closing(connection.execute("SELECT tenant, uid, run, body FROM run_agents")) as active:
         for tenant, uid, name, body in active:
             agent, place = v1.Agent.FromString(body), (tenant, uid, name)

@@ -141,7 +141,7 @@ class PythonTool:
         self.parameters = dump(self._arguments.schema)
 
     def offered(self, name: str, description: str, parameters: str) -> Function:
-        """Returns the tool as it is declared to the model. Empty arguments stand for the tool's own values."""
+        """Returns the tool as it is declared to the model. Empty arguments mean the tool's own values."""
         implementation = v1.ToolBinding(function=self.name)
         return Function(
             name or self.name, description or self.description, parameters or self.parameters, implementation

@@ -24,8 +24,8 @@ HALF = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair."""
 
 MAX_OBJECTS = 10_000
-"""Objects in one answer: the library makes each into one of its own before anybody can look at them, and 500,000 small
-ones take a gigabyte."""
+"""Objects in one answer: the library converts all of them before our code sees any, and 500,000 small ones take a
+gigabyte."""
 
 
 def fits(size: int, objects: int) -> bool:

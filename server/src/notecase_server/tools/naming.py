@@ -18,7 +18,8 @@ OWN_LENGTH = 256
 """Characters of a server's own name of a tool, which every call of it carries: more than anybody would write."""
 
 MOST = 1000
-"""Tools of one run, more than any model takes: each takes some 10 microseconds, while nobody else is served."""
+"""Tools of one run, more than any model accepts: each takes some 10 microseconds, during which no other call is
+served."""
 
 _DIGEST = 8
 """Hexadecimal digits that keep names apart: few tokens, and enough for the tools of one agent."""
@@ -45,6 +46,5 @@ def _apart(name: str, given: str) -> str:
 
 
 def declared(tool: v1.Tool) -> list[str]:
-    """Returns the names that a declaration yields, as far as it says them: those of an MCP server's tools only where it
-    lists them."""
+    """Returns the names that a declaration contains: those of an MCP server's tools only if it lists them."""
     return offered(tool.name, list(dict.fromkeys(tool.mcp.tools))) if tool.HasField("mcp") else [tool.name]
