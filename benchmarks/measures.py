@@ -26,7 +26,7 @@ from benchmarks import neighbours as crowds
 from benchmarks import stub
 from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Caller, Load, WrongError, lanes
-from benchmarks.neighbour import Beside, Neighbour, Times, Turns, compare, table
+from benchmarks.neighbour import Effect, Neighbour, Times, Turns, compare, table
 from benchmarks.postgres import TURNS, Database, bare, rows_written
 from benchmarks.processes import Cpus, Process, running, running_server
 
@@ -514,8 +514,8 @@ async def loop(bench: Bench) -> Values:
     }
 
 
-def beside_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Bench], Awaitable[Values]]:
-    """The measure, and each of its values in those of the floor, which is measured right behind it."""
+def with_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Bench], Awaitable[Values]]:
+    """Adds to a measure the ratio of each value to that of the floor, which is measured directly afterwards."""
 
     async def both(bench: Bench) -> Values:
         values = await measure(bench)
@@ -530,7 +530,7 @@ def beside_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Ben
 async def edge(bench: Bench) -> Values:
     """What callers that speak HTTP/2 badly on purpose do to a neighbour's turn and to the server's memory."""
     described = {name: attack.described for name, attack in attacks.ATTACKS.items()}
-    alone, others = await _beside(bench, "edge", attacks.prepare, described)
+    alone, others = await _measured(bench, "edge", attacks.prepare, described)
     return {
         "edge-alone": alone.p99 * 1e3,
         "edge-beside": max(other.turns.p99 for other in others) / alone.bound,
@@ -541,16 +541,16 @@ async def edge(bench: Bench) -> Values:
 async def neighbours(bench: Bench) -> Values:
     """What callers do whose calls are all valid, and more than a server takes."""
     described = {name: callers.described for name, callers in crowds.CALLERS.items()}
-    alone, others = await _beside(bench, "neighbours", crowds.prepare, described)
+    alone, others = await _measured(bench, "neighbours", crowds.prepare, described)
     return {
         "neighbours-alone": alone.p99 * 1e3,
         "neighbours-beside": max(other.turns.p99 for other in others) / alone.bound,
     }
 
 
-async def _beside(
+async def _measured(
     bench: Bench, module: str, prepare: Callable[[Load], Awaitable[None]], described: Mapping[str, str]
-) -> tuple[Turns, list[Beside]]:
+) -> tuple[Turns, list[Effect]]:
     """A neighbour's turns, alone and together with each caller of that module, on a separate server."""
     async with bench.another(offline=True) as fresh:
         await prepare(fresh.load)
@@ -562,12 +562,12 @@ async def _beside(
 
 
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
-    "tokens": beside_floor(tokens),
-    "turn": beside_floor(turn),
+    "tokens": with_floor(tokens),
+    "turn": with_floor(turn),
     "postgres": postgres,
     "keys": keys,
     "guesses": guesses,
-    "first-token": beside_floor(first_token),
+    "first-token": with_floor(first_token),
     "history": history,
     "pages": pages,
     "fork": fork,

@@ -50,7 +50,7 @@ class Turns(NamedTuple):
         return " | ".join(f"{seconds * 1e3:.1f}" for seconds in self)
 
 
-class Beside(NamedTuple):
+class Effect(NamedTuple):
     """What one kind of caller does to the neighbour and to the server."""
 
     name: str
@@ -73,7 +73,7 @@ class Beside(NamedTuple):
         return f"| {self.name} | {self.did} | {self.turns} | {memory} | {self.back:.0f} | {verdict} |"
 
 
-def table(alone: Turns, others: Iterable[Beside]) -> Iterator[str]:
+def table(alone: Turns, others: Iterable[Effect]) -> Iterator[str]:
     """The lines of a Markdown table: turns in milliseconds, memory in MiB."""
     yield f"The neighbour's p99 may be {alone.bound * 1e3:.1f} ms, and the server's memory {KEPT} times what it was."
     yield "| with | that made | p50 | p99 | longest | memory before | at most | after | seconds until back | |"
@@ -134,21 +134,21 @@ class Times(NamedTuple):
 
     alone: float = 30.0
     beside: float = 15.0
-    """Beside each kind of caller."""
+    """Together with each kind of caller."""
     rest: float = 60.0
     """After each, at most: until the server's memory is back."""
 
 
 async def compare(
     load: Load, server: Process, cpu: int, folder: Path, module: str, callers: Mapping[str, str], times: Times
-) -> tuple[Turns, list[Beside]]:
+) -> tuple[Turns, list[Effect]]:
     """Measures a neighbour of that server alone, and then together with each of the module's callers, which are
     described by their names. They run on `cpu`."""
     neighbour = Neighbour(load)
     await neighbour.prepare()
     await neighbour.turns(WARM * EVERY)
     alone = await neighbour.turns(times.alone)
-    found = list[Beside]()
+    found = list[Effect]()
     for name, described in callers.items():
         server.forget_peak()
         before = server.resident()
@@ -160,7 +160,7 @@ async def compare(
         if not did:
             raise WrongError(f"{name}: {log.read_text()[-500:]}")
         waited = await _back(server, before, times.rest)
-        found.append(Beside(described, did, turns, (before, server.peak(), server.resident()), waited))
+        found.append(Effect(described, did, turns, (before, server.peak(), server.resident()), waited))
     return alone, found
 
 

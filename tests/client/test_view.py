@@ -1,4 +1,4 @@
-"""Whoever has seen the same log holds an equal view, however its events were split, repeated or resumed."""
+"""Views of the same log are equal, however its events were split, repeated or resumed."""
 
 from collections.abc import Iterator
 

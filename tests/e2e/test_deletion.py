@@ -138,7 +138,7 @@ async def test_an_erasure_is_answered_when_the_last_row_is_gone(
     ids=str,
 )
 async def test_a_store_that_fails_once_leaves_no_row_in_the_end(store_url: str, fault: Fault) -> None:
-    """Whoever was refused tries again; the sweeper does by itself."""
+    """Callers that were refused try again; the sweeper does so by itself."""
     store = await open_store(store_url, now)
     await fill(store, KEYS[0])
     await create(store, KEYS[1])

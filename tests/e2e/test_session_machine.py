@@ -762,7 +762,7 @@ class SessionMachine(RuleBasedStateMachine):
     ) -> None:
         """Under its name, while callers still mean the one before."""
 
-        async def anew() -> None:
+        async def again() -> None:
             case = self.cases[whose]
             if work is not None:
                 await self.in_peace(whose, "start", {"text": work, "on_busy": INTERRUPT, "run_id": "", "state": 1})
@@ -772,7 +772,7 @@ class SessionMachine(RuleBasedStateMachine):
             await case.make(self.served)
             await self.settle()
 
-        self.do(anew())
+        self.do(again())
 
     @rule(kill=st.booleans(), whose=WHOSE, work=st.none() | TEXTS, command=st.none() | COMMANDS)
     def the_server_is_started_again(

@@ -232,7 +232,7 @@ class Talking(Model):
 
 
 async def test_the_lines_of_a_run_have_its_own_ids_and_none_of_a_call(store_url: str) -> None:
-    """Whoever began it: a call, the end of the run before it in the queue, or the answer to a call of the model."""
+    """Whatever started it: a call, the end of the run before it in the queue, or the answer to a call of the model."""
     model = Talking()
     with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
         async with running(store_url, {"model": model}) as served:

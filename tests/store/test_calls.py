@@ -420,7 +420,7 @@ async def test_a_cancel_that_comes_first_is_the_runs_end(store: Store, clock: Ma
 
 @pytest.mark.parametrize("queue", [True, False])
 async def test_a_cancel_that_comes_just_after_the_start_changes_nothing(store: Store, queue: bool) -> None:
-    """Whoever cancels a run that is there has to do it by its owner."""
+    """A run that exists has to be cancelled by its owner."""
     await create(store)
     await start(store, "r1")
     if queue:

@@ -558,7 +558,7 @@ async def _steps_once(store: SqliteStore, ask: Callable[[], Awaitable[None]]) ->
 
 
 async def test_eight_writers_and_readers_at_once(store: SqliteStore) -> None:
-    """Readers beside the writer see whole commits only, and what has returned always."""
+    """Readers that run during writes see only complete commits, and always those that have returned."""
     keys = [session_key("acme", f"s{number}") for number in range(8)]
     for key in keys:
         await create(store, key)

@@ -130,7 +130,7 @@ async def watch(client: Client, session: str) -> None:
 
     Raises NotecaseError when the session does not exist, or not any more."""
     found = await client.sessions.GetSession(v1.GetSessionRequest(name=await named.session(client, session)))
-    others = {f"{owner}/state": _Beside(client, owner) for owner in filter(None, (found.user, "app"))}
+    others = {f"{owner}/state": _Outside(client, owner) for owner in filter(None, (found.user, "app"))}
     request = v1.WatchEventsRequest(name=found.name, if_session_uid=found.uid, options=v1.WatchOptions(keep_open=True))
     backoff = Backoff(PATIENT, renews_token())
     while True:
@@ -155,7 +155,7 @@ async def watch(client: Client, session: str) -> None:
             await backoff.wait(error, limited=True)
 
 
-class _Beside:
+class _Outside:
     """The state of a user or of the app. It is not part of the session's log, so no stream repeats its changes; it is
     read again when a version is missing."""
 

@@ -246,7 +246,7 @@ class SessionsService(v1.SessionServiceServicer):
 
 
 def _set_expiration(session: v1.Session, given: v1.Session, fields: Iterable[str]) -> None:
-    """One of the fields, or none, is what holds from now on; what was read back beside idle_ttl is not."""
+    """One of the fields, or none, applies from now on; an expire_time that was read together with idle_ttl does not."""
     for name in EXPIRY_FIELDS:
         session.ClearField(name)  # type: ignore[arg-type]
     for name in sorted(fields):

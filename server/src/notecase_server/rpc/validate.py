@@ -38,7 +38,7 @@ MAX_MCP_NAMES = 1000
 MAX_CLIENT_TOOLS_BYTES = 256 << 10
 """Bytes of all client tools of a run together: every answer about the run holds them."""
 MAX_RECENT = 500
-"""The most messages that a summary or a compaction may leave out."""
+"""The highest `keep_recent` and `batch`."""
 MAX_BATCH_DELAY = 10.0
 """Seconds."""
 MAX_STOPS = 16

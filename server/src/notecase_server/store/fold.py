@@ -3,7 +3,7 @@ the rows that `needs` names, calls `apply` inside its transaction, and writes th
 event the rows that it needs, what it does, and what it does when the log is read again. So all stores keep the same
 promises, and the rows can be checked against the log at any time.
 
-A payload that would break a promise is refused, whoever made it: a second active run or a rewind during a run, and
+A payload that would break a promise is refused, whatever its origin: a second active run or a rewind during a run, and
 events of a run that is queued (RUN_ACTIVE) or has ended (RUN_ENDED), a second outcome for a call except by a rewind
 (CALL_NOT_PENDING), a second answer to an input (INPUT_NOT_PENDING), an operation that the value's type does not have
 (STATE_TYPE_MISMATCH), a summary that does not continue the one in effect or covers what was rewound

@@ -208,7 +208,7 @@ SCHEMA = (
     ) WITHOUT ROWID""",
     "CREATE INDEX requests_by_time ON requests (create_time)",
     # Content lies in pieces under a number, so that an upload becomes a blob without being written again. The
-    # pieces are in rows and not in files beside the database: writing them costs twice the time, and everything
+    # pieces are in rows and not in files next to the database: writing them costs twice the time, and everything
     # is in one place for a backup, for a commit, and for deletion.
     "CREATE TABLE contents (content INTEGER PRIMARY KEY, discarded INTEGER NOT NULL)",
     "CREATE INDEX contents_discarded ON contents (content) WHERE discarded",

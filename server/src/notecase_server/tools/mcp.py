@@ -38,7 +38,7 @@ from notecase_server.tools.mcp_answers import (
     Bounded,
     Mended,
     mend_content,
-    tells_of_lost_session,
+    reports_lost_session,
 )
 from notecase_server.tools.mcp_pipes import program
 from notecase_server.tools.mcp_questions import Questions
@@ -356,7 +356,7 @@ class _Connection:
         try:
             return await self.client.list_tools(cursor=cursor)
         except MCPError as error:
-            if self._has_session and tells_of_lost_session(error.error):
+            if self._has_session and reports_lost_session(error.error):
                 self._session_gone()
             raise
 
@@ -369,7 +369,7 @@ class _Connection:
         """Returns whether the error of a call can mean that the server does not know the session. It can also mean a
         session or a client within the tool, which the connection does not know."""
         doubted, self._doubted = self._doubted, False
-        return not self.over and self._has_session and (doubted or tells_of_lost_session(error.error))
+        return not self.over and self._has_session and (doubted or reports_lost_session(error.error))
 
     async def _heard(self, message: object) -> None:
         if isinstance(message, types.ToolListChangedNotification):

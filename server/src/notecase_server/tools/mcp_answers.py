@@ -89,7 +89,7 @@ _OF_PROTOCOL = frozenset({types.INVALID_REQUEST, -32000, -32001})
 """Codes of errors that are about the connection, and not about a call's arguments or what the call came to."""
 
 
-def tells_of_lost_session(error: types.ErrorData) -> bool:
+def reports_lost_session(error: types.ErrorData) -> bool:
     """Returns whether an error says that the server does not know the session that a request named."""
     return error.code in _OF_PROTOCOL and LOST_SESSION.search(error.message) is not None
 

@@ -31,7 +31,7 @@ class CallPiece(msgspec.Struct, gc=False):
     extra_content: Any = None
     provider_specific_fields: Any = None
     name: Any = None
-    """Beside the id, where a server leaves out `function`; `arguments` too."""
+    """Next to the id, if a server leaves out `function`; `arguments` too."""
     arguments: Any = None
 
 
