@@ -1,4 +1,4 @@
-"""What a tool's function may learn of the call that it answers."""
+"""The context of a call for a tool's function."""
 
 import types
 import typing

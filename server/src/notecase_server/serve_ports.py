@@ -1,4 +1,4 @@
-"""Takes the addresses on which a server listens."""
+"""Binds the addresses on which a server listens."""
 
 import socket
 from collections.abc import Callable

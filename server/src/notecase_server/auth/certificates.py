@@ -1,4 +1,4 @@
-"""Client certificates as credentials: the names that they hold, by a table of the operator's."""
+"""Authenticates callers by client certificates: a table of the operator maps their names to principals."""
 
 from collections.abc import Callable, Mapping
 

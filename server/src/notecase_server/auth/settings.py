@@ -1,4 +1,4 @@
-"""What an operator says of credentials: the files of TLS, of client certificates and of identity providers."""
+"""The operator's settings for credentials: the files for TLS, client certificates and identity providers."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The answers to approvals that a session remembers: shown in a conversation, and taken back."""
+"""Shows the remembered answers to approvals of a session, and takes them back."""
 
 import contextlib
 import sys

@@ -1,4 +1,4 @@
-"""A run that was left waiting, while the conversation goes on."""
+"""Watches a run that was left waiting while the conversation continues."""
 
 from collections.abc import Sequence
 

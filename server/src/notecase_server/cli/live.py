@@ -1,4 +1,4 @@
-"""A run at a terminal: Markdown as it comes, tools while they run."""
+"""Draws a run at a terminal: Markdown while it streams, tools while they run."""
 
 import re
 import time

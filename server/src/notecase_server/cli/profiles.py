@@ -1,4 +1,4 @@
-"""`notecase profiles`: servers by name, and how each is called."""
+"""`notecase profiles`: named servers with their addresses, tokens and CA certificates."""
 
 import os
 import sys

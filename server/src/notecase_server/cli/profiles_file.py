@@ -1,4 +1,4 @@
-"""The file of profiles: servers by name, each with how it is called."""
+"""Reads and writes the file of profiles: named servers with their addresses, tokens and CA certificates."""
 
 import base64
 import json

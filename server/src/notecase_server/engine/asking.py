@@ -1,4 +1,4 @@
-"""Asks the models that an agent may be answered by: one after the other, each again while what went wrong may pass."""
+"""Calls an agent's model and then its fallbacks, each with retries after transient failures."""
 
 import asyncio
 import itertools

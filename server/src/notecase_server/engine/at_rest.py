@@ -1,4 +1,4 @@
-"""Rewinds, forks and compacts a session while no run is at work in it."""
+"""Rewinds, forks and compacts a session without an active run."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Runs the calls of a run in this process: begins, times and stops them, and puts their results on record."""
+"""Runs the calls of a run in this process: starts, times and stops them, and records their results."""
 
 import asyncio
 import traceback

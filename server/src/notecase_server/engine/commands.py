@@ -1,4 +1,4 @@
-"""Carries out what callers send to a run under way: results, answers, input, cancels. And waits for its end."""
+"""Carries out callers' commands to an active run: results, answers, input, cancels. Also waits for the run's end."""
 
 import asyncio
 from collections.abc import Iterable, Sequence

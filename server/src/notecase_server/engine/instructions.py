@@ -1,5 +1,5 @@
-"""Instructions: most are plain text. The language of the others is loaded when the first of them comes, since it has a
-hundred modules and takes 5 MiB."""
+"""Instructions: most are plain text. The template language is loaded with the first template, since it has a hundred
+modules and takes 5 MiB."""
 
 import asyncio
 import gc

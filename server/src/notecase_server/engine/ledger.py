@@ -1,6 +1,5 @@
-"""Decides about the calls of a run: which may run, which wait for whom, and how each comes to its one outcome.
-
-Pure: from what is known of a run to the events that say what becomes of its calls. The worker commits them.
+"""Decides about the calls of a run: which may run, which wait for a person or a caller, and the one outcome of each.
+Pure: it turns the state of a run into the events for its calls, which the worker commits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Makes the events that rewind a session, or that bring a copy of it to rest.
+"""Makes the events that rewind a session, or that end the runs of a copy.
 
 The log is not cut. A mark supersedes the messages after the sequence, the calls that were open then are cancelled, and
 operations restore the state, so that a reader folds the log with the existing rules.

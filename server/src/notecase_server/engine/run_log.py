@@ -1,7 +1,6 @@
-"""Commits for a run: knows what this process knows of the run, and is the one way to write its part of the log.
-
-What decides for a run holds its session's lock, looks at what is known, and commits with what follows from that. A
-commit whose answer was lost is asked about before anything is decided again.
+"""Commits for a run: knows the run's state after the last commit, and is the only writer of its part of the log. Code
+that decides for a run holds its session's lock, reads that state, and commits the consequences. The outcome of a commit
+whose answer was lost is looked up before anything else is decided.
 """
 
 import asyncio

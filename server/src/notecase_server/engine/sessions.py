@@ -1,4 +1,5 @@
-"""Holds the sessions alive in this process, and makes every write to one that no run makes."""
+"""Holds the sessions that are active in this process, and makes every write to a session that does not come from a
+run."""
 
 import asyncio
 from collections import deque

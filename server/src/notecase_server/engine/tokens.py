@@ -2,7 +2,7 @@
 
 Tokenizers download their tables at run time, which a server must not do. But a provider reports how many tokens each
 reply had: that is exact for the reply, and shows how many bytes a token has in this conversation, for its language and
-its model. Only what has no such measure is a rough figure.
+its model. Only content is roughly estimated.
 """
 
 import math

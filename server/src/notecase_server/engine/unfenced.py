@@ -1,4 +1,4 @@
-"""Takes from a reply that is to be JSON what models put around it, while it comes. Pure."""
+"""Removes what models put around a reply that is to be JSON, while it streams. Pure."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tools, their calls and JSON Schemas in the shapes that Chat Completions servers take."""
+"""Writes tools, their calls and JSON Schemas in the forms that Chat Completions servers accept."""
 
 import hashlib
 import json

@@ -1,8 +1,8 @@
-"""HTTP to the endpoint of a model: each call is one POST over pooled connections, and its answer is read in bounded
-pieces.
+"""Sends HTTP requests to the endpoint of a model: each call is one POST over pooled connections, and its answer is read
+in bounded pieces.
 
-The request goes out with aiohttp itself. URLs, certificates and the size of the pool are httpx2's, so that they mean
-what they mean to the openai SDK.
+The request goes out with aiohttp itself. URLs, certificates and the size of the pool are httpx2's, so that they are
+interpreted as by the openai SDK.
 """
 
 import asyncio

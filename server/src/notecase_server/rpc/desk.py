@@ -1,4 +1,4 @@
-"""What the services of one server share: the parts of the server, and how a request is looked at."""
+"""What the services of one server share: the parts of the server, and functions that check requests."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""Frames as they come in: how large they may be, and how they are parsed without holding up others for longer than that
+"""Incoming frames: their largest size, and how they are parsed without delaying other calls for longer than the parse
 takes."""
 
 import asyncio

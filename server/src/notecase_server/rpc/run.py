@@ -1,6 +1,5 @@
-"""The Run stream: one reader that carries out commands in their order, one writer that sends results and events.
-
-SendCommand and WatchEvents are the same two halves on their own.
+"""The Run stream: one reader carries out commands in their order, one writer sends results and events. SendCommand and
+WatchEvents are the same two halves as separate calls.
 """
 
 import asyncio

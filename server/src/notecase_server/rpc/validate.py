@@ -1,5 +1,5 @@
-"""Is it well formed? Checks whole messages of requests before anything else happens, field by field, and reports all
-mistakes at once. Every function takes the path of the message as `field` or `at`.
+"""Checks whole messages of requests before anything else happens, field by field, and reports all mistakes at once.
+Every function takes the path of the message as `field` or `at`.
 
 Whether a request may be carried out at this moment is not checked here.
 """

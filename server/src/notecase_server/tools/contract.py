@@ -1,6 +1,5 @@
-"""What a tool that runs in the server is to the engine: something with a schema that can be called, and that may fail.
-
-Tools that run at the caller have no part in this: the engine only waits for their results.
+"""The contract between the engine and tools that run in the server: each has a schema, can be called and may fail.
+Tools that run in the caller's process are not covered: the engine only waits for their results.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Python functions as tools: what an operator writes, and how the model's arguments become a call of it.
+"""Python functions as tools: how an operator writes them, and how the model's arguments become a call.
 
 A module of tools is named in the server's settings, or by an entry point of the group `notecase.tools`:
 

@@ -1,5 +1,4 @@
-"""What one answer of an MCP server may have, whatever way it comes, and how one is read that is not quite as the
-protocol has it."""
+"""Limits the answers of MCP servers over any transport, and reads answers that deviate from the protocol."""
 
 import json
 import re

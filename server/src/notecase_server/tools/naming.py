@@ -1,7 +1,6 @@
-"""The names by which a model calls tools. MCP servers name theirs freely, a model's API takes few names: what it does
-not take is changed, and kept apart by a digest where the change would make two names one.
-
-What a call was bound to is recorded with it, so nothing needs to find a tool by such a name again.
+"""The names by which a model calls tools. MCP servers use any names, and a model's API accepts few: other names are
+changed, with a digest if the change would make two names equal. The tool of a call is recorded with it, so no tool has
+to be found by such a name again.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Tells the tool calls of one reply apart, and puts each one's arguments together."""
+"""Distinguishes the tool calls of one reply, and joins the arguments of each."""
 
 import msgspec
 

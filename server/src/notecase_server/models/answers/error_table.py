@@ -1,4 +1,4 @@
-"""What a provider's error means, by its status, its code or its words: tables of facts, one row for each."""
+"""Tables of the meanings of providers' errors, by status, code or words, one row for each."""
 
 import enum
 import re

@@ -1,4 +1,4 @@
-"""Reads how many tokens a reply took, wherever a server says so."""
+"""Reads how many tokens a reply used, from any place where a server reports it."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
