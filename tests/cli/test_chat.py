@@ -65,7 +65,7 @@ async def test_a_session_is_resumed(served: Running, agent: v1.Agent) -> None:
         done = await notecase("chat", "--session", session, "--server", served.address, said="/say Here.\n")
         assert (0, "Here.\n", "") == done
     done = await notecase("chat", "--session", "case", "--server", served.address, said="And now?\n")
-    assert "You said: And now?\nI was told: The case: .\nI was shown: 5 messages.\n" == done.out
+    assert "You said: And now?\nMy instruction is: The case: .\nThis request had 5 messages.\n" == done.out
 
 
 async def test_a_session_of_a_chosen_id_is_opened_once(served: Running, agent: v1.Agent) -> None:
@@ -82,7 +82,7 @@ async def test_another_agent_answers_in_a_resumed_session(served: Running, agent
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=clerk))
     there = {"NOTECASE_ADDRESS": served.address, "NOTECASE_AGENT": "clerk@1"}
     done = await notecase("chat", "--session", "case", env=there, said="Hello\n")
-    assert "I was told: Be brief.\n" in done.out
+    assert "My instruction is: Be brief.\n" in done.out
     assert "agents/detective" == (await only_session(served)).agent
 
 
@@ -92,7 +92,7 @@ async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None
     done = await notecase("chat", "--server", served.address, said=said)
     notes, _, reply = done.out.partition('tags = ["a", 1.5]\n')
     assert "case = the missing violin\nseen = 3\n" == notes
-    assert "I was told: The case: the missing violin.\n" in reply
+    assert "My instruction is: The case: the missing violin.\n" in reply
     assert done.err.startswith("There are no notes yet.\n")
     async with served.client() as client:
         held = await client.get_state((await only_session(served)).name)
@@ -301,7 +301,7 @@ async def test_without_an_agent_one_is_made_and_ctrl_d_leaves(served: Running) -
         await screen.until("agents/assistant answers.")
         await screen.until("> ")
         await screen.type("Ahoy\r")
-        await screen.until("I was told: You are a pirate.")
+        await screen.until("My instruction is: You are a pirate.")
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()

@@ -764,7 +764,7 @@ async def test_a_summary_outlives_the_server(tmp_path: Path) -> None:
         assert (await session_of(served, session)).summary_sequence > 0
     async with running(url) as served:
         run = await ask(served, session, "And?")
-        shown = re.search(r"I was shown: (\d+) messages", run.reply.parts[0].text)
+        shown = re.search(r"This request had (\d+) messages", run.reply.parts[0].text)
         assert shown is not None
         assert shown[1] == "2"  # the newer summary, and the question
 

@@ -61,10 +61,10 @@ def finish(deltas: list[Delta]) -> Finish:
 
 async def test_the_first_reply_says_what_it_is_and_shows_what_it_was_given() -> None:
     assert (await text(user("Where could she be?"), instruction="You are a detective.")) == (
-        "I am the offline model. I do not think; I repeat what I was given. Try /help.\n\n"
+        "I am the offline model. I repeat my input and follow directives: /help lists all of them.\n\n"
         "You said: Where could she be?\n"
-        "I was told: You are a detective.\n"
-        "I was shown: 1 message."
+        "My instruction is: You are a detective.\n"
+        "This request had 1 message."
     )
 
 
@@ -72,7 +72,7 @@ async def test_a_note_in_the_instruction_shows_in_the_next_reply() -> None:
     """So that a demonstration without a key shows what state is for."""
     told = "You look for Irene. Last seen: at the harbour."
     assert (await text(user("Where?"), assistant(), user("And now?"), instruction=told)) == (
-        f"You said: And now?\nI was told: {told}\nI was shown: 3 messages."
+        f"You said: And now?\nMy instruction is: {told}\nThis request had 3 messages."
     )
 
 
@@ -86,7 +86,7 @@ async def test_replies_come_in_words_and_are_the_same_each_time() -> None:
 def test_what_is_said_arrives_whole(said: str) -> None:
     """Cutting a text into pieces loses nothing of it."""
     reply = asyncio.run(text(user(said), assistant(), user(said)))
-    assert reply.startswith(f"You said: {said.strip() or 'nothing'}\nI was told: nothing\n")
+    assert reply.startswith(f"You said: {said.strip() or 'nothing'}\nMy instruction is: nothing\n")
 
 
 async def test_a_long_message_is_repeated_in_part() -> None:

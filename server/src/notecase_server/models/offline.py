@@ -320,11 +320,11 @@ def _echo(request: ModelRequest, last: v1.Message) -> str:
     said = _cut(_text(last)) if last.role != v1.Message.ROLE_ASSISTANT else "nothing new"
     lines = [f"You said: {said}"]
     lines.extend(f"You showed me: {_medium(part)}" for part in _unanswered_media(request.messages))
-    lines.append(f"I was told: {_cut(request.instruction)}")
+    lines.append(f"My instruction is: {_cut(request.instruction)}")
     count = len(request.messages)
-    lines.append(f"I was shown: {count} message{'' if count == 1 else 's'}.")
+    lines.append(f"This request had {count} message{'' if count == 1 else 's'}.")
     if all(message.role != v1.Message.ROLE_ASSISTANT for message in request.messages):
-        lines.insert(0, "I am the offline model. I do not think; I repeat what I was given. Try /help.\n")
+        lines.insert(0, "I am the offline model. I repeat my input and follow directives: /help lists all of them.\n")
     return "\n".join(lines)
 
 
