@@ -74,7 +74,7 @@ def programs() -> Path | None:
 
 
 def version(program: Path | str) -> str:
-    """Returns the first line of what a program says of itself."""
+    """Returns the first line of a program's version."""
     return subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
 
 

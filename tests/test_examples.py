@@ -1,4 +1,4 @@
-"""The examples run as they stand, on the offline model, and show what they say they show."""
+"""The examples run unchanged with the offline model, and print what they promise."""
 
 import asyncio
 import os

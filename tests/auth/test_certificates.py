@@ -1,4 +1,4 @@
-"""Client certificates on real sockets: whom they name, and that nobody connects without one."""
+"""Client certificates on real sockets: which callers they identify, and that a connection needs one."""
 
 import json
 from collections.abc import Sequence

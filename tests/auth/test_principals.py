@@ -68,7 +68,7 @@ async def test_names_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyP
     one, two, three = (Principal("acme", f"keys/{number}", Role.USER) for number in range(3))
     for principal in (one, two, one, three, one, two):
         await known.name(principal, "acme")
-    assert 4 == store.writes  # the one that was not asked for the longest time is forgotten
+    assert 4 == store.writes  # the one that was not used for the longest time is forgotten
 
 
 async def test_a_name_that_was_erased_while_it_was_looked_up_is_not_remembered() -> None:

@@ -28,7 +28,7 @@ RSA_KEY = SigningKey("rsa", "RS256")
 
 
 class Setting:
-    """An issuer whose keys are served, and what judges its tokens, by clocks that stand still."""
+    """An issuer whose keys are served, and the authenticator of its tokens, with clocks that the test advances."""
 
     def __init__(self, server: KeyServer) -> None:
         self.server = server
@@ -389,7 +389,7 @@ def large() -> bytes:
         "endless",
     ],
 )
-async def test_keys_that_cannot_be_had_leave_the_caller_unknown(
+async def test_keys_that_cannot_be_fetched_leave_the_caller_unknown(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, served: Mapping[str, Any], problem: str
 ) -> None:
     """Within bounds, and until they can."""
@@ -445,7 +445,7 @@ async def test_an_issuers_own_configuration_says_where_its_keys_are(setting: Set
 async def test_a_configuration_that_is_not_right_gives_no_keys(
     setting: Setting, served: Mapping[str, Any], problem: str
 ) -> None:
-    """And is asked for again."""
+    """And is fetched again."""
     issuer = setting.server.issuer = f"{setting.server.base}/realms/acme"
     before = vars(setting.server).copy()
     vars(setting.server).update(served)

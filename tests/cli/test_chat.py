@@ -172,7 +172,7 @@ async def test_unknown_slash_words_are_said(served: Running, agent: v1.Agent) ->
 
 
 async def test_a_mistyped_command_is_said_only_if_it_is_meant(served: Running, agent: v1.Agent) -> None:
-    """At a terminal, where somebody can be asked."""
+    """At a terminal, where a user can be asked."""
     async with terminal("chat", "--new", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type("/quti\r")

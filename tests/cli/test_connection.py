@@ -75,7 +75,7 @@ async def test_a_server_with_an_unknown_ca_is_reported(place: Place, tmp_path: P
 
 @pytest.mark.parametrize("command", [("sessions", "list"), ("health",)], ids=" ".join)
 async def test_the_reason_for_a_failed_connection_is_printed(place: Place, command: tuple[str, ...]) -> None:
-    """Plain text to a server with TLS, TLS to one without, and nobody there."""
+    """Plain text to a server with TLS, TLS to one without, and no server."""
     done = await notecase(*command, "--server", place.address)
     assert (4, True) == (done.code, "For a server with TLS, set --ca or NOTECASE_CA" in done.err)
     async with running() as plain:

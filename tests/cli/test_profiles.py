@@ -1,4 +1,4 @@
-"""Profiles: servers by name, with a token that goes to no other, in a file that nobody else reads."""
+"""Profiles: named servers, with tokens that are sent only to them, in a file that other users cannot read."""
 
 import base64
 import json

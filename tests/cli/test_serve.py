@@ -50,7 +50,7 @@ async def test_the_error_of_an_unknown_command_names_a_similar_one() -> None:
     "listen",
     ["0.0.0.0:0", "192.0.2.1:7420", "example.org:7420", "localhost.example:7420", "127.example:1", "[::]:7420"],
 )
-async def test_an_address_beyond_this_machine_wants_to_be_called_insecure(listen: str) -> None:
+async def test_an_address_that_other_machines_can_reach_needs_insecure(listen: str) -> None:
     done = await notecase("serve", "--listen", listen, "--store", "memory:")
     assert 1 == done.code
     assert done.err.startswith(f"Error: --listen: {listen} can be reached from other machines")

@@ -88,7 +88,7 @@ async def test_a_missing_key_is_reported_and_the_others_are_printed(served: Runn
 
 
 async def test_more_than_a_page_is_printed_whole(served: Running, client: Client) -> None:
-    """The app's, which is read when nobody is named."""
+    """The app's, which is read without an owner."""
     for start in (0, 1000):
         ops = [v1.StateOp(key=f"k{n}", increment=n) for n in range(start, start + 1000)]
         await client.state.UpdateState(v1.UpdateStateRequest(name="app/state", ops=ops))

@@ -193,7 +193,8 @@ async def test_an_enter_alone_answers_nothing(served: Running, clerk: v1.Agent) 
 
 
 async def test_of_several_that_wait_each_may_be_left(served: Running, clerk: v1.Agent) -> None:
-    """The others are asked all the same; the commands name what is left, whole in a narrow terminal, too."""
+    """The user is still asked about the others; the commands list what is left, unshortened even in a narrow
+    terminal."""
     there = {"NOTECASE_ADDRESS": served.address}
     async with terminal("chat", "--new", "--session", "case", env=there, columns=60) as screen:
         await screen.until("> ")
@@ -223,7 +224,7 @@ async def test_of_several_that_wait_each_may_be_left(served: Running, clerk: v1.
 async def test_what_happens_in_a_run_that_was_left_waiting_is_shown_at_the_prompt(
     served: Running, clerk: v1.Agent
 ) -> None:
-    """As soon as somebody else has answered, and what was being typed is kept."""
+    """As soon as another user has answered; the text being typed is kept."""
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type("/call pay {}\r")
@@ -279,7 +280,7 @@ async def test_an_answer_that_holds_for_further_calls_is_shown_and_taken_back(se
     assert (0, "") == (piped.code, piped.out)
 
 
-async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running, clerk: v1.Agent) -> None:
+async def test_a_question_that_another_user_answers_is_not_asked_any_more(served: Running, clerk: v1.Agent) -> None:
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type('/call pay {"sum": 5}\r')
@@ -589,7 +590,7 @@ def test_who_may_answer_is_who_the_server_lets(role: Role, user: str) -> None:
 
 
 async def test_a_user_who_may_not_approve_sees_who_may_and_is_not_asked(guarded: str) -> None:
-    """The chat goes on once somebody has who may."""
+    """The chat continues when a user who may answer has done so."""
     user, admin = ({"NOTECASE_ADDRESS": guarded, "NOTECASE_TOKEN": role} for role in ("user", "admin"))
     async with terminal("chat", "--new", "--session", "case", env=user) as screen:
         await screen.until("> ")

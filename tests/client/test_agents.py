@@ -1,4 +1,4 @@
-"""Agents as a program declares them, and replies as it wants them, over a real connection."""
+"""Agents as a program declares them, and replies of the types that it requests, over a real connection."""
 
 import asyncio
 import re

@@ -22,7 +22,7 @@ from tests.support.openai_server import OpenAIServer, error, reply
 from tests.support.server import Running, Spawned, running
 
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
-"""So that little is read before it is asked for."""
+"""So that little is read in advance."""
 
 EAGER = v1.WatchOptions()
 EAGER.max_batch_delay.FromMilliseconds(0)
@@ -358,7 +358,7 @@ async def test_a_start_whose_answer_is_lost_happens_once(
     """The client does not know whether its start arrived; it says the same again and finds the run."""
     model.script(reply("Once."))
     async with through(served) as (proxy, behind):
-        await behind.server.GetServerInfo(v1.GetServerInfoRequest())  # the connection stands
+        await behind.server.GetServerInfo(v1.GetServerInfoRequest())  # the connection is established
         proxy.deaf = True
         said = asyncio.create_task(behind.invoke("Hello", session=session))
         await model.request(0)
@@ -553,7 +553,7 @@ async def test_a_reply_begun_again_is_set_apart(client: Client, session: str, mo
 
 
 async def test_calls_keep_their_metadata_and_every_style(client: Client, served: Running, session: str) -> None:
-    """What a stub returns can be read and written by hand, and asked for its metadata, as with grpc's own."""
+    """The calls of stubs can be read and written by hand, and have metadata, like those of grpc."""
     call = client.server.GetServerInfo(v1.GetServerInfoRequest())
     info = assert_type(await call, v1.ServerInfo)
     assert info == await served.info.GetServerInfo(v1.GetServerInfoRequest())

@@ -14,7 +14,7 @@ def _error(code: str, reason: str = "", retry_after: float | None = None) -> Not
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits asked for; none is waited."""
+    """The requested waits, which do not take time."""
     waits: list[float] = []
 
     async def sleep(delay: float) -> None:

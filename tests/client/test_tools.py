@@ -463,7 +463,7 @@ def test_results_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["10 MB", "no-JSON", "nan"],
 )
-async def test_a_result_that_cannot_be_had_is_for_the_model(
+async def test_the_model_reads_why_a_result_cannot_be_made(
     client: Client, session: str, model: OpenAIServer, made: object, told: str
 ) -> None:
     """The other functions are still called."""
@@ -664,7 +664,7 @@ async def test_a_result_waits_until_the_server_has_room(
 async def test_two_streams_of_a_client_execute_a_call_once(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:
-    """The second stands by: it takes over when the first one leaves before the answer."""
+    """The second waits: it takes over when the first one leaves before the answer."""
     model.script(SEARCH, reply("Done."))
     async with client.attach(session, tools=[desk.search], options=KEEP_OPEN) as watching:
         async with client.run("Search", session=session, tools=[desk.search]) as run:

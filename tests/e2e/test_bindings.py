@@ -1,4 +1,4 @@
-"""What a called name stands for is settled when the call is made, and a remembered answer is for that alone."""
+"""The tool of a called name is determined when the call is made, and a remembered answer applies only to that tool."""
 
 import json
 import sys

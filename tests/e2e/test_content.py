@@ -199,7 +199,7 @@ async def test_two_uploads_of_the_same_content_at_once_make_one_blob(served: Run
 
 
 async def test_of_two_who_send_under_one_id_only_one_goes_on(served: Running) -> None:
-    """What each has stored is never mixed: the digest of what comes out is of what one of them sent."""
+    """The bytes of two uploads are never mixed: the digest of the result is that of one of them."""
     one, two = noise(2 * MIB, 1), noise(2 * MIB, 2)
     chunks = [[data[at : at + 300_000] for at in range(0, len(data), 300_000)] for data in (one, two)]
     ended = await asyncio.gather(*(upload(served, *each, upload_id="u1") for each in chunks), return_exceptions=True)
@@ -235,7 +235,7 @@ async def test_all_problems_of_a_bad_request_are_reported(served: Running, sessi
 
 
 async def test_content_has_limits(tmp_path: Path) -> None:
-    """Of a blob, said or sent, and of what one session refers to."""
+    """The size of a blob, announced or sent, and of all blobs to which one session refers."""
     async with running(f"sqlite:{tmp_path / 'notecase.db'}", max_blob_bytes=1000, max_session_bytes=1500) as served:
         for chunks, blob in (([b"x" * 600, b"y" * 600], PDF), ([], v1.Blob(size_bytes=1001))):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -291,9 +291,7 @@ def url(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-async def test_a_model_is_shown_content_the_way_its_api_wants_it(
-    served: Running, session: str, model: OpenAIServer
-) -> None:
+async def test_a_model_gets_content_in_the_form_of_its_api(served: Running, session: str, model: OpenAIServer) -> None:
     """A PDF as a file, an image as an image, audio as audio, a text file as text: by blob or inline, all in one."""
     pdf = await upload(served, b"%PDF-1.7")
     wav = await upload(served, b"RIFF", blob=v1.Blob(media_type="audio/wav"))
@@ -692,7 +690,7 @@ async def test_damaged_content_in_the_store_is_reported_when_it_is_read_complete
 
 
 class Damaged(v1.BlobServiceServicer):
-    """Sends other bytes than it was asked for, in frames of one byte."""
+    """Sends other bytes than were requested, in frames of one byte."""
 
     async def DownloadBlob(  # noqa: N802  (named by the service)
         self, request: v1.DownloadBlobRequest, context: Any

@@ -274,7 +274,7 @@ async def test_older_messages_are_summarised_once_there_are_enough(served: Runni
 
 
 async def test_the_next_summary_continues_the_one_before(served: Running, model: OpenAIServer) -> None:
-    """It is made of that one and of what came since, and takes its place; the turns in between show the first."""
+    """It is made from that one and the later messages, and replaces it; requests in between have the first."""
     session = await opened(served, SUMMARY)
     await talk(served, model, session, 1, 2)
     model.script(reply("First."), reply("a3"))
@@ -641,7 +641,7 @@ async def test_a_request_that_is_too_long_is_not_asked_again_beyond_the_runs_cal
 
 
 async def test_a_session_is_compacted_by_hand(served: Running, model: OpenAIServer) -> None:
-    """No limit needs to be reached; usage counts in the session; a repeat asks nobody, and neither does a call that
+    """No limit needs to be reached; usage counts in the session; a repeat calls no model, and neither does a call that
     finds nothing to cover."""
     session = await opened(served)
     await talk(served, model, session, 1, 2, 3)
@@ -700,7 +700,7 @@ async def test_a_compaction_that_cannot_be_is_refused(served: Running, model: Op
 
 
 async def test_messages_during_a_compaction_stay_next_to_the_summary(served: Running, model: OpenAIServer) -> None:
-    """A run that starts and ends meanwhile changes nothing of what is covered."""
+    """A run that starts and ends meanwhile does not change what is covered."""
     session = await opened(served)
     await talk(served, model, session, 1, 2)
     go_on = asyncio.Event()

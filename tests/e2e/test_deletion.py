@@ -107,7 +107,7 @@ async def test_a_server_killed_in_a_deletion_goes_on_with_it_at_its_next_start(
 async def test_an_erasure_is_answered_when_the_last_row_is_gone(
     store_url: str, deleted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of sessions that somebody deleted before, too, even when no session is left."""
+    """Including those of sessions that were deleted before, even when no session is left."""
     monkeypatch.setattr(steps, "SWEEP_ROWS", 2)
     store = await open_store(store_url, now)
     await fill(store, KEYS[0])

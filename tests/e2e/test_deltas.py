@@ -27,7 +27,7 @@ CASE = "sessions/case"
 
 
 class Printer:
-    """A client that knows nothing but deltas; it fails where they are not what BlockDelta promises."""
+    """A client that uses only deltas; it fails if they break a promise of BlockDelta."""
 
     def __init__(self) -> None:
         self.printed: dict[str, dict[int, bytes]] = defaultdict(dict)
@@ -76,7 +76,7 @@ class Printer:
 
     @property
     def texts(self) -> list[str]:
-        """What stands on the screen, a message a line."""
+        """The screen, a message in each line."""
         return [b"".join(blocks[index] for index in sorted(blocks)).decode() for blocks in self.printed.values()]
 
 

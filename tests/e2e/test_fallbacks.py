@@ -214,7 +214,7 @@ async def test_a_summary_is_made_by_a_fallback_too(setting: Setting) -> None:
 
 
 async def test_a_compaction_is_made_by_a_fallback_too(setting: Setting) -> None:
-    """Behind the repeats of the agent's own model, whose use is counted; when nobody answers, nothing is kept."""
+    """After the retries of the agent's own model, whose usage is counted; when no model answers, nothing is kept."""
     session = await setting.session(SECOND)
     for text in ("One.", "Two."):
         setting.first.script(reply(text))

@@ -229,9 +229,9 @@ async def test_a_start_cancelled_just_as_it_stops_another_run_leaves_that_one_as
     on_busy: v1.StartRun.OnBusy.ValueType,
     at_work: str,
 ) -> None:
-    """The cancel of what has not started is on record between the last look for it and the commit that would start it.
-    The start is refused; the model is asked once more, within the agent's limit of calls, the tool goes on, and the
-    caller's call waits on."""
+    """The cancel of a run that has not started is recorded between the last check for it and the commit that would
+    start it. The start is refused; the model is called once more, within the agent's limit of calls, the tool
+    continues, and the caller's call keeps waiting."""
     scripts: dict[str, list[Answer]] = {
         "model": [
             stream(chunk({"content": "Half"})).held(asyncio.Event(), after=2),

@@ -254,7 +254,7 @@ async def test_of_two_made_at_once_during_a_deletion_one_is_there(served: Runnin
         old = await create(served)
 
         async def made(old: v1.Session) -> str:
-            """The uid of what was made; empty when the name was taken by another new session."""
+            """The uid of the created session; empty when another new session took the name."""
             while True:
                 try:
                     return (await make(served)).uid

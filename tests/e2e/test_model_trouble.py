@@ -238,7 +238,7 @@ async def summarising(served: Running, model: OpenAIServer) -> str:
 async def test_what_a_summary_took_that_came_to_nothing_is_counted(
     served: Running, model: OpenAIServer, trouble: Answer, failed: bool
 ) -> None:
-    """Whether it is asked for again or given up, in the run and in the session."""
+    """Whether it is requested again or given up, in the run and in the session."""
     session = await summarising(served, model)
     model.script(trouble, *([] if failed else [reply("In short.")]), reply("a2"))
     done = await invoke(served, session, "q2")

@@ -87,7 +87,7 @@ async def restarted(place: Place) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def timed_out(place: Place) -> AsyncIterator[None]:
-    """The operator's time-out ends statements, which wait for a lock that somebody holds."""
+    """The operator's time-out ends statements that wait for a lock of another connection."""
     await place.alter("SET statement_timeout = '50ms'")
     async with place.admin.transaction():
         await place.admin.execute("LOCK TABLE sessions, entries, states IN EXCLUSIVE MODE")
@@ -97,7 +97,7 @@ async def timed_out(place: Place) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def renamed(place: Place) -> AsyncIterator[None]:
-    """A table is gone, as in the middle of somebody's restore."""
+    """A table is missing, as during a restore."""
     await place.admin.execute("ALTER TABLE sessions RENAME TO elsewhere")
     yield
     await place.admin.execute("ALTER TABLE elsewhere RENAME TO sessions")

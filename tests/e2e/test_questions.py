@@ -359,7 +359,7 @@ async def test_a_second_question_of_a_call_comes_when_the_first_is_answered(
     assert {"accept", "cancel"} == set(results_of(model.requests[1])[0].split())
 
 
-async def test_a_tool_that_does_not_want_to_know_any_more_withdraws_its_question(
+async def test_a_tool_that_cancels_its_question_withdraws_it(
     served: Running, model: OpenAIServer, tmp_path: Path
 ) -> None:
     closing = asyncio.Event()

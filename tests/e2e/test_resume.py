@@ -338,7 +338,7 @@ async def test_a_reply_that_is_cut_with_nothing_to_keep_is_forgotten(case: Runni
 async def test_a_command_whose_stream_breaks_while_it_commits_is_carried_out_whole(
     case: Running, held: Held, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """The run goes on by itself: nobody has to send the command again."""
+    """The run continues by itself: the command need not be sent again."""
     store = case.server._store
     commit, reached, go_on = store.commit, asyncio.Event(), asyncio.Event()
 
@@ -376,8 +376,8 @@ async def test_a_command_whose_stream_breaks_while_it_commits_is_carried_out_who
 
 
 async def test_the_time_without_company_begins_when_the_last_stream_has_left(case: Running, held: Held) -> None:
-    """However long it was attached. Other runs that nobody follows tell the time: one outlasts what the first run may
-    be alone, one is cancelled long before that has passed again."""
+    """However long it was attached. Other runs without a stream measure the time: one lasts longer than the first run
+    may be alone, one is cancelled long before that time has passed again."""
 
     async def alone(name: str, seconds: float) -> v1.Run:
         start = v1.StartRun(new_session=v1.Session(name=f"sessions/{name}", agent="agents/clerk"), run_id=name)

@@ -370,7 +370,7 @@ async def test_a_model_that_never_learns_ends_at_its_limit(
     log = await log_of(served, session)
     ended = ended_calls(log)
     assert [call.outcome for call in ended] == [FAILED] * 100
-    begun = arguments == '{"fact": 7}'  # only the tool itself knows of what types it wants them
+    begun = arguments == '{"fact": 7}'  # only the tool itself knows their types
     assert len([event for event in log if event.HasField("tool_started")]) == 100 * begun
     assert len(results_of(model.requests[-1])) == 99, "each is shown its failures"
     assert await state_of(served, session) == {}

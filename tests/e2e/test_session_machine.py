@@ -65,13 +65,13 @@ class Doors:
         return self._open
 
     def busy(self, model: OpenAIServer) -> bool:
-        """Whether somebody waits here who was not let through and has not gone away."""
+        """Whether a call waits here that was neither released nor cancelled."""
         gone = [received.body for received in model.received if received.left.is_set()]
         waits = [body for body, event in self._held if not event.is_set() and not any(body is left for left in gone)]
         return bool(waits or self.lingering)
 
     def open(self, always: bool = False) -> None:
-        """Lets those through who wait; with `always` nobody is to wait any more."""
+        """Releases the waiting calls; with `always` later calls do not wait."""
         self.always = always
         self._open.set()
         if not always:
@@ -606,7 +606,7 @@ async def read_all(store: Store, key: SessionKey) -> list[v1.Event]:
 
 
 class SessionMachine(RuleBasedStateMachine):
-    """Everything happens while a rule runs: in between, the loop stands still."""
+    """Everything happens while a rule runs: in between, the loop does not run."""
 
     place: type[SqliteFiles | PostgresDatabase] = SqliteFiles
 
@@ -655,7 +655,7 @@ class SessionMachine(RuleBasedStateMachine):
                 raise AssertionError("a watcher's stream ended")
 
     async def settle(self) -> None:
-        """Until nothing goes on by itself: the runs have ended or wait, or somebody is held at the doors."""
+        """Waits until nothing continues by itself: the runs have ended or wait, or a call is held at a gate."""
         heads = [(case, await case.head()) for case in self.cases.values()]
 
         def still() -> bool:
@@ -886,8 +886,8 @@ def version_of(log: list[v1.Event]) -> int:
 
 
 def check_log(log: list[v1.Event]) -> None:
-    """A run has at most one end and does nothing after it; a call is asked for before it is begun or ended, ended at
-    most once, and not begun after."""
+    """A run has at most one end and does nothing after it; a call is in a message before it starts or ends, ends at
+    most once, and does not start after that."""
     asked: dict[str, str] = {}
     done: set[str] = set()
     ended: set[str] = set()

@@ -186,7 +186,7 @@ async def test_text_next_to_calls_stays_text_and_the_reply_after_them_is_json(
 
 
 async def test_words_next_to_a_refusal_stay_text_and_store_nothing(served: Running, model: OpenAIServer) -> None:
-    """They are not what the schema asks for, and nobody has looked at them."""
+    """They do not match the schema, and were not checked."""
     session = await opened(served)
     model.script(stream(chunk({"content": "Let me think."}), chunk({"refusal": "I had rather not."})))
     await driven(served, session)

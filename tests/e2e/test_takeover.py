@@ -509,8 +509,8 @@ async def test_a_is_kept_and_b_treated_as_its_policy_says(tmp_path: Path, cut: C
 
 
 async def test_a_server_that_stops_in_good_order_lets_its_tools_finish(tmp_path: Path) -> None:
-    """SIGTERM while a tool is at work: its result is on record before the process ends, and nobody has to be asked what
-    became of it."""
+    """SIGTERM while a tool runs: its result is recorded before the process ends, and no person has to be asked about
+    it."""
     async with model_that_calls("b") as model, Gate() as gate:
         env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url, GATE: str(gate.port)}
         async with await Crashing.launch(tmp_path, env=env) as server:
@@ -529,7 +529,7 @@ async def test_a_server_that_stops_in_good_order_lets_its_tools_finish(tmp_path:
     assert [call.outcome for _, made in calls_of(log).values() for call in made.ends] == [SUCCEEDED]
 
 
-async def test_a_run_that_waits_is_cancelled_for_want_of_company_after_a_restart_too(tmp_path: Path) -> None:
+async def test_a_waiting_run_without_a_stream_is_cancelled_after_a_restart_too(tmp_path: Path) -> None:
     """A stream follows it for as long as the first server lives, and none the second's."""
     async with model_that_calls("b") as model:
         async with restarted(tmp_path, model) as address, grpc.aio.insecure_channel(address) as channel:

@@ -250,7 +250,7 @@ async def test_a_result_for_a_call_of_another_session_is_refused(
 
 @pytest.fixture
 async def careful(served: Running) -> str:
-    """A session whose agent may pay only when somebody approves, and may ask."""
+    """A session whose agent may pay only with an approval, and may ask."""
     tools = [
         client_tool("pay", requires_approval=True),
         v1.Tool(name="ask", server=v1.ServerTool(function="ask_user")),
@@ -548,8 +548,8 @@ async def test_a_start_may_interrupt_the_run_before_it(served: Running, session:
 async def test_a_start_that_interrupts_comes_before_those_that_wait(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """The end of the one and the start of the other are one commit, so that nobody who is queued comes between and is
-    interrupted too."""
+    """The end of the one and the start of the other are one commit, so that no queued run comes between and is
+    interrupted, too."""
     go_on = asyncio.Event()
     model.script(reply("Never.").held(asyncio.Event()), reply("Now.").held(go_on), reply("Queued."))
     await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
@@ -572,7 +572,7 @@ async def test_a_start_that_interrupts_comes_before_those_that_wait(
     assert started["now"].create_time == ends["one"].create_time
 
 
-async def test_a_start_that_interrupts_may_want_the_log_as_it_was(
+async def test_a_start_that_interrupts_may_require_the_last_sequence(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     """`if_last_sequence` is of the log before the interruption: when it misses nothing is stopped, and when it does not
@@ -635,7 +635,7 @@ async def test_approvals_without_an_answer_in_time_are_denied_and_late_calls_fai
     assert "in time" in results_of(model.requests[3])[0]
 
 
-async def test_a_run_that_nobody_follows_is_cancelled_when_it_said_so(
+async def test_a_run_without_a_stream_is_cancelled_if_it_was_started_so(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     model.script(reply("Never.").held(asyncio.Event()))
@@ -789,7 +789,7 @@ def without_messages(session: str, on_busy: v1.StartRun.OnBusy.ValueType) -> v1.
 async def test_a_start_with_nothing_to_say_goes_on_where_the_run_that_it_stops_was(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """What a run under way leaves always wants an answer: here a call's outcome, as it does once the run has ended."""
+    """An active run always leaves something to answer: here a call's outcome, as when the run has ended."""
     model.script(tool_calls(("weigh", "{}")), reply("Unweighed."))
     start = start_with(session, client_tool("weigh"), run_id="one")
     await served.runs.Invoke(v1.InvokeRequest(start=start))

@@ -27,7 +27,7 @@ begin and end transactions, and pages of the write-ahead log."""
 
 @contextmanager
 def asked(store: SqliteStore) -> Iterator[list[str]]:
-    """Fills with what the store is asked for."""
+    """Collects the calls of the store."""
     seen: list[str] = []
     ask = store._ask
 

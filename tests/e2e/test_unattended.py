@@ -1,4 +1,4 @@
-"""Work that nobody waits for: whatever fails once, it is done, or it becomes a fact in the log."""
+"""Work that no caller waits for: after a failure it is retried until it is done, or the log has the failure."""
 
 import asyncio
 import sqlite3
@@ -222,7 +222,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Talking(Model):
-    """Writes a line to the log for each request, as a provider may that knows nothing of runs."""
+    """Writes a line to the log for each request, as a provider without knowledge of runs may."""
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         structlog.get_logger().info("model_asked")
@@ -311,7 +311,7 @@ def starts(run: str) -> Callable[[Commit], bool]:
 
 
 @pytest.mark.parametrize("refuse", [lambda: errors.not_found("blob", "blobs/gone"), lambda: errors.invalid([])])
-async def test_a_queued_start_that_is_refused_for_good_fails_and_the_next_has_its_turn(
+async def test_a_queued_start_that_is_permanently_refused_fails_and_the_next_one_follows(
     refuse: Callable[[], NotecaseError],
 ) -> None:
     model = Model()

@@ -1,4 +1,4 @@
-"""Approvals that a run asks for while, or after, somebody who may not answer them says something."""
+"""Approvals that a run requests during or after input from a caller who may not answer them."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -37,7 +37,7 @@ def functions(number: int, prefix: str = "t") -> Iterator[Function]:
         yield Function(f"{prefix}{n}", "", "{}", v1.ToolBinding(mcp=v1.McpBinding(server="s", tool=f"t{n}")))
 
 
-def test_a_declaration_is_digested_once_however_many_tools_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_declaration_is_digested_once_however_many_tools_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     declared = v1.Tool(description="x" * 60_000, mcp=v1.McpTool(server="s"))
     agent, digest, size = v1.Agent(llm=v1.LlmAgent(tools=[declared])), hashlib.sha256, 0
 

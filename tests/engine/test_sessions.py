@@ -61,7 +61,7 @@ async def test_nothing_is_decided_before_the_outcome_of_a_commit_is_known(
     done: list[str] = []
     async with asyncio.timeout(60), house(failing.store, clock) as rooms:
         (key,) = await rooms.prepare()
-        rooms.sessions.unsure = lambda live: done.append("unsure")  # nobody else asks
+        rooms.sessions.unsure = lambda live: done.append("unsure")  # no other call asks
         live = rooms.sessions.live(key)
         with refused("STORE_UNAVAILABLE") as told:
             async with live.held():

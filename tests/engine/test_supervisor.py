@@ -44,14 +44,14 @@ class Duty:
     ids=lambda error: type(error).__name__,
 )
 async def test_a_duty_is_tried_until_it_is_done(supervised: Supervisor, error: BaseException) -> None:
-    """Also after a CancelledError that nobody asked for."""
+    """Also after a CancelledError without a request."""
     duty = Duty(error, error)
     supervised.duty("a duty", 1, duty.act, duty.refused)
     await duty.done.wait()
     assert (None, 2) == (duty.refusal, supervised.restarts["a duty"])
 
 
-async def test_a_refusal_for_good_becomes_a_fact(supervised: Supervisor) -> None:
+async def test_a_duty_records_a_permanent_refusal(supervised: Supervisor) -> None:
     duty = Duty(errors.invalid([]))
     supervised.duty("a duty", 1, duty.act, duty.refused)
     await duty.done.wait()

@@ -87,7 +87,7 @@ async def file() -> bytes:
 
 
 def made_of(events: Sequence[v1.Event], header: v1.ExportHeader | None = None, magic: bytes = b"notecase\2") -> bytes:
-    """A file as somebody might make it by hand, its trailer right."""
+    """A file as it might be made by hand, with a correct trailer."""
     records = [v1.ExportRecord(header=header)] if header is not None else []
     records += [v1.ExportRecord(event=event) for event in events]
     body = magic + b"".join(map(framed, [record.SerializeToString() for record in records])) + b"\0"

@@ -71,7 +71,7 @@ def test_the_task_that_watches_a_run_ends_with_it(way: Any, followed: bool) -> N
     assert (1, 1.0) == in_no_time(watched())
 
 
-def test_a_run_that_nobody_follows_is_cancelled_when_its_time_has_come() -> None:
+def test_a_run_without_a_stream_is_cancelled_at_its_deadline() -> None:
     async def cancelled() -> tuple[v1.Run.State.ValueType, float]:
         clock = ManualClock()
         async with house(MemoryStore(clock), clock, Model(), poll=HOUR) as rooms:

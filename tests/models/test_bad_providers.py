@@ -285,7 +285,7 @@ class TestWords:
             assert told not in str((caught.message, caught.metadata))
 
     @pytest.mark.parametrize("key", ["x", "none", "e"])
-    async def test_a_stand_in_key_changes_no_code_and_no_verdict(self, server: OpenAIServer, key: str) -> None:
+    async def test_a_placeholder_key_changes_no_code_and_no_result(self, server: OpenAIServer, key: str) -> None:
         provider = OpenAIProvider(key, server.url, "m")
         server.script(error(400, "Please reduce the length of the messages.", code="context_length_exceeded"))
         caught = await failure(provider)

@@ -518,7 +518,7 @@ ADVICE = (
 
 
 class TestAnswers:
-    """The engine asks again, and not the provider, so that what is compared is whether somebody would, and when."""
+    """The engine retries, and not the provider, so the test compares whether a retry would follow, and when."""
 
     @pytest.mark.parametrize("row", STATUSES, ids=lambda row: str(row.status))
     async def test_a_status(self, server: Recorder, waits: Waits, row: Status) -> None:
@@ -538,7 +538,7 @@ class TestAnswers:
         await both(server.url, server)
 
     @pytest.mark.parametrize("row", WAITS, ids=lambda row: str(row.headers))
-    async def test_a_wait_that_is_asked_for(self, server: Recorder, waits: Waits, row: Wait) -> None:
+    async def test_a_requested_wait(self, server: Recorder, waits: Waits, row: Wait) -> None:
         server.answers = [answer(429, REFUSAL, **row.headers)]
         theirs = await by_sdk(server.url, retries=1)
         told = waits[0] if waits else NEVER

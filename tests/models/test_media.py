@@ -76,7 +76,7 @@ async def test_an_image_of_megabytes_is_decoded_off_the_loop_and_in_pieces(
     assert {(True, False)} == {(size <= media.STEP_CHARS, on_loop) for size, on_loop in decoded}
 
 
-async def test_what_is_made_has_a_name_and_stands_where_it_came(server: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_content_has_a_name_and_is_where_it_came(server: OpenAIServer, provider: OpenAIProvider) -> None:
     """But for sound, which is whole at the end only."""
     sound = chunk({"audio": {"data": b64(b"OggS")}})
     server.script(stream(sound, image(PNG + b"1"), chunk({"content": "and"}), image(PNG + b"2")))

@@ -198,7 +198,7 @@ async def test_the_finish_reason_can_be_requested() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(DIALECTS))
-async def test_each_dialect_brings_what_its_provider_wants_back(name: str) -> None:
+async def test_each_dialect_has_the_data_that_its_provider_needs_back(name: str) -> None:
     """With each call and with the reasoning, after all that is said."""
     deltas = await replied(user(f"/dialect {name} /reason hm /call weather /call clock /say x"))
     returned = [delta for delta in deltas if isinstance(delta, Returned)]

@@ -908,7 +908,7 @@ async def thought(
 @pytest.mark.parametrize("play", THOUGHTS, ids=lambda play: f"{play.host} {play.model}")
 @pytest.mark.parametrize("schema", ["", SCHEMA], ids=["text", "json"])
 async def test_reasoning_in_tags_is_separated(play: Thought, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also before JSON that was asked for."""
+    """Also before requested JSON."""
     assert ("\nhm {\n", "{}") == await thought(play, monkeypatch, schema=schema)
 
 
@@ -1041,7 +1041,7 @@ class TestChoice:
         assert {"profile": "mistral", "text": "list"} == read(str(file))
         assert {} == read("")
 
-    def test_a_named_one_takes_the_place_of_what_host_and_model_tell(self) -> None:
+    def test_a_named_profile_replaces_that_of_host_and_model(self) -> None:
         assert Profile() == Profiles("api.mistral.ai", {"profile": "default"}).of("mistral-small")
         chosen = Profiles("models.example", {"profile": "mistral", "text": "list"}).of("m")
         assert ("nine", "none", "list") == (chosen.call_ids, chosen.reasoning, chosen.text)

@@ -279,7 +279,7 @@ async def test_calls_without_a_credential_are_counted_for_operators(served: Runn
     assert 1 == len(await entries(served, OPERATOR))
 
 
-async def test_the_log_says_who_was_refused_for_want_of_a_role(served: Running) -> None:
+async def test_the_log_says_who_was_refused_because_of_the_role(served: Running) -> None:
     with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
         await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
     assert [("ROLE_MISSING", "acme", "clerk")] == [(line["reason"], line["tenant"], line["subject"]) for line in lines]

@@ -214,7 +214,7 @@ async def content(served: Running, by: Words, data: bytes, **fields: Any) -> v1.
 
 
 async def test_content_can_be_read_by_its_uploader_and_by_users_whose_session_refers_to_it(served: Running) -> None:
-    """And for nobody else, by whatever request it is named."""
+    """And for no other user, whatever request names it."""
     blob = await content(served, ADA, b"secret")
     look = v1.GetBlobRequest(name=blob.name)
     assert 6 == (await served.blobs.GetBlob(look, metadata=ADA)).size_bytes

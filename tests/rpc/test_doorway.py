@@ -157,7 +157,7 @@ class Refusing:
 
 
 async def test_a_probe_needs_no_credential() -> None:
-    """Health is asked by what knows nothing of this service."""
+    """Health is checked by programs that do not know this service."""
 
     async with running(authenticators=[Refusing()]) as served:
         health: Any = health_pb2_grpc.HealthStub(served.channel)
@@ -425,7 +425,7 @@ async def test_a_waiting_server_does_not_remember_the_paths_that_callers_make_up
 
 
 async def test_a_refusal_whose_caller_is_gone_raises_nothing() -> None:
-    """grpc would log it with its whole traceback, which quotes names, as often as a caller wants."""
+    """grpc would log it with its whole traceback, which quotes names, as often as a caller repeats it."""
     abort = AsyncMock(side_effect=grpc.aio.InternalError("It is gone."))
     await interceptor.abort(SimpleNamespace(abort=abort), errors.not_found("session", "sessions/s"))
     assert 1 == abort.await_count

@@ -1,4 +1,4 @@
-"""Who did it: every event that a caller caused names its principal, and what else happens names nobody."""
+"""Principals: every event that a caller caused names its principal, and other events name none."""
 
 import asyncio
 import hashlib

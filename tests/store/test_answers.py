@@ -198,7 +198,7 @@ async def test_requests_of_two_subjects_do_not_meet(store: Store) -> None:
 
 
 async def test_a_write_that_cannot_be_repeated_leaves_a_record_too(store: Store) -> None:
-    """Under an id of the engine's own, so that a lost answer can be asked for."""
+    """Under an id of the engine, so that a lost answer can be looked up."""
     record, other = (Once.unnamed("acme", each, AGENT) for each in ("u1", "u2"))
     made = await store.create_agent("acme", "sherlock", SHERLOCK, record)
     with pytest.raises(Replayed) as caught:

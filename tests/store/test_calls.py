@@ -1,4 +1,4 @@
-"""Every store: what becomes of calls, of questions to people, and of what has to wait its turn."""
+"""Every store: calls, questions to people, and queued commands."""
 
 import pytest
 from notecase import v1
@@ -53,7 +53,7 @@ async def queue_of(store: Store) -> list[str]:
 
 @pytest.fixture
 async def calling(store: Store) -> Store:
-    """A session whose run r1 has asked for the calls c1 and c2."""
+    """A session whose run r1 has made the calls c1 and c2."""
     await create(store)
     await start(store, "r1")
     await add(store, called("m1", "r1", "c1", "c2"))
@@ -245,7 +245,7 @@ async def test_only_approvals_are_remembered(calling: Store, kind: v1.InputReque
     assert dict(committed.session.remembered) == {}
 
 
-async def test_a_run_that_waits_is_active_and_its_time_stands_still(store: Store, clock: ManualClock) -> None:
+async def test_a_waiting_run_is_active_and_its_time_is_paused(store: Store, clock: ManualClock) -> None:
     await create(store)
     await start(store, "r1")
     clock.now += 5

@@ -88,7 +88,7 @@ async def fork_of(store: Store, source: SessionKey, key: SessionKey, at: int, **
 
 
 async def maker(store: Store, way: Way, key: SessionKey = COPY, record: Once | None = None) -> Make:
-    """What makes a copy of the session KEY, which is at rest."""
+    """Ways to copy the session KEY, which has no active run."""
     session = await store.get_session(KEY)
     assert session is not None
     if way == "fork":
@@ -101,7 +101,7 @@ async def maker(store: Store, way: Way, key: SessionKey = COPY, record: Once | N
 
 
 async def fill(store: Store) -> None:
-    """A session at rest with rows of every kind that copies have."""
+    """A session without an active run, with rows of every kind that copies have."""
     await store.put_blob("acme", "", PORTRAIT, b"a portrait")
     await create(store)
     portrait = v1.Value(blob_value=v1.Blob(name=f"blobs/{PORTRAIT}"))
@@ -159,7 +159,7 @@ async def test_no_transaction_writes_more_than_its_bound_of_rows_and_of_bytes(st
 
 
 async def test_an_import_is_replayed_in_small_pieces_that_are_not_kept(store: Store) -> None:
-    """However long the log is; each piece stands on the rows of those before it."""
+    """However long the log is; each piece builds on the rows of the earlier ones."""
     await create(store)
     for number in range(10):
         run = f"r{number}"
@@ -469,7 +469,7 @@ async def test_a_copy_that_is_cut_at_any_transaction_is_all_there_or_swept(
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_transaction_that_comes_after_the_sweep_writes_nothing(store: Store, small: None, way: Way) -> None:
-    """Where nobody spares the copy any more."""
+    """When no process protects the copy any more."""
     await fill(store)
     for number in count(2):
         key = COPY._replace(uid=f"copy {number}")

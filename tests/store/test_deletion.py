@@ -133,7 +133,7 @@ async def test_nothing_of_an_erased_user_is_left(store: SqliteStore, path: Path)
 
 
 async def test_a_reader_holds_the_scrubbing_up_and_no_write(store: SqliteStore, path: Path) -> None:
-    """It is to be asked for again; commits do not wait for it."""
+    """It must be called again; commits do not wait for it."""
     await fill(store, KEY, NEEDLE, 3)
     reader = store._connections.readers[0]
     reader.execute("BEGIN")

@@ -83,7 +83,7 @@ async def store(url: str, clock: ManualClock) -> AsyncIterator[PostgresStore]:
 
 @pytest.fixture
 async def second_connection(url: str) -> AsyncIterator[Any]:
-    """A connection of somebody else."""
+    """A second connection."""
     connection = await asyncpg.connect(url)
     yield connection
     await connection.close()
@@ -398,7 +398,7 @@ async def test_of_two_commits_with_one_request_id_or_one_name_one_is_made(store:
     assert 2 == len((await store.list_sessions("acme", EVERYTHING)).rows)
 
 
-async def test_a_deadlock_with_somebody_else_is_tried_again(store: PostgresStore, second_connection: Any) -> None:
+async def test_a_deadlock_with_another_connection_is_tried_again(store: PostgresStore, second_connection: Any) -> None:
     """The store is the one that PostgreSQL ends: it waits last, and the other looks for no deadlock."""
     await store.update_state(APP_STATE, [put("k", 1)])
     held, let_go, tries = asyncio.Event(), asyncio.Event(), 0
@@ -423,7 +423,7 @@ async def test_a_deadlock_with_somebody_else_is_tried_again(store: PostgresStore
     assert tries > 1  # a try that locks the owner's row before the other does ends in the same deadlock again
 
 
-async def test_a_row_that_somebody_else_holds_is_waited_for_so_long_and_no_longer(
+async def test_the_wait_for_a_locked_row_is_limited(
     store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres_store, "WRITE_SECONDS", 0.05)
@@ -436,7 +436,7 @@ async def test_a_row_that_somebody_else_holds_is_waited_for_so_long_and_no_longe
     assert 2 == (await store.update_state(APP_STATE, [put("k", 2)])).version
 
 
-async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_and_no_longer(
+async def test_the_lock_of_a_frozen_server_in_a_transaction_is_limited(
     store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres_store, "WRITE_SECONDS", 0.05)
@@ -478,7 +478,7 @@ async def test_a_transient_failure_is_reported_as_one(store: PostgresStore, code
 
 
 @pytest.mark.parametrize("code", ["22003", "23502", "42601"])
-async def test_a_statement_that_can_never_succeed_is_a_defect_and_says_nothing_of_what_is_stored(
+async def test_a_statement_that_can_never_succeed_is_a_defect_and_its_error_has_no_stored_data(
     store: PostgresStore, code: str
 ) -> None:
     with pytest.raises(Defect) as told:
@@ -795,7 +795,7 @@ async def test_a_store_that_is_closed_finishes_what_is_under_way(
 
 
 async def test_a_rewind_in_a_commit_is_seen_in_the_newest_messages_that_it_returns(store: PostgresStore) -> None:
-    """Which are put together of what was there and of what is written."""
+    """Which are combined from the existing rows and the written ones."""
     await create(store)
     await add(store, *(said(f"m{number}") for number in range(4)))
     await start(store, "r1", called("n1", "r1", "c1"), dispatched("c1", "r1"))

@@ -41,7 +41,7 @@ async def url() -> AsyncIterator[str]:
 
 @pytest.fixture
 async def second_connection(url: str) -> AsyncIterator[Any]:
-    """A connection of somebody else."""
+    """A second connection."""
     connection = await asyncpg.connect(url)
     yield connection
     await connection.close()
@@ -152,8 +152,7 @@ def test_an_owner_that_is_silent_is_replaced_within_a_lease_and_three_seconds(aw
 
 
 async def test_a_write_gives_its_rows_back_within_half_a_lease(url: str, clock: ManualClock) -> None:
-    """Whatever becomes of its server: PostgreSQL ends a transaction that stands still, or waits for a lock, for so
-    long."""
+    """Whatever becomes of its server: PostgreSQL ends a transaction that is idle, or waits for a lock, for so long."""
     lease = PostgresLease(partial(asyncpg.connect, url), "this one", time.monotonic, LEASE)
     await lease.take(None)
     store = await PostgresStore.open(url, clock, lease=lease)

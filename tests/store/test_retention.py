@@ -106,7 +106,7 @@ async def test_a_session_whose_queue_holds_a_run_is_not_idle(store: Store, clock
 
 
 async def test_an_end_that_was_put_off_is_none(store: Store, clock: ManualClock) -> None:
-    """Between the look and the deletion somebody may have come."""
+    """The session may have been used between the check and the deletion."""
     await create(store, idle_ttl=Duration(seconds=60))
     clock.now += 60 * SECOND
     assert await store.expired_sessions(clock.now, 10) == [KEY]

@@ -216,7 +216,7 @@ async def test_a_session_that_was_not_idle_is_read_again(store: SqliteStore) -> 
     assert kept(store)
 
 
-async def test_a_transaction_that_is_lost_for_want_of_memory_fails_all_of_its_writes(store: SqliteStore) -> None:
+async def test_a_transaction_that_is_lost_without_memory_fails_all_of_its_writes(store: SqliteStore) -> None:
     """SQLite has rolled it back then, and Python raises MemoryError, whatever the statement was."""
     await create(store)
     began, held = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""The suite of a store's promises runs on a store of somebody else, in their directory, and finds what it breaks."""
+"""The suite of a store's promises runs on a third party's store, in its directory, and finds what it breaks."""
 
 import os
 import re

@@ -176,7 +176,7 @@ class Stopped(Exception):
 async def test_a_copy_that_is_interrupted_anywhere_goes_on(
     path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each of its transactions. Until it is whole no server opens it, and nobody copies or renews it."""
+    """After each of its transactions. Until it is complete, no server opens it, and it cannot be copied or renewed."""
     monkeypatch.setattr(store_copy, "BATCH_ROWS", 100)
     expected, whole = await rows_of(path), False
 

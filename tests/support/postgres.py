@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: one server for each process of the tests, started when it is first asked for.
+"""A real PostgreSQL for tests: one server for each process of the tests, started when it is first needed.
 
     async with shared().empty_store() as url:
         store = await PostgresStore.open(url, clock)

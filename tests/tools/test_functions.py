@@ -112,7 +112,7 @@ async def test_a_call_reads_the_state_and_collects_operations_on_it() -> None:
     assert expected == made.ops
 
 
-async def test_a_function_of_a_client_is_a_tool_as_it_stands() -> None:
+async def test_a_function_of_a_client_is_a_tool_unchanged() -> None:
     """Its context is the client's class, which the server's extends."""
 
     def pay(cents: int, call: notecase.CallContext) -> str:
@@ -166,7 +166,8 @@ async def test_media_may_be_larger_than_text() -> None:
 
 @pytest.mark.parametrize("name", ["fail", "fail_in_thread"])
 async def test_the_model_reads_a_failure_and_any_other_exception_is_a_defect(name: str) -> None:
-    """Also what would end the loop, or the call as nobody asked: SystemExit, StopIteration, a cancellation."""
+    """Also exceptions that would end the loop, or cancel the call without a request: SystemExit, StopIteration, a
+    cancellation."""
     assert Outcome(error="The drawer is locked.") == await call(name, kind="failure")
     assert MAX_ERROR + 1 == len((await call(name, kind="novel")).error)
     assert Outcome(error="The tool failed.") == await call(name, kind="empty")
@@ -265,7 +266,7 @@ def test_a_function_that_no_model_could_call_is_refused_at_the_start(function: A
         PythonTool(function)
 
 
-def test_modules_that_cannot_be_had_or_have_no_tools_are_refused(
+def test_modules_that_cannot_be_imported_or_have_no_tools_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)

@@ -75,7 +75,7 @@ async def box(request: pytest.FixtureRequest, http: Http) -> AsyncIterator[Toolb
 
 @pytest.fixture
 def facts() -> Iterator[asyncio.Queue[str]]:
-    """The names of what is logged, as it is logged."""
+    """The names of log events, as they are logged."""
     heard: asyncio.Queue[str] = asyncio.Queue()
 
     def hear(logger: object, method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -172,7 +172,7 @@ async def test_the_list_of_tools_is_requested_once(box: Toolbox) -> None:
 
 
 async def test_a_tool_that_is_added_later_is_found_at_once_if_the_server_announces_it(box: Toolbox) -> None:
-    """The list is kept, and asked for again on the server's notice."""
+    """The list is cached, and requested again on the server's notice."""
     name = f"grown_{uuid.uuid4().hex}"
     assert name not in await resolved(box)
     assert Outcome([v1.Part(text="grown")]) == await call(box, "grow", name=name)
@@ -369,7 +369,7 @@ async def test_a_question_that_cannot_be_asked_is_an_error_for_its_tool(http: Ht
 
 
 @pytest.mark.parametrize("transport", ["http", "stdio"])
-async def test_the_time_for_a_call_stands_still_while_its_tool_asks(
+async def test_the_time_for_a_call_is_paused_while_its_tool_asks(
     http: Http, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks: list[Clock] = []
@@ -458,7 +458,7 @@ async def test_a_question_that_was_taken_for_another_calls_is_asked_again_when_t
     ],
     ids=["no command", "no protocol", "no answer", "no folder", "no file"],
 )
-async def test_a_process_that_cannot_be_had_is_a_tool_error_and_says_nothing_of_why(
+async def test_a_process_that_cannot_be_started_is_a_tool_error_without_the_cause(
     settings: McpServerSettings,
 ) -> None:
     async with tools(settings) as box:
@@ -500,7 +500,7 @@ async def test_the_log_says_that_there_is_no_such_program() -> None:
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["silent", "refused"])
-async def test_a_url_that_cannot_be_had_is_a_tool_error(answers: bool) -> None:
+async def test_a_url_that_cannot_be_reached_is_a_tool_error(answers: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         if not answers:
             listening.close()
@@ -539,7 +539,7 @@ async def test_closing_ends_the_process_and_the_calls_and_refuses_later_ones(wit
 async def test_closing_does_not_wait_for_a_server_that_never_answers() -> None:
     async with tools(McpServerSettings(command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))) as box:
         waiting = asyncio.create_task(resolved(box))
-        await asyncio.sleep(0)  # it has asked for a connection
+        await asyncio.sleep(0)  # it has requested a connection
         await box.close()
         with pytest.raises(NotecaseError, match="cannot be reached"):
             await waiting
@@ -560,7 +560,7 @@ async def test_closing_while_its_program_is_started_leaves_no_process(monkeypatc
         waiting = asyncio.create_task(resolved(box))
         await begun.wait()
         closing = asyncio.create_task(box.close())
-        for _ in range(3):  # who closes has asked for the end by then
+        for _ in range(3):  # the caller of close has requested the end by then
             await asyncio.sleep(0)
         go.set()
         await closing

@@ -1,4 +1,5 @@
-"""MCP servers that do not keep to the protocol: what they say of use is used, and nobody waits for what never comes."""
+"""MCP servers that deviate from the protocol: their usable data is used, and no call waits for data that never
+comes."""
 
 import sys
 from collections.abc import AsyncIterator, Callable
