@@ -444,7 +444,7 @@ async def test_a_summary_of_more_than_the_model_takes_covers_less(served: Runnin
     assert model.requests[-1] == body(summary("After a5.", "Be brief."), *exchange(6, 7, 8), user("q9"))
 
 
-async def test_a_summary_that_is_too_long_and_not_requested_again_is_in_the_log(
+async def test_a_summary_that_is_too_long_and_not_asked_for_again_is_a_fact(
     served: Running, model: OpenAIServer
 ) -> None:
     """With one call left, which is the reply's."""

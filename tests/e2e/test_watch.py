@@ -145,7 +145,7 @@ async def test_keep_open_goes_on_after_the_run_and_takes_the_next_start(
     ]
 
 
-async def test_half_close_does_not_cancel(served: Running, session: str, model: OpenAIServer) -> None:
+async def test_half_close_is_no_cancel(served: Running, session: str, model: OpenAIServer) -> None:
     go_on = asyncio.Event()
     model.script(reply("Still here.").held(go_on))
     call = served.runs.Run()

@@ -45,7 +45,7 @@ def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
 
 
 def _changed(agent: v1.Agent, settings: v1.RunSettings) -> v1.Agent:
-    """Returns the agent with the settings of a run instead of its own."""
+    """Returns the agent with the settings of a run in place of its own."""
     changed = v1.Agent()
     changed.CopyFrom(agent)
     if settings.HasField("model"):

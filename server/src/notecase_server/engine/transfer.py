@@ -40,7 +40,7 @@ CHUNK_BYTES = 256 << 10
 
 MAX_RECORD_BYTES = 5 << 20
 """More bytes than any event has: a greater length is invalid. Nothing interrupts the parser, which takes some 20 ms for
-a MiB of the smallest messages, during which no other call is served."""
+a MiB of the smallest messages, during which nobody else is served."""
 
 MAX_LENGTH_BYTES = 4
 

@@ -1,5 +1,6 @@
-"""Content outside of the log, on any Tables: uploads, blobs, and the references to them. As in `steps`, a step writes
-only when nothing can be refused any more.
+"""Content beside the log, on whatever Tables: uploads, blobs, and what refers to them.
+
+As in `steps`, a step writes only when nothing can be refused any more.
 """
 
 from collections.abc import Container, Iterable, Sequence

@@ -540,7 +540,7 @@ class SessionStore(Protocol):
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
         """Removes a user's state ("users/{user}"), and the principals that are bound to the user, when there is no
         session of that user, nor a row of a deleted one. True when all of it is gone; then it is recorded. False when
-        it must be called again: a session is left, or there are more rows than one transaction removes."""
+        it is to be called again: a session is left, or there are more rows than one transaction removes."""
         ...
 
 

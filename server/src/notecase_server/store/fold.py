@@ -711,8 +711,8 @@ OTHER = Kind()
 
 
 def references(message: Message) -> list[v1.Blob]:
-    """Yields every blob that a message refers to, at any depth."""
-    # Almost no message has any, which its bytes show; a text with the same bytes only costs a search.
+    """Every blob that a message refers to, however deep, as it stands there."""
+    # Nearly no message has any, and the bytes tell at once; that a text may say the same only costs a look.
     return list(_blobs_in(message)) if _PREFIX in message.SerializeToString() else []
 
 

@@ -1,10 +1,12 @@
-"""Converts a file of an older schema, inside a transaction that the caller begins and ends. The tables whose rows
-change are renamed, created again and filled, from the first schema row by row; the others, including content, stay
-where they are. So the disk needs room for several times the rows, and memory holds a few of them. The second lacks two
-tables: that of deleted sessions begins empty, and rewound ranges are read from the logs, since a message no longer has
-a mark that it is superseded. The second and the third had a row for each message besides that of its event, and neither
-had keys, nor a mark that there ever was one. Up to the fourth, runs that had not ended had a row more, with their
-agent. Up to the fifth, a session's row had its head, and what finds rows within a session were indexes.
+"""A file of an older schema becomes one of now, inside a transaction that somebody else begins and ends.
+
+The tables whose rows change are set aside, made anew and filled, of the first schema row by row; the others, content
+among them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The
+second lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs,
+since a message says no more by itself whether it is superseded. Both it and the third had a row for each message
+besides that of its event, and neither had keys, nor what says whether there ever was one. Up to the fourth, runs that
+had not ended had a row more, with their agent. Up to the fifth, a session's row had its head, and what finds rows
+within a session were indexes.
 """
 
 import re

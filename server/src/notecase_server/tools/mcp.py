@@ -47,7 +47,7 @@ from notecase_server.tools.outcome import failed, succeeded
 
 log = structlog.get_logger()
 
-# Its records quote what could not be parsed, and the content of messages does not belong in a log.
+# Its records tell of what could not be parsed by quoting it, and no message's content belongs into a log.
 logging.getLogger("mcp").setLevel(logging.CRITICAL + 1)
 
 LIST_SECONDS = 60.0

@@ -1,4 +1,4 @@
-"""Separates reasoning that a model writes into its text, in tags such as `<think>` at the start of a reply."""
+"""Tells reasoning that a model writes into its text from the text: `<think>` at the start of a reply and its like."""
 
 from typing import NamedTuple
 
