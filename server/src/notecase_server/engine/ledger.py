@@ -162,7 +162,7 @@ def triage(
         elif answers.get(target.binding.digest) is False:
             events.append(denied(call, "This tool was denied before."))
         else:
-            prompt = f"May {call.tool} run?"
+            prompt = f"Run {call.tool} with these arguments?"
             events.append(_request(call, v1.InputRequest.KIND_APPROVAL, prompt, new_id, expire, target.tool))
     return events
 
