@@ -75,7 +75,7 @@ def duration(argument: str, seconds: Any) -> Duration | None:
 
 
 def shown(value: Any) -> str:
-    """Shows what a caller wrote, and its type, in a message of an error."""
+    """Describes a caller's argument and its type for an error message."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:60] + '…'} ({type(value).__name__})"
 

@@ -37,8 +37,8 @@ class CallContext:
 
     @property
     def idempotency_key(self) -> str:
-        """{session_uid}/{call_id}: the same on every attempt of this call, in every process, and never that of another
-        call. An outside effect is made once by it."""
+        """{session_uid}/{call_id}: the same on every attempt of this call, in every process, and different for every
+        other call. Use it to make an outside effect only once."""
         return f"{self.session_uid}/{self.call_id}"
 
 

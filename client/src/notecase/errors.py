@@ -139,8 +139,8 @@ class NotecaseError(Exception):
 
 @contextlib.contextmanager
 def as_written(*prefixes: str) -> Iterator[None]:
-    """Names the fields of a request as its caller wrote them: without the first of `prefixes` that fits. A caller of
-    a method with arguments does not see where in the request they stand."""
+    """Names the fields of a request as its caller wrote them: without the first of `prefixes` that fits. A caller of a
+    method with arguments does not see their paths in the request."""
     try:
         yield
     except NotecaseError as error:

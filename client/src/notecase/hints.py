@@ -1,5 +1,5 @@
-"""Converts type hints to JSON Schema, and reads JSON into what the hints say. Client and server declare a function by
-this module, so that both give it one schema, and call it with the same values."""
+"""Converts type hints to JSON Schema, and JSON to values of these types. Client and server declare functions with this
+module, so that a function has one schema and gets the same values in both."""
 
 import dataclasses
 import inspect

@@ -116,7 +116,7 @@ def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[s
 
 
 def is_safe(url: str) -> bool:
-    """Whether what is read at that address is safe from changes on the way."""
+    """Whether data from that address cannot be changed on the way."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""

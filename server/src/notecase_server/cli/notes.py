@@ -19,8 +19,8 @@ from notecase_server.cli import attaching, named, output, screen
 from notecase_server.cli.connection import renews_token
 
 CANNOT = (OverflowError, ValueError, RecursionError, DecodeError)
-"""What is raised for a key or a value that state cannot hold: ValueError, of which UnicodeError is a kind, for text
-that is not Unicode, and DecodeError for what is deeper than protobuf copies."""
+"""The exceptions for a key or a value that state cannot hold: ValueError, including UnicodeError for text that is not
+Unicode, and DecodeError for a value that is nested too deep for protobuf."""
 
 CANNOT_HOLD = "State cannot hold this value: integers have 64 bits, text is Unicode, lists are at most 16 levels deep."
 
@@ -116,7 +116,7 @@ async def put(
 
 
 async def delete(client: Client, owner: str, keys: Sequence[str]) -> None:
-    """Removes keys, all in one change; those that are not there are passed over."""
+    """Removes keys, all in one change; missing ones are ignored."""
     ops = [v1.StateOp(key=key, remove=Empty()) for key in keys]
     request = v1.UpdateStateRequest(
         name=f"{await named.owner(client, owner)}/state", ops=ops, request_id=uuid.uuid4().hex

@@ -64,7 +64,7 @@ def one_line(text: str, most: int = 60) -> str:
 
 
 def aside(text: str) -> None:
-    """Says something about the conversation, apart from what is said in it."""
+    """Prints a line about the conversation that is not part of it."""
     click.secho(folded(text), err=True, dim=True)
 
 

@@ -110,7 +110,7 @@ class AtRest:
     async def _kept(
         self, live: LiveSession, events: Sequence[v1.Event], usage: Sequence[v1.Event], caused: Caused
     ) -> Committed:
-        """Commits the summary and what it took, and the latter also where the summary is refused."""
+        """Commits the summary and its usage; the usage even if the summary is refused."""
         both = [*events, *usage]
         for event in both:
             event.cause_id = caused.cause_id
@@ -122,7 +122,7 @@ class AtRest:
             raise
 
     async def _counted(self, live: LiveSession, usage: Sequence[v1.Event], caused: Caused) -> None:
-        """Commits what was used for nothing, if the session is still there."""
+        """Commits the usage of a failed summary, if the session still exists."""
         if usage:
             for event in usage:
                 event.cause_id = caused.cause_id

@@ -66,7 +66,7 @@ class Calls:
             self.stop(call_id)
 
     async def close(self) -> None:
-        """Stops all calls and waits until their tools have let go, except for those that do not."""
+        """Stops all calls and waits until their tools have ended, except for those that do not stop."""
         self.stop_all()
         await self._owned.close()
         await self._supervisor.end(self._tools.values())

@@ -81,7 +81,7 @@ class Commands:
                     if response.decision == ledger.ANSWER and not ledger.asked_by_tool(request):
                         answer = await self._outcome(worker.log, [v1.Part(text=response.answer)])
                     return await worker.log.command(ledger.answered(request, response, call, answer), *caused)
-            # Another process judges, and the session is not held up meanwhile; what is asked under an id never changes.
+            # Another process validates, and the session is not blocked meanwhile; an input never changes under its id.
             await self._services.schemas.require_valid("input_response.answer", request.schema, response.answer)
             checked = True
 
@@ -296,7 +296,7 @@ def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.Input
 
 
 def words(said: Iterable[v1.UserInput]) -> str:
-    """Returns how the text of what users say begins, as the reason for what they deny with it."""
+    """Returns the beginning of the users' text, as the reason for the approvals that it denies."""
     most = ledger.MAX_REASON_BYTES
     texts = (part.text[:most] for each in said for message in each.messages for part in message.parts if part.text)
     return " ".join(islice(texts, most))

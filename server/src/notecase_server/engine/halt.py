@@ -62,7 +62,7 @@ class Halted(Exception):
 
 
 class Halts:
-    """Holds the halts that a worker has not carried out, and what they cut."""
+    """Holds the halts that a worker has not carried out, and the work that they stop."""
 
     def __init__(self) -> None:
         self.pending: list[Halt] = []

@@ -32,7 +32,7 @@ RANKS = {
     v1.Tool.APPROVER_DEVELOPER: 2,
     v1.Tool.APPROVER_ADMIN: 3,
 }
-"""Approvers by what they may answer: each also all that those before it may."""
+"""Approvers in the order of their rights: each may also answer for those before it."""
 
 
 MAX_REASON_BYTES = 1024
@@ -112,8 +112,8 @@ def is_client(call: v1.ToolCall) -> bool:
 
 
 def remembered(session: v1.Session, run: v1.Run) -> dict[bytes, bool]:
-    """Returns the answers that hold for calls of this run: by digest of what a call is bound to, whether it is
-    approved. The newest answer counts."""
+    """Returns the remembered answers for calls of this run: by the digest of a call's binding, whether it is approved.
+    The newest answer counts."""
     answers = sorted((*session.remembered.values(), *run.remembered.values()), key=lambda answer: answer.sequence)
     return {answer.digest: answer.approved for answer in answers if answer.agent == run.agent and answer.digest}
 
@@ -144,8 +144,8 @@ def triage(
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
-    """Returns what becomes of calls that a model has just asked for: dispatched, waiting for a person, or already
-    ended. `answers` are the remembered ones, by digest of what a call is bound to."""
+    """Returns the events for new calls of a model: dispatched, waiting for a person, or already ended. `answers` are
+    the remembered ones, by the digest of a call's binding."""
     events = []
     for call in calls:
         target = bound.get(call.tool)
@@ -256,7 +256,7 @@ _ROLES = {
 def answered(
     request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall, answer: Outcome | None = None
 ) -> list[v1.Event]:
-    """Returns what an answer makes of its call; `answer` is what it says, where that is the call's result."""
+    """Returns the events of an answer for its call; `answer` is its text if that is the call's result."""
     events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
     if asked_by_tool(request):
         return events
@@ -288,20 +288,20 @@ def withdrawn(run: v1.Run, message: v1.Message | None, reason: str, deny: bool =
 
 
 def dropped(run: v1.Run, call: v1.ToolCall, reason: str) -> list[v1.Event]:
-    """Returns the events that cancel one call, wherever it runs, and withdraw what is asked about it."""
+    """Returns the events that cancel one call, wherever it runs, and withdraw its inputs."""
     asked = [request for request in run.pending_inputs if request.call.call_id == call.call_id]
     return [*unasked(asked, reason), cancelled(call, reason)]
 
 
 def unasked(requests: Iterable[v1.InputRequest], reason: str) -> list[v1.Event]:
-    """Returns the events that withdraw what is asked, and leave its calls alone."""
+    """Returns the events that withdraw inputs without changing their calls."""
     told = brief(reason)
     responses = (v1.InputResponse(input_id=each.input_id, decision=WITHDRAWN, reason=told) for each in requests)
     return [v1.Event(input_resolved=v1.InputResolved(response=response)) for response in responses]
 
 
 def lost(run: v1.Run) -> list[v1.InputRequest]:
-    """Returns what is asked by tools of a run whose worker is gone: no tool waits for those answers."""
+    """Returns the questions from tools of a run whose worker is lost: no tool waits for those answers."""
     return [request for request in run.pending_inputs if asked_by_tool(request)]
 
 
@@ -320,7 +320,7 @@ def interrupted(
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
-    """Returns what a takeover makes of calls that had started in the process that was lost."""
+    """Returns the events of a takeover for calls that had started in the lost process."""
     events = []
     for call in calls:
         tool = of(call)

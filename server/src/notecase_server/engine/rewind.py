@@ -124,7 +124,7 @@ def _back(past: Past, to_sequence: int, run: str = "") -> Rewind:
 
 
 def ended(past: Past, reason: str) -> list[v1.Event]:
-    """Returns the events that end the runs of a session as it was, so that a copy of it is at rest."""
+    """Returns the events that end the runs of a session as it was, so that its copy has no active run."""
     events = []
     for run in past.runs:
         dropped = [

@@ -41,7 +41,7 @@ LOST = frozenset({v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SESSION_NOT_FOUND}
 
 
 class RunLog:
-    """Holds one run as this process knows it. `run`, `message` and the rest are what the last commit left."""
+    """Holds one run as this process knows it. `run`, `message` and the rest are as of the last commit."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class RunLog:
         message: v1.Message | None = None,
         said: Sequence[v1.Event] = (),
     ) -> None:
-        """`message` is the reply whose calls are under way, if there is one, and `said` the command_queued events of
-        what waits to be taken up."""
+        """`message` is the reply with open calls, if there is one, and `said` has the command_queued events of queued
+        input."""
         self.live = live
         self.services = services
         self.agent = active.agent
@@ -158,7 +158,7 @@ class RunLog:
         return [v1.Event(usage=self.spent)] if self.spent is not None else []
 
     def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
-        """Returns the command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of
+        """Returns the command_queued events of users' input, in order: steering input, and with WHEN_FOLLOW_UP all of
         it."""
         late = v1.UserInput.WHEN_FOLLOW_UP
         return [event for event in self.said if latest == late or event.command_queued.input.when != late]
@@ -244,7 +244,7 @@ class RunLog:
         return too_large and self.draft is not None and self.draft.forget_made()
 
     async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
-        """Does something again for as long as the store is away: what a run has made is worth more than its place."""
+        """Repeats work as long as the store is unavailable: the work of a run is worth more than its slot."""
         waits: Iterator[float] | None = None
         while True:
             try:
@@ -276,7 +276,7 @@ class RunLog:
                 then(committed)
 
         if deaths is None and self.deaths and start is None:
-            deaths = 0  # the run got somewhere: what kills its process, if anything, is not what it died of before
+            deaths = 0  # the run made progress: a later death of its process has another cause
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,
@@ -297,7 +297,7 @@ class RunLog:
         return committed
 
     def _learn(self, committed: Committed) -> None:
-        """Takes in what a commit has made."""
+        """Updates the run from a commit."""
         name = self.run.name
         self.run.CopyFrom(committed.runs.get(name, self.run))
         self._know(committed.session, committed.events)

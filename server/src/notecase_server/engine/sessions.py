@@ -268,7 +268,7 @@ class Sessions:
         return gone
 
     async def delete_if_there(self, key: SessionKey, audit: AuditRow | None = None) -> bool:
-        """Deletes a session; returns whether it was not somebody else who did. `audit` says what led to it."""
+        """Deletes a session; returns whether this call deleted it. `audit` is the entry for the audit."""
         if audit is not None:
             entry = v1.AuditEntry()
             entry.CopyFrom(audit.entry)

@@ -159,7 +159,7 @@ _PARSED: WeakValueDictionary[str, Template] = WeakValueDictionary()
 
 
 async def parsed(source: str, field: str = "agent.llm.instruction") -> Template:
-    """As `parse`; a long one is parsed in a thread. `field` is what is refused."""
+    """Like `parse`; a long one is parsed in a thread. `field` is the field in errors."""
     try:
         if len(source) <= SHORT or source in _PARSED:
             return parse(source)
@@ -463,7 +463,7 @@ def _keys(analysis: TemplateAnalysis) -> dict[str, frozenset[str] | None]:
 
 
 class _State(dict[str, object]):
-    """The names a template starts with, each turned into plain values when first asked for."""
+    """The names that a template can read, each converted to plain values at its first use."""
 
     def __init__(self, state: Mapping[str, Mapping[str, v1.Value]], charge: Callable[[int], None]) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Where `max_output_tokens` is put."""
     stream_options: bool = True
-    """Whether the usage is asked for."""
+    """Whether the usage is requested."""
     schemas: Literal["open", "strict"] = "open"
     """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
     schema_without: tuple[str, ...] = ()

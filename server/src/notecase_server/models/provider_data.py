@@ -25,7 +25,7 @@ _TEXTS = ("text", "summary", "thinking")
 
 
 class ProviderData:
-    """Collects what the provider gets back with one reply."""
+    """Collects the data that the provider gets back with one reply."""
 
     def __init__(self) -> None:
         self._text_member = ""

@@ -251,7 +251,7 @@ class Check:
             self._alone.append((field, value))
 
     def json_object(self, field: str, value: str, like: str = "a JSON object") -> bool:
-        """Checks a JSON object of at most MAX_SCHEMA_BYTES, "" for none; what is longer is not parsed."""
+        """Checks a JSON object of at most MAX_SCHEMA_BYTES, "" for none; a longer one is not parsed."""
         short = self.text(field, value, MAX_SCHEMA_BYTES)
         return short and (not value or self(is_json_object(value), field, f"must be {like}"))
 
@@ -335,7 +335,7 @@ class Check:
         self.content(field, blob)
 
     def content(self, field: str, content: v1.Blob | v1.InlineData | v1.FileUri) -> None:
-        """Checks what is said about content."""
+        """Checks the metadata of content."""
         self.media_type(f"{field}.media_type", content.media_type)
         self.fields(field, content, "filename")
 

@@ -75,7 +75,7 @@ class Desk:
         return key
 
     async def parent(self, check: Check, session: str) -> SessionKey:
-        """The session whose list is asked for, or any key while the check has something to say. SESSION_NOT_FOUND."""
+        """The session of the requested list, or any key if the check has violations. SESSION_NOT_FOUND."""
         if check.violations:
             return SessionKey(caller.get().tenant, session, "")
         return await self.session(session)

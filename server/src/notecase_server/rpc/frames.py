@@ -53,7 +53,7 @@ class Decoder:
         self._parse = parse
 
     async def __call__(self, frame: bytes) -> Any:
-        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD, and what the judge raises."""
+        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD, and the errors of the check."""
         if len(frame) > self._most:
             advice = "Upload large content (UploadBlob), and refer to it."
             raise errors.too_large("The request", len(frame), self._most, advice)
@@ -92,7 +92,7 @@ class Decoded:
 
 
 async def drain(frames: AsyncIterator[bytes]) -> None:
-    """Discards what a caller still sends, up to a limit. Some clients lose the status of a call that ends while they
+    """Discards further frames of a caller, up to a limit. Some clients lose the status of a call that ends while they
     write."""
     left = DRAIN_BYTES
     with suppress(TimeoutError):

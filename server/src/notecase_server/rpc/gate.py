@@ -19,7 +19,7 @@ READ_AHEAD = 64 << 10
 
 CALLS_SHARE = 2
 UNREAD_SHARE = 8
-"""One connection has at most a half of the calls, and an eighth of what may wait unread."""
+"""One connection has at most a half of the calls, and an eighth of the unread bytes."""
 
 
 PROBES = 100
@@ -159,7 +159,7 @@ class Outlet:
         call.read(size)
 
     def sent(self, answers: Any) -> Awaitable[None]:
-        """Sends what a handler yields. A handler that is not a generator writes by itself."""
+        """Sends the values of a handler. A handler that is not a generator writes by itself."""
         responses: Any = answers
         sending: Awaitable[None] = self._deliver(responses) if isasyncgen(answers) else responses
         return sending

@@ -66,7 +66,7 @@ permanently."""
 
 
 class DeskStore(AgentStore, AuditStore, Protocol):
-    """Holds what is looked up and written besides sessions."""
+    """Data that is read and written in addition to sessions."""
 
 
 class SessionsService(v1.SessionServiceServicer):

@@ -368,7 +368,7 @@ def _input_response(check: Check, field: str, response: v1.InputResponse) -> Non
 
 
 def session(check: Check, field: str, given: v1.Session, labels: bool = True) -> None:
-    """Checks what a session is set to; `labels` says whether its labels are among that."""
+    """Checks the new values of a session; `labels` says whether they include its labels."""
     check.fields(field, given, "display_name", "expire_time")
     if labels:
         check.labels(f"{field}.labels", given.labels)
@@ -464,7 +464,7 @@ def _options(check: Check, field: str, options: v1.WatchOptions) -> None:
 
 
 def watch(check: Check, field: str, name: str, after: int, options: v1.WatchOptions, if_session_uid: str) -> RunName:
-    """Checks what a stream watches, and returns its session and run, "" when `name` is a session's."""
+    """Checks the name that a stream watches, and returns its session and run, "" when `name` is a session's."""
     check.uid(f"{field}if_session_uid", if_session_uid)
     check(after >= 0, f"{field}after_sequence", "is negative")
     _options(check, f"{field}options", options)

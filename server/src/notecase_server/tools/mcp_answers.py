@@ -17,7 +17,7 @@ MAX_ANSWER = 6 * MAX_RESULT + 2 * MAX_MEDIA
 most, and three of media as four, so no result that is taken is longer."""
 
 Asked = set[int | str | None]
-"""Ids of what a server was asked and has not answered."""
+"""Ids of requests that a server has not answered."""
 
 HALF = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair."""
@@ -34,7 +34,7 @@ def fits(size: int, objects: int) -> bool:
 
 class Bounded(httpx2.AsyncByteStream):
     """The body of an answer up to what one may have: MAX_ANSWER bytes and MAX_OBJECTS objects; of a stream of events,
-    each event. A packed one is refused, since a megabyte may unpack to a gigabyte and was not asked for."""
+    each event. A compressed one is refused, since a megabyte may expand to a gigabyte, and none was requested."""
 
     def __init__(self, response: httpx2.Response, *, events: bool) -> None:
         self._stream = cast("httpx2.AsyncByteStream", response.stream)
@@ -81,11 +81,11 @@ LOST_SESSION = re.compile(
     r"|\bsession\b[^.]{0,40}\b(not found|not exist|invalid|unknown|expired|terminated)"
     r"|\bnot (been )?initiali[sz]ed|^invalid request\.?$"
 )
-"""What servers say of a session that they do not know. Each request that is sent is valid, so that one that a server
-finds invalid names such a session."""
+"""Words of servers about an unknown session. Every request is valid, so a server that finds one invalid does not know
+its session."""
 
 _OF_PROTOCOL = frozenset({types.INVALID_REQUEST, -32000, -32001})
-"""Codes of errors that are about the connection, and not about a call's arguments or what the call came to."""
+"""Codes of errors that are about the connection, and not about a call's arguments or result."""
 
 
 def reports_lost_session(error: types.ErrorData) -> bool:
@@ -156,7 +156,7 @@ def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
 
 
 def _mended(said: dict[str, Any], asked: Asked) -> types.JSONRPCMessage:
-    """Raises ValueError for what is neither a message nor answers one."""
+    """Raises ValueError for a text that is neither a message nor an answer to one."""
     if "method" not in said and said.get("id") is None and len(asked) == 1:
         said["id"] = next(iter(asked))
     text = HALF.sub("\ufffd", json.dumps(said, ensure_ascii=False))

@@ -123,7 +123,7 @@ class Questions:
 
 
 def _without_nulls(schema: Any) -> Any:
-    """Returns a schema without the keywords that are null, as servers in Go write what is empty in them."""
+    """Returns a schema without the keywords that are null, as servers in Go write empty ones."""
     if not isinstance(schema, dict):
         return schema
     return {name: value for name, value in schema.items() if value is not None or name in {"default", "const", "type"}}
