@@ -471,7 +471,7 @@ class Server:
 def run(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
     """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending: what
     matters is on record by then. Raises what `serve` raises."""
-    import uvloop  # noqa: PLC0415  # the rest of this module does not need a loop: a backup is made without one
+    import uvloop  # noqa: PLC0415  # what else is here needs no loop of its own: a backup is made without one
 
     if not variable("MALLOC_ARENA_MAX"):
         allocator.share_arenas()

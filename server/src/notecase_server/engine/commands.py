@@ -81,7 +81,7 @@ class Commands:
                     if response.decision == ledger.ANSWER and not ledger.asked_by_tool(request):
                         answer = await self._outcome(worker.log, [v1.Part(text=response.answer)])
                     return await worker.log.command(ledger.answered(request, response, call, answer), *caused)
-            # Another process validates, and the session is not blocked meanwhile; an input never changes under its id.
+            # Another process judges, and the session is not held up meanwhile; what is asked under an id never changes.
             await self._services.schemas.require_valid("input_response.answer", request.schema, response.answer)
             checked = True
 

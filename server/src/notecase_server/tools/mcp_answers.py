@@ -156,7 +156,7 @@ def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
 
 
 def _mended(said: dict[str, Any], asked: Asked) -> types.JSONRPCMessage:
-    """Raises ValueError for a text that is neither a message nor an answer to one."""
+    """Raises ValueError for what is neither a message nor answers one."""
     if "method" not in said and said.get("id") is None and len(asked) == 1:
         said["id"] = next(iter(asked))
     text = HALF.sub("\ufffd", json.dumps(said, ensure_ascii=False))
