@@ -400,7 +400,7 @@ async def test_pages_and_filters(served: Running) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await entries(served, filter=unknown)
         assert "INVALID_FIELD" == reason_of(refused.value)
-        assert "known are create_time, method, outcome, principal, resource (" in str(refused.value.details())
+        assert "the fields are create_time, method, outcome, principal, resource (" in str(refused.value.details())
 
 
 async def test_what_is_old_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
