@@ -1,7 +1,7 @@
-"""What the server costs on the machine this runs on, against the targets it is held to: `make bench`.
+"""Measures the cost of the server on this machine, and compares it with the targets: `make bench`.
 
-The server is a process of its own on one CPU; the model that it asks and the load that it bears share another. What is
-measured is the server's CPU time wherever that answers the question, because other work on a machine moves it least.
+The server is a separate process on one CPU; the model and the load share another. If possible, the figure is the
+server's CPU time, because other work on the machine affects it least.
 """
 
 import os

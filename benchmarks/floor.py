@@ -1,10 +1,10 @@
-"""What the same work costs without an agent service: the least program that does it, which ours is measured against.
+"""The smallest program that does a turn, without an agent service. The server is compared with it.
 
 One file, frozen: it is changed only together with a note in docs/performance.md, since every ratio there hangs on it. A
 turn is a bare `Run` call, one commit of the question before the model is asked (aiohttp, nothing around it), one commit
 of the reply, and four frames: attached, the question, the first token at once, the end; with more tokens one frame for
-each 30 ms of them. Nothing is checked, folded, fanned out, resumed or given back. A commit is one transaction over one
-table, at the durability of the product, made in a thread of its own. What it says that it does, it counts.
+each 30 ms of them. Nothing is checked, folded, fanned out or resumed. A commit is one transaction over one table, with
+the durability of the product, made in a separate thread. The program counts its commits and frames.
 
 `python -m benchmarks.floor serve --listen 127.0.0.1:0 --store sqlite:FILE`, with OPENAI_BASE_URL.
 """

@@ -170,10 +170,10 @@ class _StreamKey(grpc.aio.StreamStreamClientInterceptor):
 
 @asynccontextmanager
 async def connections(port: int, key: str = "") -> AsyncIterator[list[grpc.aio.Channel]]:
-    """The channels over which all load comes, each a connection of its own."""
+    """The channels over which all load comes, each with a separate connection."""
     keys = [_Key(key), _StreamKey(key)] if key else []
     async with AsyncExitStack() as stack:
-        # Channels of one process to one address share a connection unless they are told not to.
+        # Channels of one process to one address share a connection by default.
         own = (("grpc.use_local_subchannel_pool", 1),)
         channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", own, interceptors=keys) for _ in range(CONNECTIONS)]
         for channel in channels:

@@ -26,7 +26,7 @@ from benchmarks import neighbours as crowds
 from benchmarks import stub
 from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Caller, Load, WrongError, lanes
-from benchmarks.neighbour import Beside, Neighbour, Times, Turns, compare, table
+from benchmarks.neighbour import Effect, Neighbour, Times, Turns, compare, table
 from benchmarks.postgres import TURNS, Database, bare, rows_written
 from benchmarks.processes import Cpus, Process, running, running_server
 
@@ -102,7 +102,7 @@ class Bench(Side):
 
     @asynccontextmanager
     async def another(self, *, offline: bool = False, key: str = "") -> AsyncIterator["Bench"]:
-        """The same with a server of its own over an empty store; `offline` without the stub, with a `key` that callers
+        """The same with a separate server over an empty store; `offline` without the stub, with a `key` that callers
         need."""
         name = f"another-{next(self.names)}"
         model_port = None if offline else self.model.port
@@ -374,7 +374,7 @@ def _waits(what: str, waited: float, alone: float) -> Values:
 
 @asynccontextmanager
 async def _small_write(bench: Bench) -> AsyncIterator[Callable[[], Awaitable[object]]]:
-    """A write to a session of its own, over a connection of its own: it does not wait for a file on its way."""
+    """A write to another session, over a separate connection: it does not wait for a file that is being sent."""
     (session,) = await bench.load.new_sessions(1)
     put = v1.PutStateRequest(name=f"{session}/state", key="mood", value=v1.Value(string_value="wary"))
     async with Load.connect(bench.server.port) as other:
@@ -523,8 +523,8 @@ async def loop(bench: Bench) -> Values:
     }
 
 
-def beside_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Bench], Awaitable[Values]]:
-    """The measure, and each of its values in those of the floor, which is measured right behind it."""
+def with_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Bench], Awaitable[Values]]:
+    """Adds to a measure the ratio of each value to that of the floor, which is measured directly afterwards."""
 
     async def both(bench: Bench) -> Values:
         values = await measure(bench)
@@ -539,7 +539,7 @@ def beside_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Ben
 async def edge(bench: Bench) -> Values:
     """What callers that speak HTTP/2 badly on purpose do to a neighbour's turn and to the server's memory."""
     described = {name: attack.described for name, attack in attacks.ATTACKS.items()}
-    alone, others = await _beside(bench, "edge", attacks.prepare, described)
+    alone, others = await _measured(bench, "edge", attacks.prepare, described)
     return {
         "edge-alone": alone.p99 * 1e3,
         "edge-beside": max(other.turns.p99 for other in others) / alone.bound,
@@ -550,17 +550,17 @@ async def edge(bench: Bench) -> Values:
 async def neighbours(bench: Bench) -> Values:
     """What callers do whose calls are all valid, and more than a server takes."""
     described = {name: callers.described for name, callers in crowds.CALLERS.items()}
-    alone, others = await _beside(bench, "neighbours", crowds.prepare, described)
+    alone, others = await _measured(bench, "neighbours", crowds.prepare, described)
     return {
         "neighbours-alone": alone.p99 * 1e3,
         "neighbours-beside": max(other.turns.p99 for other in others) / alone.bound,
     }
 
 
-async def _beside(
+async def _measured(
     bench: Bench, module: str, prepare: Callable[[Load], Awaitable[None]], described: Mapping[str, str]
-) -> tuple[Turns, list[Beside]]:
-    """A neighbour's turns alone and beside each caller of that module, on a server of their own."""
+) -> tuple[Turns, list[Effect]]:
+    """A neighbour's turns, alone and together with each caller of that module, on a separate server."""
     async with bench.another(offline=True) as fresh:
         await prepare(fresh.load)
         alone, others = await compare(
@@ -571,8 +571,8 @@ async def _beside(
 
 
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
-    "tokens": beside_floor(tokens),
-    "turn": beside_floor(turn),
+    "tokens": with_floor(tokens),
+    "turn": with_floor(turn),
     "postgres": postgres,
     "keys": keys,
     "guesses": guesses,

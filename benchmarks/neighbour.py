@@ -1,7 +1,6 @@
-"""What others do to a neighbour: a caller whose turn comes once a second, alone and beside each of them.
-
-The others are processes of their own, `python -m MODULE NAME PORT`, on the CPU of the load; the server has one to
-itself. So what is compared is what the server does, within one run. They stop when they are terminated.
+"""Measures how other callers affect a neighbour: a caller with one turn a second, first alone and then together with
+each of them. The others are separate processes, `python -m MODULE NAME PORT`, on the CPU of the load; the server has
+its own CPU. They stop when they are terminated.
 """
 
 import asyncio
@@ -44,14 +43,14 @@ class Turns(NamedTuple):
 
     @property
     def bound(self) -> float:
-        """What the p99 may be beside others, where these are the turns of a neighbour that is alone."""
+        """Returns the p99 that is allowed together with others, from the turns of a neighbour that is alone."""
         return 2 * self.p99 + ALLOWED
 
     def __str__(self) -> str:
         return " | ".join(f"{seconds * 1e3:.1f}" for seconds in self)
 
 
-class Beside(NamedTuple):
+class Effect(NamedTuple):
     """What one kind of caller does to the neighbour and to the server."""
 
     name: str
@@ -61,7 +60,7 @@ class Beside(NamedTuple):
     memory: tuple[int, int, int]
     """Bytes that the server holds before, at the most, and after."""
     back: float
-    """Seconds until its memory is back within `KEPT`, or until nobody waits for it any more."""
+    """Seconds until its memory is back within `KEPT`, or until the wait ends."""
 
     @property
     def kept(self) -> float:
@@ -74,7 +73,7 @@ class Beside(NamedTuple):
         return f"| {self.name} | {self.did} | {self.turns} | {memory} | {self.back:.0f} | {verdict} |"
 
 
-def table(alone: Turns, others: Iterable[Beside]) -> Iterator[str]:
+def table(alone: Turns, others: Iterable[Effect]) -> Iterator[str]:
     """The lines of a Markdown table: turns in milliseconds, memory in MiB."""
     yield f"The neighbour's p99 may be {alone.bound * 1e3:.1f} ms, and the server's memory {KEPT} times what it was."
     yield "| with | that made | p50 | p99 | longest | memory before | at most | after | seconds until back | |"
@@ -85,7 +84,7 @@ def table(alone: Turns, others: Iterable[Beside]) -> Iterator[str]:
 
 
 class Neighbour:
-    """The caller that minds its own business, in a session of its own."""
+    """The caller whose turns are measured, in a separate session."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
@@ -135,21 +134,21 @@ class Times(NamedTuple):
 
     alone: float = 30.0
     beside: float = 15.0
-    """Beside each kind of caller."""
+    """Together with each kind of caller."""
     rest: float = 60.0
     """After each, at most: until the server's memory is back."""
 
 
 async def compare(
     load: Load, server: Process, cpu: int, folder: Path, module: str, callers: Mapping[str, str], times: Times
-) -> tuple[Turns, list[Beside]]:
-    """Measures a neighbour of that server alone, and then beside each of the module's callers, which are described by
-    their names. They run on `cpu`."""
+) -> tuple[Turns, list[Effect]]:
+    """Measures a neighbour of that server alone, and then together with each of the module's callers, which are
+    described by their names. They run on `cpu`."""
     neighbour = Neighbour(load)
     await neighbour.prepare()
     await neighbour.turns(WARM * EVERY)
     alone = await neighbour.turns(times.alone)
-    found = list[Beside]()
+    found = list[Effect]()
     for name, described in callers.items():
         server.forget_peak()
         before = server.resident()
@@ -161,7 +160,7 @@ async def compare(
         if not did:
             raise WrongError(f"{name}: {log.read_text()[-500:]}")
         waited = await _back(server, before, times.rest)
-        found.append(Beside(described, did, turns, (before, server.peak(), server.resident()), waited))
+        found.append(Effect(described, did, turns, (before, server.peak(), server.resident()), waited))
     return alone, found
 
 

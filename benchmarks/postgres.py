@@ -1,8 +1,7 @@
-"""What a store in PostgreSQL costs the server: a database for `benchmarks.measures`, and bare asyncpg beside it.
-
-The database runs on the load's CPU, waits for the disk at each commit, and its own CPU time is a figure of its own: a
-turn on SQLite has that work in the server. Bare asyncpg writes as many rows for a turn, of the size that events have,
-in two statements, eight turns at once: what is above it is the log, its rules and its reads.
+"""Measures the cost of a store in PostgreSQL: a database for `benchmarks.measures`, and bare asyncpg for comparison.
+The database runs on the load's CPU and waits for the disk at each commit. Its CPU time is a separate figure: with
+SQLite that work is part of the server. Bare asyncpg writes as many rows for a turn, of the size that events have, in
+two statements, eight turns at once: the difference is the log, its rules and its reads.
 """
 
 import asyncio
@@ -24,7 +23,7 @@ BODY = b"x" * 300
 
 
 class Database:
-    """A PostgreSQL of its own, and what it uses."""
+    """A separate PostgreSQL, and the CPU time that it uses."""
 
     def __init__(self, cpus: Cpus) -> None:
         self._server = Postgres(DURABLE)

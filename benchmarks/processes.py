@@ -1,4 +1,5 @@
-"""The processes of a benchmark: started on a CPU of their own, read from outside, ended by the one who started them."""
+"""The processes of a benchmark: started on a given CPU, measured from outside, and ended by the process that started
+them."""
 
 import asyncio
 import contextlib
@@ -22,8 +23,7 @@ def say(text: str) -> None:
 
 
 def end_on_sigterm() -> None:
-    """Ends the current task at SIGTERM as an interrupt does, so that whoever ends this process leaves none of its
-    servers behind."""
+    """Ends the current task at SIGTERM as an interrupt does, so that its servers end with this process."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -66,7 +66,7 @@ class Process:
         return self._info.memory_info().rss
 
     def forget_peak(self) -> None:
-        """Lets the peak begin anew, at what is held now."""
+        """Resets the peak to the current value."""
         Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
 
     def peak(self) -> int:

@@ -1,9 +1,9 @@
-"""A model that costs next to nothing: an OpenAI-compatible endpoint whose answers are bytes made beforehand.
+"""A model that costs almost nothing: an OpenAI-compatible endpoint whose answers are prepared bytes.
 
 The model's name says how it answers: `tokens-200` writes 200 tokens as fast as the connection takes them,
 `tokens-200-every-10` one every 10 ms. `calls-20` first calls the tool `look`, and writes 20 tokens once it has the
-result. Each token is an event, an HTTP chunk and a write of its own, as providers send
-them. Run as a module it prints its port and serves until it is terminated.
+result. Each token is a separate event, HTTP chunk and write, as providers send them. Run as a module it prints its port
+and serves until it is terminated.
 """
 
 import asyncio

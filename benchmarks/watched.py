@@ -1,9 +1,9 @@
 """`notecase serve` with a loop that is watched: every callback that takes long is written to a file.
 
 `python -m benchmarks.watched FILE serve …`. A line of the file has the CPU time in seconds that the loop's thread took
-for one callback, and what it was. Collections of garbage are lines of their own and no part of the callbacks in which
-they happen to fall. The loop is asyncio's own: callbacks of uvloop cannot be reached from Python, and what they call is
-the same.
+for one callback, and what it was. Collections of garbage are separate lines and not part of the callbacks during which
+they happen. The loop is asyncio's own: callbacks of uvloop cannot be reached from Python, and what they call is the
+same.
 """
 
 import asyncio

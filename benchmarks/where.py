@@ -1,9 +1,8 @@
 """Where a server's time goes, from the model's socket to the client's: `python -m benchmarks.where [--write FILE]`.
 
-py-spy looks at the server many times a second, from outside, and sees the stack of each thread that has work: frames
-of Python and of C. Each look counts for the part that its innermost known frame belongs to, so that the C library and
-the system count for whoever called them. What the server's clock says that a turn or a token cost is shared out by
-these counts.
+py-spy samples the server many times a second, from outside: the stack of each thread that has work, with frames of
+Python and of C. Each sample counts for the part of its innermost known frame, so that the C library and the system
+count for their callers. What the server's clock says that a turn or a token cost is shared out by these counts.
 """
 
 import argparse

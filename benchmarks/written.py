@@ -13,7 +13,7 @@ PACKAGES = ("grpcio", "protobuf", "openai", "uvloop")
 
 
 def write(page: Path, lines: Iterable[str]) -> None:
-    """Replaces what stands between the page's two marks. Raises ValueError for a page that has not both."""
+    """Replaces the text between the page's two marks. Raises ValueError for a page without both."""
     text = page.read_text()
     head, begun, rest = text.partition(f"{BEGIN}\n")
     _, ended, tail = rest.partition(END)

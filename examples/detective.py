@@ -1,6 +1,6 @@
 """A detective's conversation, from an empty machine to a restarted server: what `make demo` shows.
 
-It starts a server of its own on a free port, with a SQLite file in a temporary directory. With OPENAI_API_KEY or
+It starts a server on a free port, with a SQLite file in a temporary directory. With OPENAI_API_KEY or
 OPENAI_BASE_URL set it talks to that model, otherwise to the built-in offline one.
 """
 
@@ -37,26 +37,26 @@ async def main() -> None:
         store = Path(folder) / "notecase.db"
         async with server(store) as address, notecase.Client(address) as client:
             info = await client.server.GetServerInfo(v1.GetServerInfoRequest())
-            say(f"A server of notecase {info.version} on {address}, keeping everything in {info.store}.")
+            say(f"notecase {info.version} serves on {address}, with its data in {info.store}.")
             if info.providers[0] == "offline":
-                say("No OPENAI_API_KEY is set, so the built-in offline model answers: honest, and not clever.")
+                say("No OPENAI_API_KEY is set, so the built-in offline model answers.")
             model = os.environ.get("OPENAI_MODEL", "")
             await client.put_agent("detective", INSTRUCTION, model=model, output_key="theory")
             session = await client.create_session(
                 "detective", session_id="violin", state={"case": "the missing violin"}
             )
-            say(f"The agent {session.agent} and the session {session.name}, with a first note: the case.")
+            say(f"Created {session.agent} and {session.name}, with a first value in its state: case.")
             await turn(client, session.name, "Where do we begin?")
             await client.put_state(session, "last_seen", "the harbour, at dusk")
-            say("\n  a note     last_seen = the harbour, at dusk")
+            say("\n  state      last_seen = the harbour, at dusk")
             await turn(client, session.name, "Where was it last seen?")
-        say("\nThe server is stopped, and started again on the same file.")
+        say("\nThe server was stopped and started again with the same file.")
         async with server(store) as address, notecase.Client(address) as client:
             async for found in client.list_sessions():
                 say(f"It still has {found.name}: {found.last_sequence} events, {found.usage.model_calls} replies.")
             await turn(client, "sessions/violin", "And who was there?")
-            notes = await client.get_state("sessions/violin")
-            say(f"\nIts notes: {', '.join(sorted(notes))}.")
+            state = await client.get_state("sessions/violin")
+            say(f"\nIts state: {', '.join(sorted(state))}.")
 
 
 if __name__ == "__main__":

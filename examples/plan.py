@@ -1,6 +1,7 @@
 """A PDF in the conversation: uploaded once, put into state, shown to the model by its key, and asked about on a fork.
 
-With OPENAI_API_KEY or OPENAI_BASE_URL set a model reads it, otherwise the built-in offline one says what it was shown.
+With OPENAI_API_KEY or OPENAI_BASE_URL set, that model reads it; otherwise the built-in offline one describes what it
+received.
 """
 
 import tempfile

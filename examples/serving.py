@@ -1,4 +1,4 @@
-"""A server for an example to talk to: one of its own, on a free port."""
+"""Starts a server for an example, on a free port."""
 
 import asyncio
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 
 @asynccontextmanager
 async def server(store: Path) -> AsyncIterator[str]:
-    """`notecase serve` as a process of its own; stopped with SIGTERM, as an operator would."""
+    """`notecase serve` as a separate process, stopped with SIGTERM."""
     with store.with_suffix(".log").open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -1,6 +1,6 @@
 """Tools in the caller's own process: plain typed functions, called by an agent that runs in the server.
 
-With the built-in offline model, which calls what it is told to call.
+It uses the built-in offline model, which calls the tools that the message names.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """A writer, a reviewer and a refactorer: three agents on one session, who hand their work on through state.
 
-Each one's reply becomes a note under its `output_key`, and the next one's instruction is a template that reads it. They
-are shown none of each other's messages: the notes are all that passes between them. With OPENAI_API_KEY or
+The reply of each is stored in state under its `output_key`, and the instruction of the next is a template that reads
+it. They do not see each other's messages: only state passes between them. With OPENAI_API_KEY or
 OPENAI_BASE_URL set they are that model, otherwise the built-in offline one, which says what it is given to say.
 """
 
@@ -21,7 +21,7 @@ class Member(NamedTuple):
     instruction: str
     output_key: str
     offline: str
-    """What is said to it where no model is: after `/say` that one says the rest, and otherwise what it was told."""
+    """The message for the offline model: after `/say` it says the rest, and otherwise it repeats its instruction."""
 
 
 TEAM = {

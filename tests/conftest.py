@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _every_fault_comes() -> Iterator[None]:
-    """Fails a test in which a store was told to fail, and did not."""
+    """Fails a test in which a store should have failed and did not."""
     failing.unfired.clear()
     yield
     assert [] == [str(left) for left in failing.unfired]

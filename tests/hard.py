@@ -1,5 +1,5 @@
-"""Runs the tests of tests/e2e with the seeds 1 to 5, each in an order of its own, besides two processes that spin: what
-depends on how fast the machine is fails here. Nothing is run twice, and no time-out is longer than otherwise."""
+"""Runs the tests of tests/e2e with the seeds 1 to 5, each in a different order, while two processes use the CPUs: tests
+that depend on the speed of the machine fail here. No test is run twice, and no time-out is longer than usual."""
 
 import argparse
 import os

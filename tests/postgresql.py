@@ -1,8 +1,8 @@
-"""Runs the tests of the PostgreSQL store on this system's own PostgreSQL, which is another major version than the one
-that the other tests bring along, and through this system's PgBouncer in transaction mode. With NOTECASE_POSTGRES, the
-URL of a superuser, on that server instead: neither is then started.
+"""Runs the tests of the PostgreSQL store on this system's PostgreSQL, which has another major version than the one that
+the other tests install, and through this system's PgBouncer in transaction mode. With NOTECASE_POSTGRES, the URL of a
+superuser, on that server instead: neither is then started.
 
-Each process of the tests has a server and a pooler of its own, on sockets in a directory that is removed at the end.
+Each process of the tests has its own server and pooler, on sockets in a directory that is removed at the end.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def programs() -> Path | None:
 
 
 def version(program: Path | str) -> str:
-    """Returns the first line of what a program says of itself."""
+    """Returns the first line of a program's version."""
     return subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout.splitlines()[0]
 
 

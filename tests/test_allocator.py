@@ -1,4 +1,4 @@
-"""The heaps of the C library, counted by itself in a process of their own."""
+"""The heaps of the C library, counted by itself in a separate process."""
 
 import asyncio
 import re

@@ -55,7 +55,7 @@ async def test_each_action_of_a_soak_ends_as_it_should_a_second_time_too(tmp_pat
                 await act(session)
 
 
-async def test_an_action_that_goes_wrong_is_counted_and_told() -> None:
+async def test_an_action_that_goes_wrong_is_counted_and_reported() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         async with Load.connect(nobody.getsockname()[1]) as load:
@@ -105,7 +105,7 @@ def test_a_plot_has_a_line_for_each_panel() -> None:
     assert ["60.0,150.0 420.0,90.0 780.0,30.0", "60.0,320.0 420.0,320.0 780.0,320.0"] == lines
 
 
-def test_a_look_counts_for_the_innermost_part_that_it_can_be_told_for() -> None:
+def test_a_sample_counts_for_the_part_of_its_innermost_known_frame() -> None:
     ours = "run (notecase_server/serve.py:9);commit (notecase_server/store/steps.py:70)"
     stacks = [
         f"{ours} 3",

@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 class ByToken:
-    """Takes whoever has the one token."""
+    """Accepts only callers with this token."""
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         known = metadata.get("authorization") == "Bearer secret-1"

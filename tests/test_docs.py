@@ -1,12 +1,15 @@
 """The README and the pages of docs/ are true: their calls and programs run against a real server, the calls print what
 the pages show, and every link leads somewhere."""
 
+import ast
 import asyncio
 import json
 import re
 import shlex
 import sys
+from io import StringIO
 from pathlib import Path
+from tokenize import COMMENT, generate_tokens
 from typing import Any
 
 import click
@@ -55,7 +58,8 @@ def calls() -> list[tuple[str, str]]:
 
 
 def told(output: str) -> list[Any]:
-    """What an output says, without what no two runs have alike: ids, times, and how the events fell into batches."""
+    """Returns the content of an output without what differs between runs: ids, times, and how the events fell into
+    batches."""
     try:
         documents = list(_documents(CHANGING.sub("", output)))
     except ValueError:
@@ -66,7 +70,7 @@ def told(output: str) -> list[Any]:
 
 
 def _found(text: str) -> list[str]:
-    """What may be named in later calls, too."""
+    """Returns values that later calls may name."""
     return [found.group() for found in CHANGING.finditer(text) if not found.group().isdigit()]
 
 
@@ -206,7 +210,7 @@ LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 
 def prose(page: Path) -> str:
-    """The page without what stands in code."""
+    """Returns the page without its code."""
     return re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
@@ -245,7 +249,8 @@ def test_the_page_of_errors_is_made_from_the_contract_and_the_catalog() -> None:
 
 
 DIALECT = re.compile(
-    r"\b((?:is|are|was|be) told|tells? of|anew|beside|goes by|has to do with|is no key|is let in|whoever|for ever)\b"
+    r"\b((?:is|are|was|be) told|tells? of|anew|beside|goes by|has to do with|is no key|is let in|whoever|for ever)\b",
+    re.IGNORECASE,
 )
 """Turns of earlier texts that a technical writer would not use: "is reported", "again", "next to" are plainer."""
 
@@ -258,6 +263,26 @@ def test_pages_protos_and_help_texts_are_plain_english() -> None:
         options = [one.help or "" for one in command.params if isinstance(one, click.Option)]
         texts[f"notecase {words}"] = "\n".join([command.help or "", *options])
     assert {} == {name: found for name, text in texts.items() if (found := DIALECT.findall(text))}
+
+
+def words(source: str) -> str:
+    """Returns the docstrings and comments of a module, and the names that it defines, as words."""
+    comments = [token.string for token in generate_tokens(StringIO(source).readline) if token.type == COMMENT]
+    found = list[str]()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                found.append(" ".join(text.split()))
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.append(name.replace("_", " "))
+    return "\n".join([*comments, *found])
+
+
+@pytest.mark.parametrize("folder", ["client/src", "benchmarks", "examples", "docs", "tests"])
+def test_docstrings_comments_and_names_are_plain_english(folder: str) -> None:
+    sources = [path for path in (ROOT / folder).rglob("*.py") if not path.stem.endswith(("_pb2", "_pb2_grpc"))]
+    found = {str(path.relative_to(ROOT)): DIALECT.findall(words(path.read_text())) for path in sources}
+    assert {} == {path: said for path, said in found.items() if said}
 
 
 def test_the_picture_loads_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The examples run as they stand, on the offline model, and show what they say they show."""
+"""The examples run unchanged with the offline model, and print what they promise."""
 
 import asyncio
 import os
@@ -11,7 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 SHOWN = {
-    "detective": ["Last seen: the harbour, at dusk.", "stopped, and started again", "It still has sessions/violin"],
+    "detective": ["Last seen: the harbour, at dusk.", "stopped and started again", "It still has sessions/violin"],
     "tools": ["(search runs here: violin)", "search gave: [", "weigh gave: 0.5 kg"],
     "approval": ["books/runs/rent waits: ", "Still waiting: sessions/books/runs/rent", "(paid 80000 to the landlord)"],
     "history_tutor": [
@@ -22,7 +22,13 @@ SHOWN = {
         "7 messages.",
     ],
     "writing_team": ["a note, draft", "a note, review", "a note, final", "Code: def total(", "Review: The list within"],
-    "plan": ["plan.pdf, 4", "You showed me: application/pdf", "in a fork", "You showed me", "I was shown: 1 message."],
+    "plan": [
+        "plan.pdf, 4",
+        "You showed me: application/pdf",
+        "in a fork",
+        "You showed me",
+        "This request had 1 message.",
+    ],
     "resume": ["The first client leaves in mid-sentence.", "3 message_added", "1 2 3 4 5"],
 }
 

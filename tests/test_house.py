@@ -1,4 +1,5 @@
-"""The house keeps its order: who may know whom, where a kind of line lives, and that what ships declares its needs."""
+"""The structure of the code: which modules may import which, where each kind of code belongs, how long modules may be,
+and that the distributions declare their dependencies."""
 
 import ast
 import os
@@ -29,8 +30,9 @@ STUBS = CLIENT / "v1"
 
 
 class Room(NamedTuple):
-    """A room is a module with all below it and those beside it that continue its name with an underscore, as far as
-    they have no row of their own. `may_import` lists rooms; a room may always import itself, and the version."""
+    """A room is a module with everything below it, and the modules next to it whose names continue its name with an
+    underscore, except those that have their own row. `may_import` lists rooms; a room may always import itself, and the
+    version."""
 
     may_import: set[str]
     because: str
@@ -38,84 +40,88 @@ class Room(NamedTuple):
 
 ROOMS: dict[str, Room] = {
     "__init__": Room(set(), "The root holds the version, and importing it costs nothing."),
-    "errors": Room(set(), "Everybody raises them, so they know nobody."),
-    "limit": Room(set(), "How long is too long is told in the same way by whoever waits."),
-    "allocator": Room(set(), "What the C library holds is the process', whatever it was for."),
-    "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
-    "log_lines": Room(set(), "A line of the log is words and facts, whatever they are about."),
-    "loopback": Room(set(), "What stays on this machine is the same to those who serve and those who ask."),
+    "errors": Room(set(), "Every module raises them, so they import nothing."),
+    "limit": Room(set(), "All waits use the same time limit."),
+    "allocator": Room(set(), "The C library's memory belongs to the whole process."),
+    "names": Room({"errors", "store.contract"}, "Resource names are converted to keys in one place."),
+    "log_lines": Room(set(), "Log lines have one format, whatever they are about."),
+    "loopback": Room(set(), "Server and client use the same rule for loopback addresses."),
     "config": Room(
         {"auth", "errors", "log_lines", "loopback", "tools.mcp"},
-        "Settings are read once and handed in; nobody asks for them.",
+        "Settings are read once and passed in.",
     ),
-    "supervisor": Room({"errors", "store.contract"}, "Who answers for a task is the same everywhere."),
-    "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),
-    "store.fold": Room({"errors", "store.contract"}, "What a log means is the same on every store."),
-    "store.bindings": Room(set(), "A call means the same tool whenever and wherever it is asked."),
-    "store.earlier": Room({"store.bindings", "store.fold"}, "What was stored once is read in one way."),
-    "store.answers": Room({"names", "store.contract"}, "What is answered is made from what was written, in one place."),
+    "supervisor": Room({"errors", "store.contract"}, "All background tasks have the same owner."),
+    "store.contract": Room({"errors"}, "A contract imports none of its implementations."),
+    "store.fold": Room({"errors", "store.contract"}, "The fold is the same for every store."),
+    "store.bindings": Room(set(), "Engine and stores use the same rule for what a call is bound to."),
+    "store.earlier": Room({"store.bindings", "store.fold"}, "Old formats are converted in one place."),
+    "store.answers": Room({"names", "store.contract"}, "Responses are made from the written rows in one place."),
     "store": Room(
         {"errors", "names", "store.answers", "store.bindings", "store.contract", "store.fold"},
-        "What stores share knows none of them.",
+        "Code that stores share imports none of them.",
     ),
     "store.memory": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
     "store.sqlite": Room(
-        {"errors", "store", "store.contract", "store.earlier", "store.fold", "supervisor"}, "A store leans on no other."
+        {"errors", "store", "store.contract", "store.earlier", "store.fold", "supervisor"},
+        "A store does not depend on another one.",
     ),
     "store.postgres": Room(
-        {"errors", "store", "store.contract", "store.fold", "supervisor"}, "A store leans on no other."
+        {"errors", "store", "store.contract", "store.fold", "supervisor"}, "A store does not depend on another one."
     ),
-    "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
-    "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
-    "models.answers": Room({"errors", "models.contract"}, "What a word means is the same whoever reads it."),
+    "models": Room({"errors"}, "A package of packages; each new module needs its own row."),
+    "models.contract": Room({"errors"}, "A contract imports none of its implementations."),
+    "models.answers": Room({"errors", "models.contract"}, "The words of providers are interpreted in one place."),
     "models.provider_data": Room(
-        {"models.contract", "models.answers"}, "What goes back is picked out of a reply, whoever sends it."
+        {"models.contract", "models.answers"}, "Data for the provider is taken out of a reply in one place."
     ),
     "models.chat_stream": Room(
-        {"errors", "models.contract", "models.answers", "models.provider_data"}, "A format's reader needs no provider."
+        {"errors", "models.contract", "models.answers", "models.provider_data"},
+        "Reading a format does not need a provider.",
     ),
-    "models.profiles": Room(set(), "What servers take is data; nothing is asked for it."),
-    "models.pieces": Room(set(), "How bytes are sent has nothing to do with what they say."),
-    "models.proxies": Room(set(), "Which way an address is reached is asked of the environment alone."),
-    "models.endpoint": Room({"models.proxies"}, "Settings are judged before anything is loaded for them."),
-    "models.wire": Room(
-        {"errors", "limit", "models.pieces"}, "A connection carries bytes, whatever model they are for."
-    ),
+    "models.profiles": Room(set(), "Profiles are data, without code that calls anything."),
+    "models.pieces": Room(set(), "Sending bytes does not depend on their content."),
+    "models.proxies": Room(set(), "Proxies depend only on the environment."),
+    "models.endpoint": Room({"models.proxies"}, "Settings are checked before a provider is loaded."),
+    "models.wire": Room({"errors", "limit", "models.pieces"}, "A connection does not depend on the model."),
     "models.request": Room(
-        {"errors", "models.contract", "models.pieces", "models.profiles"}, "A format's writer needs no provider."
+        {"errors", "models.contract", "models.pieces", "models.profiles"}, "Writing a format does not need a provider."
     ),
     "models.openai": Room(
         {"errors", "limit", "models.contract", "models.answers", "models.chat_stream"}
         | {"models.endpoint", "models.pieces", "models.profiles", "models.request", "models.wire"},
-        "A provider knows no other.",
+        "A provider does not depend on another one.",
     ),
-    "models.deferred": Room({"errors", "models.contract"}, "When a provider is loaded has nothing to do with which."),
-    "models.guard": Room({"errors", "models.contract"}, "A bound is the same whatever provider it is for."),
-    "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
-    "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
+    "models.deferred": Room({"errors", "models.contract"}, "Deferred loading is the same for every provider."),
+    "models.guard": Room({"errors", "models.contract"}, "Limits are the same for every provider."),
+    "models.offline": Room(
+        {"errors", "models.contract", "models.answers"}, "A provider does not depend on another one."
+    ),
+    "tools": Room({"errors"}, "A package of packages; each new module needs its own row."),
     "tools.contract": Room(
-        {"client", "errors"}, "A promise knows none of those who keep it; values are plain ones to a tool."
+        {"client", "errors"}, "A contract imports none of its implementations; tools use plain values."
     ),
-    "tools.clock": Room(set(), "Time stands still in the same way for whoever waits."),
-    "tools.naming": Room(set(), "What a tool may be called is the same wherever it is declared."),
-    "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),
+    "tools.clock": Room(set(), "All waits pause the clock in the same way."),
+    "tools.naming": Room(set(), "Names of tools follow one rule, wherever they are declared."),
+    "tools.outcome": Room({"tools.contract"}, "Results have the same limits for every kind of tool."),
     "tools.functions": Room(
         {"client", "tools.contract", "tools.outcome"},
-        "Functions know nothing of remote tools, and are declared as the client declares its own.",
+        "Functions do not depend on remote tools, and are declared with the client's code.",
     ),
     "tools.mcp": Room(
         {"errors", "supervisor", "tools.clock", "tools.contract", "tools.naming", "tools.outcome"},
-        "Remote tools know nothing of functions.",
+        "Remote tools do not depend on functions.",
     ),
-    "tools.toolbox": Room({"errors", "tools.contract", "tools.functions", "tools.mcp"}, "It composes the two."),
+    "tools.toolbox": Room(
+        {"errors", "tools.contract", "tools.functions", "tools.mcp"}, "It composes functions and remote tools."
+    ),
     "engine": Room(
         {"errors", "names", "store.bindings", "store.contract", "store.earlier", "store.fold", "models.contract"}
         | {"supervisor", "tools.clock", "tools.contract", "tools.naming"},
-        "Runs are the same whatever stores, answers or carries them.",
+        "Runs do not depend on the store, the provider or the transport.",
     ),
     "auth": Room(
         {"errors", "names", "store.contract", "supervisor"},
-        "Who calls is found out without a look at what they ask.",
+        "Authentication does not depend on the request.",
     ),
     "rpc": Room(
         {
@@ -131,79 +137,81 @@ ROOMS: dict[str, Room] = {
             "tools.contract",
             "tools.naming",
         },
-        "The doorway leads to the engine, and to the store's contract for what is only read.",
+        "Services call the engine, and the store's contract for reads.",
     ),
-    "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
+    "serve": Room({"*"}, "It composes the server, so it may import everything."),
     "testing": Room(
         {"config", "models.contract", "models.offline", "serve", "tools.toolbox"},
-        "A server for the tests of others is composed here, as `serve` composes one to be operated.",
+        "It composes a server for tests, as `serve` does for operation.",
     ),
-    "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
-    "cli.store_config": Room({"auth", "cli"}, "Where a store is may be in the file of its server."),
+    "cli": Room({"client", "loopback"}, "A command is a client: it knows only the server's address."),
+    "cli.store_config": Room({"auth", "cli"}, "The store's URL may be in the server's configuration file."),
     "cli.keys": Room(
         {"cli", "cli.store_config", "client", "config", "serve", "store.contract"},
-        "The first key is made where no server is.",
+        "The first key is created without a server.",
     ),
     "cli.serve": Room(
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
-        "This command starts a server; it needs no client.",
+        "This command starts a server and does not need the client.",
     ),
-    "cli.config": Room(
-        {"auth", "cli", "cli.serve", "config"}, "A file is checked as the command that serves with it reads it."
-    ),
+    "cli.config": Room({"auth", "cli", "cli.serve", "config"}, "A file is checked with the code of `serve`."),
     "cli.providers": Room(
         {"auth", "cli", "cli.serve", "config", "errors", "models.contract", "serve"},
-        "A provider is tried out as the server asks it, without one.",
+        "A provider is tested with the server's code, without a server.",
     ),
     "cli.backup": Room(
-        {"cli", "cli.store_config", "serve", "store.contract"}, "The server's composition copies the store."
+        {"cli", "cli.store_config", "serve", "store.contract"},
+        "The store is copied with the code that composes a server.",
     ),
     **{
         name: Room(
             {"cli", "cli.store_config", "config", "serve", "store.contract"},
-            "As cli.backup; what a store logs goes with it.",
+            "As cli.backup, with the log of the store.",
         )
         for name in ("cli.copy", "cli.migrate", "cli.store")
     },
-    "__main__": Room({"cli"}, "The command by another name."),
+    "__main__": Room({"cli"}, "Runs the command with `python -m`."),
 }
 
 
 class Line(NamedTuple):
-    """`lives_in` lists modules, each with all that belongs to it."""
+    """`lives_in` lists modules, each with everything below it."""
 
     lives_in: set[str]
     because: str
 
 
 LINES: dict[str, Line] = {
-    "*.StatusCode": Line({"rpc.interceptor"}, "A failure becomes a status in one place."),
-    "*.abort": Line({"rpc.interceptor"}, "As for statuses: everywhere else a failure is raised."),
-    "grpc*": Line({"rpc", "auth.tls", "cli.health"}, "Only the doorway and its caller know the transport."),
+    "*.StatusCode": Line({"rpc.interceptor"}, "Failures are turned into statuses in one place."),
+    "*.abort": Line({"rpc.interceptor"}, "All other modules raise errors."),
+    "grpc*": Line({"rpc", "auth.tls", "cli.health"}, "Only the services and the health check use the transport."),
     "cryptography": Line({"auth.tls"}, "Certificates are read in one place."),
-    "jwt": Line({"auth.jwks", "auth.tokens"}, "Tokens are judged in one place."),
-    "openai": Line({"models.openai"}, "One provider's ways stay behind the contract."),
-    "aiohttp": Line({"models.wire", "auth.jwks"}, "A model is asked over one kind of connection, and so are keys."),
+    "jwt": Line({"auth.jwks", "auth.tokens"}, "Tokens are verified in one place."),
+    "openai": Line({"models.openai"}, "A provider's library is used only behind the contract."),
+    "aiohttp": Line(
+        {"models.wire", "auth.jwks"}, "Models and issuers' keys are requested over one kind of connection."
+    ),
     "httpx2": Line(
         {"models.endpoint", "models.openai", "models.proxies", "models.wire", "tools.mcp"},
-        "URLs and certificates mean what they mean to the openai SDK, and MCP's library sends with it.",
+        "URLs and certificates are interpreted as by the openai SDK; MCP's library sends with it.",
     ),
-    "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),
-    "pydantic": Line({"tools.functions"}, "What an operator's types mean is asked in one place."),
-    "sqlite3": Line({"store.sqlite"}, "SQL lives in its store."),
-    "asyncpg": Line({"store.postgres"}, "SQL lives in its store."),
-    "greenlet": Line({"store.postgres"}, "Steps await only what a database answers."),
+    "mcp": Line({"tools.mcp"}, "A protocol's library is used only behind the contract."),
+    "pydantic": Line({"tools.functions"}, "Operators' types are interpreted in one place."),
+    "sqlite3": Line({"store.sqlite"}, "SQL belongs in its store."),
+    "asyncpg": Line({"store.postgres"}, "SQL belongs in its store."),
+    "greenlet": Line({"store.postgres"}, "Only a step on a database switches greenlets."),
     "notecase_server.store.contract.Store": Line(
-        {"serve", "store", "rpc.server"}, "Only composition names the whole store; all else asks for the parts it uses."
+        {"serve", "store", "rpc.server"},
+        "Only composition names the whole store; other modules name the parts that they use.",
     ),
-    "jsonschema_rs": Line({"engine.schema"}, "Schemas of strangers are applied in one place, in a process of its own."),
-    "liquid": Line({"engine.template"}, "Untrusted templates pass one gate, with its limits."),
-    "click": Line({"cli"}, "Nothing below the command asks what was typed."),
-    "prompt_toolkit": Line({"cli.terminal"}, "Only a conversation edits lines."),
-    "rich": Line({"cli.live", "cli.output", "cli.screen"}, "What a terminal shows is drawn in few places."),
-    "yaml": Line({"cli.manifest", "cli.output"}, "Agents as files are read in one place, and YAML is printed in one."),
-    "uvloop": Line({"cli.serve", "serve"}, "Which loop runs is no business of what runs on it."),
-    "os.environ*": Line({"config", "cli.grpc_log"}, "Settings have one reader."),
+    "jsonschema_rs": Line({"engine.schema"}, "Untrusted schemas are applied in one place, in a separate process."),
+    "liquid": Line({"engine.template"}, "Untrusted templates are rendered in one place, within limits."),
+    "click": Line({"cli"}, "Only commands read the command line."),
+    "prompt_toolkit": Line({"cli.terminal"}, "Only the chat edits lines."),
+    "rich": Line({"cli.live", "cli.output", "cli.screen"}, "Few modules draw on the terminal."),
+    "yaml": Line({"cli.manifest", "cli.output"}, "YAML is read in one place and printed in one."),
+    "uvloop": Line({"cli.serve", "serve"}, "Only the composition chooses the event loop."),
+    "os.environ*": Line({"config", "cli.grpc_log"}, "Settings are read in one place."),
     "os.getenv*": Line({"config"}, "As os.environ."),
     "uuid": Line({"serve", "cli"}, "Ids are passed in, so that tests are exact."),
     "uuid_utils": Line({"serve", "cli"}, "As uuid."),
@@ -216,8 +224,8 @@ LINES: dict[str, Line] = {
 
 
 class Uses(NamedTuple):
-    """What one module names: what it imports, and every dotted name as it is spelt after its imports are undone. A name
-    that begins with something local begins with a dot."""
+    """The names in one module: its imports, and every dotted name with imported names replaced by their origins. A name
+    that begins with a local variable begins with a dot."""
 
     imports: set[str]
     names: set[str]
@@ -256,12 +264,13 @@ def belongs(module: str, room: str) -> bool:
 
 
 def room_of(name: str) -> str:
-    """The room of a module of the server, or of a name in one; empty for none."""
+    """Returns the room of a module of the server, or of a name in one; empty if there is none."""
     return max((room for room in ROOMS if belongs(name, room)), key=len, default="")
 
 
 def forbidden_imports(module: str, used: Uses) -> Iterator[str]:
-    """The imports of a module of the server that no arrow allows. `notecase.v1` is for all; the client is not."""
+    """Yields the imports of a module of the server that ROOMS does not allow. Every module may import `notecase.v1`,
+    but not the client."""
     room = room_of(module)
     allowed = ROOMS[room].may_import | {room}
     for name in sorted(used.imports):
@@ -277,7 +286,7 @@ def forbidden_imports(module: str, used: Uses) -> Iterator[str]:
 
 
 def misplaced_lines(module: str, used: Uses) -> Iterator[str]:
-    """The names in a module of the server that belong elsewhere."""
+    """Yields the names in a module of the server that LINES allows only elsewhere."""
     for pattern, line in LINES.items():
         if any(belongs(module, room) for room in line.lives_in):
             continue
@@ -287,7 +296,7 @@ def misplaced_lines(module: str, used: Uses) -> Iterator[str]:
 
 
 def modules(package: Path) -> dict[str, Uses]:
-    """Every module of a package by its dotted name within it; the package itself is `__init__`."""
+    """Returns every module of a package by its dotted name within it; the package itself is `__init__`."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
@@ -301,11 +310,11 @@ def test_every_module_of_the_server_has_a_room() -> None:
     assert [] == [name for name in modules(SERVER) if not room_of(name)]
 
 
-def test_imports_follow_the_arrows() -> None:
+def test_modules_import_only_what_their_room_may() -> None:
     assert [] == [wrong for name, used in modules(SERVER).items() for wrong in forbidden_imports(name, used)]
 
 
-def test_lines_live_where_they_belong() -> None:
+def test_each_kind_of_code_is_where_it_belongs() -> None:
     assert [] == [wrong for name, used in modules(SERVER).items() for wrong in misplaced_lines(name, used)]
 
 
@@ -326,7 +335,7 @@ def test_lines_live_where_they_belong() -> None:
         ("rpc.run", "import notecase_server.unheard_of", "unheard_of"),
     ],
 )
-def test_an_import_against_the_arrows_is_found(module: str, source: str, named: str) -> None:
+def test_a_forbidden_import_is_found(module: str, source: str, named: str) -> None:
     found = list(forbidden_imports(module, uses(source, f"notecase_server.{module}")))
     assert [f"{module} -> {named}"] == [wrong.partition(" (")[0] for wrong in found]
 
@@ -359,7 +368,7 @@ def test_an_import_against_the_arrows_is_found(module: str, source: str, named: 
         ("store.fold", "def stamp(event):\n    event.create_time.GetCurrentTime()"),
     ],
 )
-def test_a_line_out_of_place_is_found(module: str, source: str) -> None:
+def test_misplaced_code_is_found(module: str, source: str) -> None:
     assert list(misplaced_lines(module, uses(source, f"notecase_server.{module}")))
 
 
@@ -377,17 +386,17 @@ def test_a_line_out_of_place_is_found(module: str, source: str) -> None:
         ("engine.summary", "from notecase_server.store.contract import RunStore, StoreOpenError"),
     ],
 )
-def test_a_line_in_its_place_is_left_alone(module: str, source: str) -> None:
+def test_code_in_its_place_is_accepted(module: str, source: str) -> None:
     used = uses(source, f"notecase_server.{module}")
     assert [] == [*forbidden_imports(module, used), *misplaced_lines(module, used)]
 
 
 PART_CALLS = 12
-"""Methods of one part of a store: more are two parts."""
+"""The most methods in one part of a store."""
 
 
-def test_a_store_is_the_sum_of_small_parts() -> None:
-    """So that who asks for a part asks for little, and no call is in two of them."""
+def test_a_store_combines_small_parts() -> None:
+    """Each part has few methods, and no method is in two parts."""
     parts = [part for part in contract.Store.__bases__ if part is not Protocol]
     calls = [[name for name, member in vars(part).items() if iscoroutinefunction(member)] for part in parts]
     assert [] == [part.__name__ for part, some in zip(parts, calls, strict=True) if not 0 < len(some) <= PART_CALLS]
@@ -396,13 +405,13 @@ def test_a_store_is_the_sum_of_small_parts() -> None:
 
 
 SMALL = ("cli", "engine", "rpc.interceptor", "supervisor")
-"""Rooms that are held to the bounds below."""
+"""Rooms to which the limits below apply."""
 
 EXCEPTIONS = {
-    "engine.template": "One gate for strangers' templates: its filters and limits belong together.",
-    "engine.session.LiveSession": "The place where a session's workers and watchers meet: what they share.",
+    "engine.template": "Everything about untrusted templates: the filters and limits belong together.",
+    "engine.session.LiveSession": "The data that a session's workers and watchers share.",
 }
-"""What may be larger, and why: at most two."""
+"""Modules and classes that may be larger, with the reason: at most two."""
 
 MODULE_LINES = 350
 FUNCTION_LINES = 60
@@ -410,8 +419,8 @@ MUTABLE_FIELDS = 12
 
 
 def oversized(name: str, source: str) -> Iterator[str]:
-    """What is larger in a module than one can hold in the head: the module itself, functions without their decorators,
-    and classes by the fields of `self` that their methods assign."""
+    """Yields what exceeds a limit in a module: the module itself, functions without their decorators, and classes by
+    the fields of `self` that their methods assign."""
     if (lines := len(source.splitlines())) > MODULE_LINES:
         yield f"{name}: {lines} lines"
     for node in ast.walk(ast.parse(source)):
@@ -427,7 +436,7 @@ def oversized(name: str, source: str) -> Iterator[str]:
                 yield f"{name}.{node.name}: {len(fields)} fields"
 
 
-def test_a_small_room_is_held_in_the_head() -> None:
+def test_modules_functions_and_classes_are_small() -> None:
     found: list[str] = []
     for path in sorted(SERVER.rglob("*.py")):
         name = ".".join(path.relative_to(SERVER).with_suffix("").parts).removesuffix(".__init__")
@@ -437,14 +446,14 @@ def test_a_small_room_is_held_in_the_head() -> None:
     assert len(EXCEPTIONS) <= 2
 
 
-def test_no_task_is_without_an_owner() -> None:
-    """Only the supervisor begins tasks; a command in a terminal ends with what it began."""
+def test_every_task_has_an_owner() -> None:
+    """Only the supervisor and the commands of the terminal create tasks."""
     begun = re.compile(r"\b(create_task|ensure_future)\(")
     found = {path.relative_to(SERVER).as_posix() for path in SERVER.rglob("*.py") if begun.search(path.read_text())}
     assert {name for name in found if not name.startswith("cli/")} == {"supervisor.py"}
 
 
-def test_what_is_too_large_is_found() -> None:
+def test_large_modules_functions_and_classes_are_found() -> None:
     long = "def long():\n" + "    pass\n" * 60
     wide = "class Wide:\n    def __init__(self):\n" + "".join(f"        self.a{n} = {n}\n" for n in range(13))
     assert ["m.long: 61 lines", "m.Wide: 13 fields"] == list(oversized("m", long + wide))
@@ -452,7 +461,7 @@ def test_what_is_too_large_is_found() -> None:
 
 
 PROVIDERS = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
-"""The distributions behind the one import name that several share."""
+"""The distributions that share an import name, by package."""
 
 
 def project(folder: str) -> dict[str, Any]:
@@ -465,14 +474,14 @@ def requirements(texts: list[str]) -> dict[str, Requirement]:
 
 
 def declared(folder: str) -> dict[str, Requirement]:
-    """What a distribution needs, and what the extra for PostgreSQL does."""
+    """Returns the requirements of a distribution, including its extra for PostgreSQL."""
     settings = project(folder)["project"]
     extra = settings.get("optional-dependencies", {}).get("postgres", ())
     return requirements([*settings["dependencies"], *extra])
 
 
 def needed(package: Path) -> set[str]:
-    """The distributions that a package's modules import from, itself and Python's own left out."""
+    """Returns the distributions that a package's modules import from, except itself and Python's library."""
     installed = packages_distributions()
     found = set()
     for used in modules(package).values():
@@ -509,7 +518,7 @@ def test_both_distributions_are_released_together() -> None:
 
 
 def test_each_distribution_carries_the_licence() -> None:
-    """As a file of its own: a link would dangle in a source distribution."""
+    """It is a copy: a link would be broken in a source distribution."""
     for folder in ("client", "server"):
         assert not (ROOT / folder / "LICENSE").is_symlink()
         assert (ROOT / "LICENSE").read_text() == (ROOT / folder / "LICENSE").read_text()
@@ -529,7 +538,7 @@ def test_every_requirement_has_a_pin_that_fits() -> None:
 
 
 def test_the_floors_of_the_client_are_what_the_stubs_demand() -> None:
-    """Below them the stubs refuse to be imported; above, nobody's older installation is shut out without need."""
+    """With older versions the stubs cannot be imported; a higher minimum would exclude installations needlessly."""
     services = [path.read_text() for path in STUBS.glob("*_pb2_grpc.py")]
     messages = [path.read_text() for path in STUBS.glob("*_pb2.py")]
     grpcio = {found for text in services for found in re.findall(r"GRPC_GENERATED_VERSION = '([\d.]+)'", text)}
@@ -546,8 +555,8 @@ def test_the_floors_of_the_client_are_what_the_stubs_demand() -> None:
     assert declared("client")["protobuf"].specifier.contains(f"{demanded.major + 1}.999.0")
 
 
-def test_every_proto_has_its_stubs_and_the_door_shows_them() -> None:
-    """What the stubs say is compared by make proto-check, which has the generator."""
+def test_every_proto_has_its_stubs_and_the_package_exports_them() -> None:
+    """`make proto-check`, which has the generator, compares the contents of the stubs."""
     protos = {path.stem: path.read_text() for path in (ROOT / "proto" / "notecase" / "v1").glob("*.proto")}
     services = {name for name, text in protos.items() if re.search(r"^service ", text, re.MULTILINE)}
     stems = {f"{name}_pb2" for name in protos} | {f"{name}_pb2_grpc" for name in services}
@@ -560,7 +569,7 @@ def test_every_proto_has_its_stubs_and_the_door_shows_them() -> None:
 ELSEWHERE = [
     ".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("proxy", "golang"), ("npmjs", "org"))
 ]
-"""Package registries: which one is used is the business of who installs."""
+"""Package registries: no file names one, so that users can choose theirs."""
 
 OPTIONS = ["-".join(parts) for parts in (("index", "url"), ("find", "links"), ("trusted", "host"))]
 
@@ -570,7 +579,7 @@ MADE_HERE = {"gen", "node_modules", "target", "__pycache__", "build", "dist"}
 
 
 def files() -> Iterator[Path]:
-    """The checkout's own text files: not what is generated on this machine, nor what git keeps."""
+    """Yields the text files of the checkout, without generated files and those of git."""
     for folder, below, names in os.walk(ROOT):
         below[:] = [name for name in below if name not in MADE_HERE and (name == ".ci" or not name.startswith("."))]
         names[:] = [name for name in names if name != ".git"]  # a file where the checkout is a linked worktree
@@ -610,7 +619,7 @@ SKIPPED = "import pytest; pytest.skip('no tool', allow_module_level=True)"
 def test_a_skip_fails_in_ci_and_an_expected_failure_does_not(
     tmp_path: Path, source: str, ci: str, outcome: str, workers: str
 ) -> None:
-    """In one process, and where workers tell another one what became of their tests."""
+    """In one process, and with workers that report to another one."""
     (tmp_path / "test_some.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", os.devnull, "--rootdir", str(tmp_path)]
     done = subprocess.run(

@@ -84,7 +84,7 @@ async def test_it_ends_what_was_awaited_although_that_came_at_the_same_moment() 
     assert not went_on
 
 
-async def test_a_cancellation_by_somebody_else_stays_one() -> None:
+async def test_a_cancellation_by_another_task_stays_one() -> None:
     entered = asyncio.Event()
 
     async def work() -> None:

@@ -54,7 +54,7 @@ def test_a_row_is_whole_and_its_test_exists(row: Row) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if len(row.settings) == 1], ids=lambda row: row.settings[0])
-def test_a_settings_default_is_as_told(row: Row) -> None:
+def test_the_documented_defaults_of_settings_are_true(row: Row) -> None:
     assert str(OPTIONS[row.settings[0]]) == row.cells[2]
 
 

@@ -66,7 +66,7 @@ def test_lines_of_libraries_are_objects_as_well() -> None:
 
 
 async def test_a_credential_that_is_not_utf_8_is_in_no_log(tmp_path: Path) -> None:
-    """Grpc decodes all headers before anybody has judged the caller, and logs those that it cannot."""
+    """grpc decodes all headers before the caller is authenticated, and logs those that it cannot decode."""
     served = await Spawned.start(
         "memory:", tmp_path / "log", "--log-format", "json", env={"NOTECASE_ADMIN_KEY": "k" * 40}, forked=True
     )

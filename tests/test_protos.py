@@ -151,7 +151,7 @@ def test_reads_and_only_reads_say_that_they_change_nothing(file: descriptor_pb2.
 
 
 @pytest.mark.parametrize("file", files(), ids=lambda file: file.name.rpartition("/")[2])
-def test_each_language_has_a_package_of_its_own(file: descriptor_pb2.FileDescriptorProto) -> None:
+def test_each_language_has_its_package(file: descriptor_pb2.FileDescriptorProto) -> None:
     options = file.options
     assert ("notecase.dev/api/notecase/v1;notecasev1", "dev.notecase.v1", "Notecase.V1", True) == (
         options.go_package,

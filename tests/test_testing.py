@@ -1,4 +1,4 @@
-"""docs/testing.md: its programs and tests run as they stand, and it lists all that the offline model can be asked."""
+"""docs/testing.md: its programs and tests run unchanged, and it lists all directives of the offline model."""
 
 import asyncio
 import re

@@ -408,8 +408,8 @@ def expected(name: str, role: Role, bound: bool = False) -> str:
 
 
 async def test_what_a_caller_may_not_do_is_refused_and_changes_nothing(walk: Walk) -> None:
-    """Without a credential, with a role that is too low, of another tenant and bound to another user. What these are
-    answered holds nothing of what they named."""
+    """Without a credential, with a role that is too low, of another tenant and bound to another user. Their answers
+    contain nothing of the named resources."""
     case = await walk.case()
     before, wrong, spare = await walk.world(), list[str](), count()
     for name, (_, row) in ALL.items():

@@ -1,4 +1,4 @@
-"""Measures the peers beside notecase and prints the table: `python -m benchmarks.peers [--rounds 3]`."""
+"""Measures the peers and notecase, and prints the table: `python -m benchmarks.peers [--rounds 3]`."""
 
 import argparse
 import os

@@ -32,7 +32,7 @@ ERRORS_KEPT = 5
 
 
 class Mix:
-    """One action after the other, chosen by a seed, each in a session that nobody else uses meanwhile."""
+    """One action after the other, chosen by a seed, each in a session that no other action uses at the time."""
 
     def __init__(self, load: Load, seed: int = 1) -> None:
         self._load = load
@@ -144,7 +144,7 @@ def _words(error: WrongError | grpc.aio.AioRpcError) -> str:
 
 
 class _Stream:
-    """A call that tells the events of a run; closing it before its end is a caller that goes away."""
+    """A call that yields the events of a run; closing it before its end is a caller that disconnects."""
 
     def __init__(self, call: Any, first: v1.RunRequest | None = None) -> None:
         self._call = call

@@ -30,7 +30,7 @@ class Watched(NamedTuple):
     per_hour: float
     """How much the second half may grow, as growth an hour."""
     noise: float
-    """Growth over the second half that is not told from chance: what a short soak cannot judge."""
+    """Growth over the second half that counts as chance."""
 
 
 WATCHED = (

@@ -1,4 +1,4 @@
-"""Client certificates on real sockets: whom they name, and that nobody connects without one."""
+"""Client certificates on real sockets: which callers they identify, and that a connection needs one."""
 
 import json
 from collections.abc import Sequence
@@ -134,7 +134,7 @@ async def test_a_certificate_without_one_known_name_is_refused(
         assert "refused 16" == await port.ask(authority.issue(names))
 
 
-async def test_nobody_connects_without_a_certificate_of_the_authority(tmp_path: Path) -> None:
+async def test_clients_without_a_certificate_of_the_ca_cannot_connect(tmp_path: Path) -> None:
     authority = Authority()
     async with Port(authority, tmp_path) as port:
         for pair in (None, Authority().issue([URI("spiffe://acme.example/ci")])):
@@ -165,7 +165,7 @@ async def test_a_name_that_is_taken_out_of_the_file_is_refused_without_a_restart
         assert "refused 16" == await port.ask(pair)
 
 
-def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_in_the_file_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "principals.json"
     tables = {
         "spiffe://acme.example/ci": {"tenant": "acme", "role": "user"},
@@ -208,7 +208,9 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
         ("a.toml", None, "cannot be read: No such file"),
     ],
 )
-def test_a_file_that_is_no_table_is_told(tmp_path: Path, name: str, content: str | bytes | None, told: str) -> None:
+def test_a_file_that_is_not_a_table_is_reported(
+    tmp_path: Path, name: str, content: str | bytes | None, told: str
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,5 @@
-"""Where a server may be reached, and what it takes: all that is wrong is told at once, each by its option."""
+"""The addresses on which a server may listen, and the options that each needs: all mistakes are reported at once, each
+with its option."""
 
 import asyncio
 import json
@@ -91,7 +92,7 @@ def test_what_a_server_needs_where_it_listens(folder: Path) -> None:
         assert expected == [*options(wrong)]
 
 
-async def test_all_mistakes_are_told_at_once_by_their_options(folder: Path) -> None:
+async def test_all_mistakes_are_reported_at_once_with_their_options(folder: Path) -> None:
     done = await notecase(
         *("serve", "--store", "memory:", "--listen", BEYOND),
         *("--tls-cert", str(folder / "client.pem"), "--tls-key", str(folder / "server.key")),
@@ -112,7 +113,7 @@ async def test_all_mistakes_are_told_at_once_by_their_options(folder: Path) -> N
 
 
 async def test_a_server_has_a_port_with_tls_and_one_for_client_certificates(folder: Path, tmp_path: Path) -> None:
-    """And each start without credentials beyond this machine is told in the log."""
+    """The log has a warning at each start without credentials on an address that other machines can reach."""
     served = await Spawned.start(
         "memory:",
         tmp_path / "log",
@@ -181,7 +182,7 @@ async def test_a_server_takes_the_tokens_of_its_issuers(folder: Path, tmp_path: 
         assert token not in served.log.read_text()
 
 
-async def test_a_server_for_everybody_warns_at_each_start(tmp_path: Path) -> None:
+async def test_an_insecure_server_warns_at_each_start(tmp_path: Path) -> None:
     for _ in range(2):
         served = await Spawned.start("memory:", tmp_path / "log", "--insecure")
         assert 0 == await served.stop()

@@ -107,7 +107,7 @@ def test_a_file_says_which_issuers_there_are(tmp_path: Path) -> None:
     ) == read_issuers(path)
 
 
-def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_in_the_file_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "issuers.toml"
     path.write_text(WRONG)
     with pytest.raises(SettingsError) as found:

@@ -48,7 +48,7 @@ class Scene(NamedTuple):
     async def who(self, token: str) -> Principal | None:
         return await self.keys.principal({"authorization": f"Bearer {token}"}, dict)
 
-    async def is_let_in(self, token: str) -> bool:
+    async def accepts(self, token: str) -> bool:
         try:
             return await self.who(token) is not None
         except NotecaseError as error:
@@ -98,7 +98,7 @@ async def test_a_key_with_one_bit_changed_is_refused_alike_whichever_bit_it_is(s
     tag is compared in constant time."""
     _, token = await scene.make()
     if is_known:
-        assert await scene.is_let_in(token)
+        assert await scene.accepts(token)
     before, compared = scene.store.lookups, list[tuple[bytes, bytes]]()
     compare = hmac.compare_digest
 
@@ -112,7 +112,7 @@ async def test_a_key_with_one_bit_changed_is_refused_alike_whichever_bit_it_is(s
             changed = bytearray(token.encode())
             changed[bit // 8] ^= 1 << bit % 8
             compared.clear()
-            assert not await scene.is_let_in(changed.decode("latin-1"))
+            assert not await scene.accepts(changed.decode("latin-1"))
             _, (made, held) = compared  # the first is for the key that the operator chose
             assert made != held
     assert before == scene.store.lookups
@@ -121,7 +121,7 @@ async def test_a_key_with_one_bit_changed_is_refused_alike_whichever_bit_it_is(s
 async def test_a_key_with_characters_left_out_or_added_is_refused(scene: Scene) -> None:
     _, token = await scene.make()
     for other in (token[:-1], f"{token}0", f"{token}_", token.upper(), "nck_", "nck__", f"nck_{'x' * 300}"):
-        assert not await scene.is_let_in(other)
+        assert not await scene.accepts(other)
 
 
 OTHERS: dict[str, Metadata] = {
@@ -135,7 +135,7 @@ OTHERS: dict[str, Metadata] = {
 
 
 @pytest.mark.parametrize("metadata", OTHERS.values(), ids=OTHERS)
-async def test_what_is_no_key_of_ours_is_left_to_others(scene: Scene, metadata: Metadata) -> None:
+async def test_other_credentials_than_keys_are_left_to_other_authenticators(scene: Scene, metadata: Metadata) -> None:
     assert await scene.keys.principal(metadata, dict) is None
     assert 0 == scene.store.lookups
 
@@ -150,9 +150,9 @@ async def test_a_key_ends_when_it_expires_and_not_before(scene: Scene) -> None:
     expire_time.FromMicroseconds(scene.clock.now + 90 * SECOND)
     _, token = await scene.make(expire_time=expire_time)
     scene.clock.now += 90 * SECOND - 1
-    assert await scene.is_let_in(token)
+    assert await scene.accepts(token)
     scene.clock.now += 1
-    assert not await scene.is_let_in(token)
+    assert not await scene.accepts(token)
 
 
 async def test_a_key_that_has_expired_is_not_made(scene: Scene) -> None:
@@ -162,11 +162,11 @@ async def test_a_key_that_has_expired_is_not_made(scene: Scene) -> None:
         await scene.make(expire_time=expire_time)
 
 
-async def test_a_revoked_key_is_not_let_in_although_it_was_known(scene: Scene) -> None:
+async def test_a_revoked_key_is_refused_although_it_was_cached(scene: Scene) -> None:
     key_id, token = await scene.make()
-    assert await scene.is_let_in(token)
+    assert await scene.accepts(token)
     await scene.keys.revoke("acme", key_id)
-    assert not await scene.is_let_in(token)
+    assert not await scene.accepts(token)
 
 
 async def test_a_key_that_is_revoked_while_it_is_looked_up_is_not_remembered(
@@ -181,9 +181,9 @@ async def test_a_key_that_is_revoked_while_it_is_looked_up_is_not_remembered(
         return row
 
     monkeypatch.setattr(scene.store, "find_key", slowly)
-    assert await scene.is_let_in(token)  # it was let in before it was revoked
+    assert await scene.accepts(token)  # it was accepted before it was revoked
     monkeypatch.setattr(scene.store, "find_key", find)
-    assert not await scene.is_let_in(token)
+    assert not await scene.accepts(token)
     assert key_id
 
 
@@ -193,34 +193,34 @@ async def test_a_rotation_keeps_the_subject_and_takes_the_secret_before_for_a_wh
     _, second = await scene.keys.rotate("acme", key_id, 60 * SECOND)
     assert before == await scene.who(first) == await scene.who(second)
     scene.clock.now += 60 * SECOND - 1
-    assert await scene.is_let_in(first)
+    assert await scene.accepts(first)
     scene.clock.now += 1
-    assert not await scene.is_let_in(first)
-    assert await scene.is_let_in(second)
+    assert not await scene.accepts(first)
+    assert await scene.accepts(second)
 
 
 async def test_a_second_rotation_ends_the_first_secret(scene: Scene) -> None:
     key_id, first = await scene.make()
     _, second = await scene.keys.rotate("acme", key_id, 60 * SECOND)
     _, third = await scene.keys.rotate("acme", key_id, 60 * SECOND)
-    assert [False, True, True] == [await scene.is_let_in(token) for token in (first, second, third)]
+    assert [False, True, True] == [await scene.accepts(token) for token in (first, second, third)]
 
 
 async def test_a_rotation_without_an_overlap_ends_the_secret_at_once(scene: Scene) -> None:
     key_id, first = await scene.make()
-    assert await scene.is_let_in(first)
+    assert await scene.accepts(first)
     _, second = await scene.keys.rotate("acme", key_id, 0)
-    assert [False, True] == [await scene.is_let_in(token) for token in (first, second)]
+    assert [False, True] == [await scene.accepts(token) for token in (first, second)]
 
 
 async def test_a_known_key_costs_no_look_into_the_store(scene: Scene) -> None:
     """Until it has been known for CACHED_SECONDS."""
     _, token = await scene.make()
     for _ in range(3):
-        assert await scene.is_let_in(token)
+        assert await scene.accepts(token)
     assert 1 == scene.store.lookups
     scene.monotonic[0] = CACHED_SECONDS
-    assert await scene.is_let_in(token)
+    assert await scene.accepts(token)
     assert 2 == scene.store.lookups
 
 
@@ -228,22 +228,22 @@ async def test_keys_that_are_known_are_bounded(scene: Scene, monkeypatch: pytest
     monkeypatch.setattr(module, "CACHED_KEYS", 3)
     tokens = [(await scene.make())[1] for _ in range(4)]
     for token in tokens:
-        await scene.is_let_in(token)
+        await scene.accepts(token)
     assert 3 == len(scene.keys._judged)
     before = scene.store.lookups
-    assert [True] * 3 == [await scene.is_let_in(token) for token in tokens[1:]]
+    assert [True] * 3 == [await scene.accepts(token) for token in tokens[1:]]
     assert before == scene.store.lookups
 
 
 async def test_wrong_keys_cost_no_look_into_the_store(scene: Scene) -> None:
-    """However many there are; and a right one is let in between them."""
+    """However many there are; a valid key is accepted between them."""
     key_id, right = await scene.make()
     elsewhere = Keys(Counting(scene.clock), lambda: key_id, scene.clock, lambda: 0.0)
     _, others = await elsewhere.create("acme", v1.Key(role=v1.Key.ROLE_ADMIN))
     for number in range(1000):
-        assert not await scene.is_let_in(f"nck_{new_id()}_{secrets.token_urlsafe(44)}")
-        assert not await scene.is_let_in(others)
-        assert number % 100 or await scene.is_let_in(right)
+        assert not await scene.accepts(f"nck_{new_id()}_{secrets.token_urlsafe(44)}")
+        assert not await scene.accepts(others)
+        assert number % 100 or await scene.accepts(right)
     assert 1 == scene.store.lookups
 
 
@@ -251,7 +251,7 @@ async def test_a_key_that_was_revoked_costs_one_look_in_a_while(scene: Scene) ->
     key_id, token = await scene.make()
     await scene.keys.revoke("acme", key_id)
     for _ in range(1000):
-        assert not await scene.is_let_in(token)
+        assert not await scene.accepts(token)
     assert 1 == scene.store.lookups
 
 

@@ -14,7 +14,7 @@ from tests.store.build import ManualClock
 
 
 class Counted(MemoryStore):
-    """Counts the writes, and makes each wait while it is told to."""
+    """Counts the writes, and can make each of them wait."""
 
     def __init__(self) -> None:
         super().__init__(ManualClock())
@@ -39,7 +39,7 @@ def made(store: Counted) -> Principals:
 ADA = Principal("acme", "keys/a", Role.USER, "ada", display_name="Ada's phone")
 
 
-async def test_a_name_is_asked_for_once_for_each_tenant_and_principal() -> None:
+async def test_a_name_is_requested_once_for_each_tenant_and_principal() -> None:
     store = Counted()
     known = made(store)
     first = await known.name(ADA, "acme")
@@ -68,7 +68,7 @@ async def test_names_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyP
     one, two, three = (Principal("acme", f"keys/{number}", Role.USER) for number in range(3))
     for principal in (one, two, one, three, one, two):
         await known.name(principal, "acme")
-    assert 4 == store.writes  # the one that was not asked for the longest time is forgotten
+    assert 4 == store.writes  # the one that was not used for the longest time is forgotten
 
 
 async def test_a_name_that_was_erased_while_it_was_looked_up_is_not_remembered() -> None:

@@ -43,7 +43,7 @@ def files(tmp_path: Path, authority: Authority) -> dict[str, Any]:
 
 
 async def served_certificate(port: int) -> x509.Certificate:
-    """The one that a connection of its own is shown."""
+    """Returns the certificate that a new connection gets."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -58,7 +58,7 @@ def certificate(pair: Pair) -> x509.Certificate:
     return x509.load_pem_x509_certificate(pair.cert)
 
 
-async def test_a_server_with_a_certificate_is_called_by_who_knows_its_authority(
+async def test_a_server_with_a_certificate_is_called_by_clients_with_its_ca(
     authority: Authority, files: Mapping[str, Any]
 ) -> None:
     async with running(credentials=grpc.ssl_channel_credentials(authority.cert), **files) as served:
@@ -93,7 +93,7 @@ async def test_a_certificate_that_changes_is_served_without_a_restart(
         assert "memory" == (await info(served.address, grpc.ssl_channel_credentials(authority.cert))).store
 
 
-async def test_a_broken_certificate_leaves_the_old_one_and_is_told_once(
+async def test_a_broken_certificate_leaves_the_old_one_and_is_logged_once(
     authority: Authority, files: Mapping[str, Any], tmp_path: Path
 ) -> None:
     cert, key = files["tls_cert"], files["tls_key"]
@@ -123,7 +123,7 @@ async def test_a_broken_certificate_leaves_the_old_one_and_is_told_once(
         await server.stop(None)
 
 
-def test_all_files_of_tls_that_cannot_be_used_are_told_at_once(tmp_path: Path, authority: Authority) -> None:
+def test_all_files_of_tls_that_cannot_be_used_are_reported_at_once(tmp_path: Path, authority: Authority) -> None:
     cert, key = authority.issue().write(tmp_path)
     secret = load_key(key.read_bytes(), None).private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
@@ -145,7 +145,7 @@ def test_all_files_of_tls_that_cannot_be_used_are_told_at_once(tmp_path: Path, a
 
 @pytest.mark.parametrize("key", [ed448.Ed448PrivateKey.generate(), ec.generate_private_key(ec.SECP256K1())])
 def test_a_key_that_grpc_does_not_know_is_refused(tmp_path: Path, authority: Authority, key: Any) -> None:
-    """Here, since gRPC tells of it only that it cannot bind to the address."""
+    """The server says so itself, since gRPC only says that it cannot bind to the address."""
     files = authority.issue(key=key).write(tmp_path)
     with pytest.raises(SettingsError, match="is of a kind that gRPC does not know"):
         read_identity(*files, None, now)

@@ -28,18 +28,18 @@ RSA_KEY = SigningKey("rsa", "RS256")
 
 
 class Setting:
-    """An issuer whose keys are served, and what judges its tokens, by clocks that stand still."""
+    """An issuer whose keys are served, and the authenticator of its tokens, with clocks that the test advances."""
 
     def __init__(self, server: KeyServer) -> None:
         self.server = server
         self.now = float(NOW)
         self.tasks = Tasks("test")
         self.unavailable: list[str] = []
-        """What the log has told of keys that could not be fetched, while tokens were refused."""
+        """Returns the log lines about keys that could not be fetched, and checks that tokens were refused."""
         self.judge()
 
     def judge(self, **others: Any) -> None:
-        """Begins anew with further settings of the issuer."""
+        """Starts again with more settings of the issuer."""
         given = {"tenant": "acme", "role": Role.USER, "jwks_url": self.server.url, "algorithms": ("ES256", "RS256")}
         settings = IssuerSettings(**{"issuer": ISSUER, "audiences": ("notecase",), **given, **others})
         self.tokens = Tokens([settings], self.tasks, lambda: round(self.now * 1e6), lambda: self.now)
@@ -293,7 +293,7 @@ async def test_a_key_that_is_replaced_under_its_id_counts_no_more(setting: Setti
     assert "not its issuer's" in await setting.refuses(token)
 
 
-async def test_unknown_keys_are_asked_for_once_in_thirty_seconds(setting: Setting) -> None:
+async def test_unknown_keys_are_fetched_once_in_thirty_seconds(setting: Setting) -> None:
     assert await setting.of(KEY.sign(claims()))
     for number in range(50):
         await setting.refuses(SigningKey(f"unknown-{number}").sign(claims()))
@@ -340,7 +340,7 @@ async def test_keys_count_on_for_a_day_while_their_place_is_away(
     assert await setting.of(token)
 
 
-async def test_nobody_waits_for_keys_whose_place_hangs_while_there_are_some(setting: Setting) -> None:
+async def test_no_caller_waits_for_a_slow_fetch_while_there_are_keys(setting: Setting) -> None:
     token = KEY.sign(claims(exp=NOW + 10**6))
     assert await setting.of(token)
     setting.server.status = 503
@@ -389,7 +389,7 @@ def large() -> bytes:
         "endless",
     ],
 )
-async def test_keys_that_cannot_be_had_leave_the_caller_unknown(
+async def test_keys_that_cannot_be_fetched_leave_the_caller_unknown(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, served: Mapping[str, Any], problem: str
 ) -> None:
     """Within bounds, and until they can."""
@@ -407,7 +407,7 @@ async def test_keys_that_cannot_be_had_leave_the_caller_unknown(
     assert await setting.of(KEY.sign(claims()))
 
 
-async def test_keys_that_are_away_at_the_start_are_asked_for_every_second(setting: Setting) -> None:
+async def test_keys_that_are_unavailable_at_the_start_are_fetched_every_second(setting: Setting) -> None:
     setting.server.status = 503
     for _ in range(10):
         await setting.cannot_verify(KEY.sign(claims()))
@@ -445,7 +445,7 @@ async def test_an_issuers_own_configuration_says_where_its_keys_are(setting: Set
 async def test_a_configuration_that_is_not_right_gives_no_keys(
     setting: Setting, served: Mapping[str, Any], problem: str
 ) -> None:
-    """And is asked for again."""
+    """And is fetched again."""
     issuer = setting.server.issuer = f"{setting.server.base}/realms/acme"
     before = vars(setting.server).copy()
     vars(setting.server).update(served)

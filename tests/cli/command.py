@@ -1,4 +1,4 @@
-"""The `notecase` command as its users run it: a process of its own, with pipes or with a terminal."""
+"""Runs the `notecase` command as its users do: in a separate process, with pipes or with a terminal."""
 
 import asyncio
 import os
@@ -42,7 +42,7 @@ class Done(NamedTuple):
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, without the settings that whoever runs the tests may have."""
+    """The variables of this process, without settings of the user who runs the tests."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_", "XDG_"))}
     keep["HOME"] = "/nonexistent"  # where there are no profiles
     return {**keep, "PYTHONIOENCODING": "utf-8", **(extra or {})}

@@ -1,4 +1,5 @@
-"""Agents as files: applied whole or not at all, again without an effect, with every mistake told by its line."""
+"""Agents as files: applied completely or not at all; a repeat changes nothing; every mistake is reported with its
+line."""
 
 import json
 import re
@@ -115,7 +116,7 @@ MISTAKES = """\
 """
 
 
-def test_all_mistakes_of_a_file_are_told_at_once() -> None:
+def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
     """Each with its line and its path."""
     with pytest.raises(manifest.Mistakes) as raised:
         manifest.read("team.yaml", MISTAKES)
@@ -153,7 +154,7 @@ def test_all_mistakes_of_a_file_are_told_at_once() -> None:
         ("[" * 5000, "This is not YAML"),
     ],
 )
-def test_what_is_no_file_of_agents_is_told(text: str, told: str) -> None:
+def test_a_file_that_does_not_contain_agents_is_reported(text: str, told: str) -> None:
     with pytest.raises(manifest.Mistakes) as raised:
         manifest.read("team.yaml", text)
     assert told in str(raised.value)
@@ -179,7 +180,7 @@ def test_yaml_shares_what_is_written_once() -> None:
     ]
 
 
-async def test_what_the_server_refuses_is_told_by_its_line_and_the_others_are_applied(
+async def test_a_refusal_of_the_server_names_the_line_and_the_others_are_applied(
     served: Running, tmp_path: Path
 ) -> None:
     file = tmp_path / "team.yaml"
@@ -222,7 +223,7 @@ async def test_an_edit_that_comes_too_late_is_kept(
 
 
 async def test_an_agent_is_created_edited_and_deleted(served: Running, tmp_path: Path) -> None:
-    """The editor is any program; what is wrong is told and edited again."""
+    """The editor may be any program; mistakes are shown, and the text can be edited again."""
     env = {"NOTECASE_ADDRESS": served.address}
     done = await notecase("agents", "create", "tutor", "--instruction", "-", "--model", "m", said="Teach.", env=env)
     assert (0, "agents/tutor\n", "") == tuple(done)

@@ -99,7 +99,7 @@ FOLLOWING = pytest.mark.parametrize(
 
 
 class Renewed:
-    """Knows one token at a time, which is asked for before each call."""
+    """Accepts one token at a time, which the client fetches before each call."""
 
     def __init__(self) -> None:
         self.token = "one"
@@ -167,10 +167,10 @@ async def test_another_session_of_the_same_name_is_not_followed(
         assert told.empty()
 
 
-async def test_a_log_is_printed_whole_for_a_reader_who_takes_his_time(
+async def test_a_log_is_printed_completely_for_a_slow_reader(
     served: Running, renewed: Renewed, told: asyncio.Queue[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server lets a stream go that nobody reads, and the command goes on after the last event."""
+    """The server ends a stream that is not read, and the command continues after the last event."""
     async with Client(served.address) as client:
         await client.create_session(session_id="case")
         for number in range(3):
@@ -241,7 +241,7 @@ async def test_a_run_that_waits_is_answered_once_the_server_is_back(
 async def test_ctrl_c_ends_an_answer_that_waits_for_the_server(
     served: Running, impatient: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prompt takes Ctrl-C for itself, and gives it back to nobody."""
+    """A prompt handles Ctrl-C, and does not pass it on."""
     monkeypatch.setattr(follow, "PATIENT", Retry(tries=20, first_delay=0.01, max_delay=0.01))
     monkeypatch.setattr(keyboard, "hushed", lambda asks: nullcontext())
     monkeypatch.setattr(terminal, "_drop_earlier", lambda app: None)

@@ -37,7 +37,7 @@ async def appended(channel: grpc.aio.Channel, session: str, heads: dict[str, int
 
 
 async def logs(path: Path) -> dict[str, list[v1.Event]]:
-    """All of a copy, read as a store of its own."""
+    """Returns all data of a copy, which is opened as a store."""
     store = await SqliteStore.open(path, ManualClock())
     found: dict[str, list[v1.Event]] = {}
     for number in range(WRITERS):
@@ -81,8 +81,8 @@ async def test_a_store_is_copied_while_its_server_writes(spawned: Spawned, tmp_p
     assert await spawned.stop() == 0
 
 
-async def test_a_copy_replaces_nothing_unless_it_is_told_to(spawned: Spawned, tmp_path: Path) -> None:
-    """And leaves nothing beside itself."""
+async def test_a_copy_replaces_a_file_only_with_force(spawned: Spawned, tmp_path: Path) -> None:
+    """It leaves no other file next to it."""
     store, copy = f"sqlite:{tmp_path / 'store.db'}", tmp_path / "backups" / "copy.db"
     copy.parent.mkdir()
     copy.write_text("mine")
@@ -126,7 +126,7 @@ async def test_a_store_in_use_is_never_replaced(spawned: Spawned, tmp_path: Path
         ("sqlite:{}/text.db", "Error: {}/text.db is not a SQLite database. Choose another path.\n"),
     ],
 )
-async def test_what_is_no_store_is_not_copied(tmp_path: Path, url: str, told: str) -> None:
+async def test_a_file_that_is_not_a_store_is_not_copied(tmp_path: Path, url: str, told: str) -> None:
     (tmp_path / "text.db").write_text("This is a text, and not a database of any kind." * 100)
     done = await notecase("backup", "--store", url.format(tmp_path), str(tmp_path / "copy.db"))
     assert (done.code, done.err) == (1, told.format(tmp_path))

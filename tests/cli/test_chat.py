@@ -47,7 +47,7 @@ async def test_each_line_of_a_pipe_is_a_message_and_each_reply_goes_to_standard_
     assert ["SUCCEEDED"] * 3 == await states(served, session.name)
 
 
-async def test_what_the_model_made_and_its_sources_are_named_beside_the_reply(served: Running, agent: v1.Agent) -> None:
+async def test_content_and_sources_are_named_next_to_the_reply(served: Running, agent: v1.Agent) -> None:
     """On standard error, as each came; nothing in them can command the terminal."""
     await open_case(served, agent)
     directives = "/say Here: /image /cite https://example.org/\x1b[2J\n"
@@ -65,7 +65,7 @@ async def test_a_session_is_resumed(served: Running, agent: v1.Agent) -> None:
         done = await notecase("chat", "--session", session, "--server", served.address, said="/say Here.\n")
         assert (0, "Here.\n", "") == done
     done = await notecase("chat", "--session", "case", "--server", served.address, said="And now?\n")
-    assert "You said: And now?\nI was told: The case: .\nI was shown: 5 messages.\n" == done.out
+    assert "You said: And now?\nMy instruction is: The case: .\nThis request had 5 messages.\n" == done.out
 
 
 async def test_a_session_of_a_chosen_id_is_opened_once(served: Running, agent: v1.Agent) -> None:
@@ -82,7 +82,7 @@ async def test_another_agent_answers_in_a_resumed_session(served: Running, agent
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=clerk))
     there = {"NOTECASE_ADDRESS": served.address, "NOTECASE_AGENT": "clerk@1"}
     done = await notecase("chat", "--session", "case", env=there, said="Hello\n")
-    assert "I was told: Be brief.\n" in done.out
+    assert "My instruction is: Be brief.\n" in done.out
     assert "agents/detective" == (await only_session(served)).agent
 
 
@@ -92,7 +92,7 @@ async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None
     done = await notecase("chat", "--server", served.address, said=said)
     notes, _, reply = done.out.partition('tags = ["a", 1.5]\n')
     assert "case = the missing violin\nseen = 3\n" == notes
-    assert "I was told: The case: the missing violin.\n" in reply
+    assert "My instruction is: The case: the missing violin.\n" in reply
     assert done.err.startswith("There are no notes yet.\n")
     async with served.client() as client:
         held = await client.get_state((await only_session(served)).name)
@@ -100,7 +100,7 @@ async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None
 
 
 async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
-    """Once, also if the run fails; what is no file is told, and nothing is lost by it."""
+    """It is sent once, even if the run fails; a path that is not a file is reported, and nothing is lost."""
     plan = tmp_path / "plan.pdf"
     plan.write_bytes(b"%PDF-1.7")
     (tmp_path / "unknown").write_bytes(b"\xff")
@@ -146,7 +146,9 @@ async def test_notes_are_put_and_shown_at_a_terminal(served: Running, agent: v1.
         assert {"seen": 3, "title": "\x1b]0;x"} == await client.get_state((await only_session(served)).name)
 
 
-async def test_what_cannot_be_noted_is_told_and_the_conversation_goes_on(served: Running, agent: v1.Agent) -> None:
+async def test_a_note_that_cannot_be_stored_is_reported_and_the_conversation_continues(
+    served: Running, agent: v1.Agent
+) -> None:
     wrong = [str(1 << 63), r'"\ud800"', "[" * 400 + "]" * 400, "[" * 17 + "]" * 17, "1e999"]
     said = [f"/note wrong {value}" for value in wrong]
     done = await notecase(
@@ -170,7 +172,7 @@ async def test_unknown_slash_words_are_said(served: Running, agent: v1.Agent) ->
 
 
 async def test_a_mistyped_command_is_said_only_if_it_is_meant(served: Running, agent: v1.Agent) -> None:
-    """At a terminal, where somebody can be asked."""
+    """At a terminal, where a user can be asked."""
     async with terminal("chat", "--new", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type("/quti\r")
@@ -299,7 +301,7 @@ async def test_without_an_agent_one_is_made_and_ctrl_d_leaves(served: Running) -
         await screen.until("agents/assistant answers.")
         await screen.until("> ")
         await screen.type("Ahoy\r")
-        await screen.until("I was told: You are a pirate.")
+        await screen.until("My instruction is: You are a pirate.")
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
@@ -385,7 +387,7 @@ async def test_a_session_that_is_busy_shows_what_with(served: Running, agent: v1
             assert 0 == await screen.ended()
 
 
-async def test_a_summary_is_told_in_a_line_beside_the_reply(served: Running) -> None:
+async def test_a_line_next_to_the_reply_reports_a_summary(served: Running) -> None:
     """On standard error, so that a pipe holds nothing but what the agent says."""
     kept = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=1, instruction="/say They met."))
     agent = v1.Agent(llm=v1.LlmAgent(context=kept))

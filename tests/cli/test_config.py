@@ -240,7 +240,7 @@ def test_the_driver_of_the_store_is_looked_for(tmp_path: Path, monkeypatch: pyte
         assert (1, f"Error: {told}\n") == (done.exit_code, done.stderr)
 
 
-async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path) -> None:
+async def test_all_mistakes_are_reported_at_once_without_secrets(tmp_path: Path) -> None:
     path = written(tmp_path, WRONG)
     done = await notecase("config", "check", str(path))
     known = "audit, auth, client_principal, issuer, limits, mcp, provider, provider_defaults, server, store, tls"
@@ -282,7 +282,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
 
 
 @pytest.mark.parametrize("text", ["[server", "= 1", None])
-async def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, text: str | None) -> None:
+async def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "notecase.toml" if text is None else written(tmp_path, text)
     for command in (("config", "check"), ("serve", "--config"), ("providers", "test", "main", "--config")):
         done = await notecase(*command, str(path))
@@ -330,7 +330,7 @@ url = "https://mcp.example/mcp"
 """
 
 
-async def test_parts_that_are_missing_are_told_by_the_check_and_a_provider_is_tried_out_without_them(
+async def test_the_check_reports_missing_parts_and_a_provider_is_tested_without_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -459,7 +459,7 @@ async def test_a_provider_is_tried_out_with_one_question(tmp_path: Path, answer:
     assert 1 == len(models.received)
 
 
-async def test_a_provider_that_the_file_does_not_have_is_told_with_those_that_it_has(tmp_path: Path) -> None:
+async def test_the_error_of_an_unknown_provider_lists_those_in_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, '[[provider]]\nname = "main"\nkind = "offline"\n')
     done = await notecase("providers", "test", "mian", env={"NOTECASE_CONFIG": str(path)})
     assert (1, "Error: There is no provider 'mian', only main.\n") == (done.code, done.err)

@@ -17,7 +17,7 @@ from tests.support.server import running
 
 
 class ByToken:
-    """Takes whoever has the one token."""
+    """Accepts only callers with this token."""
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         known = metadata.get("authorization") == "Bearer secret-1"
@@ -41,7 +41,7 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
         yield Place(served.address, str(ca))
 
 
-async def test_a_command_is_told_where_the_server_is_and_its_token(place: Place) -> None:
+async def test_a_command_takes_the_server_and_its_token(place: Place) -> None:
     put = ("state", "put", "app", "case", "7")
     done = await notecase(*put, "--server", place.address, "--ca", place.ca, "--token", "secret-1")
     assert (0, "") == (done.code, done.err)
@@ -64,7 +64,7 @@ async def test_a_command_without_a_valid_token_says_so(place: Place) -> None:
         assert "secret-2" not in done.err
 
 
-async def test_a_server_of_an_unknown_authority_is_told(place: Place, tmp_path: Path) -> None:
+async def test_a_server_with_an_unknown_ca_is_reported(place: Place, tmp_path: Path) -> None:
     other = tmp_path / "other.pem"
     other.write_bytes(Authority().cert)
     done = await notecase("sessions", "list", "--server", place.address, "--ca", str(other))
@@ -74,8 +74,8 @@ async def test_a_server_of_an_unknown_authority_is_told(place: Place, tmp_path: 
 
 
 @pytest.mark.parametrize("command", [("sessions", "list"), ("health",)], ids=" ".join)
-async def test_why_there_is_no_connection_is_told(place: Place, command: tuple[str, ...]) -> None:
-    """Plain text to a server with TLS, TLS to one without, and nobody there."""
+async def test_the_reason_for_a_failed_connection_is_printed(place: Place, command: tuple[str, ...]) -> None:
+    """Plain text to a server with TLS, TLS to one without, and no server."""
     done = await notecase(*command, "--server", place.address)
     assert (4, True) == (done.code, "For a server with TLS, set --ca or NOTECASE_CA" in done.err)
     async with running() as plain:
@@ -85,7 +85,7 @@ async def test_why_there_is_no_connection_is_told(place: Place, command: tuple[s
     assert (4, True) == (done.code, "Connection refused. Start one with `notecase serve`" in done.err)
 
 
-async def test_a_server_of_another_kind_is_told_apart() -> None:
+async def test_a_server_of_another_kind_has_an_error_of_another_kind() -> None:
     """From gRPC's own words and from the client's."""
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,7 +110,7 @@ async def test_what_is_not_an_address_is_refused(wrong: str) -> None:
         assert (2, True) == (done.code, f"{wrong!r} is not an address; write HOST:PORT" in done.err)
 
 
-async def test_what_cannot_be_sent_is_told_before_it_is(tmp_path: Path) -> None:
+async def test_text_that_cannot_be_sent_is_reported_before_anything_is_sent(tmp_path: Path) -> None:
     none = str(tmp_path / "none.pem")
     unread = f"Error: The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {none}: No such file or "
     for arguments, env, told in (

@@ -43,7 +43,7 @@ def options(command: click.Command) -> set[str]:
     }
 
 
-def test_every_command_is_told_with_its_options_and_no_other() -> None:
+def test_exactly_the_existing_commands_and_options_are_documented() -> None:
     told, known = rows(), dict(commands(main))
     assert set(known) == set(told)
     for words, command in known.items():
@@ -54,7 +54,7 @@ def test_every_command_is_told_with_its_options_and_no_other() -> None:
         assert (words, set()) == (words, named - options(command) - SHARED)
 
 
-def test_what_is_shared_is_told_and_exists() -> None:
+def test_the_documented_shared_options_exist() -> None:
     used = {name for _, command in commands(main) for name in options(command)}
     assert SHARED <= used
     for name in SHARED:
@@ -68,7 +68,7 @@ def test_every_command_that_reads_has_the_three_forms() -> None:
             assert (words, ["table", "json", "yaml"]) == (words, list(getattr(form.type, "choices", [])))
 
 
-def test_every_exit_code_is_told() -> None:
+def test_every_exit_code_is_documented() -> None:
     told = re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)
     assert [str(code.value) for code in Exit] == told
 

@@ -171,7 +171,7 @@ async def test_a_store_in_memory_has_no_first_key() -> None:
 
 
 @pytest.mark.parametrize("span", ["90", "d", "1w", "-1d", "1.5h"])
-async def test_what_is_no_time_span_is_refused(span: str) -> None:
+async def test_an_invalid_time_span_is_refused(span: str) -> None:
     done = await notecase("keys", "create", "--role", "user", f"--expires={span}")
     assert 2 == done.code
     assert "is not a time span" in done.err

@@ -21,7 +21,7 @@ def says(*lines: str) -> str:
 
 
 async def test_markdown_is_drawn_in_a_narrow_window_with_wide_characters(served: Running, agent: v1.Agent) -> None:
-    """No line is wider than the window, a wide character counts twice, and what is no Markdown stays as it is."""
+    """No line is wider than the window, a wide character counts twice, and other text than Markdown is not changed."""
     reply = (
         "# The case",
         "",
@@ -68,7 +68,7 @@ async def test_markdown_is_drawn_in_a_narrow_window_with_wide_characters(served:
 
 
 async def test_a_reply_longer_than_the_window_is_on_paper_once(served: Running, agent: v1.Agent) -> None:
-    """One paragraph of 60 lines in a window of 12: nothing of what was drawn while it came is left."""
+    """One paragraph of 60 lines in a window of 12: nothing that was drawn while it streamed is left."""
     async with terminal("chat", "--new", "--server", served.address, columns=30, lines=12) as screen:
         await screen.until("> ")
         await screen.type("/pause 1 /chunks 400\r")

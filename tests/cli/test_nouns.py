@@ -146,7 +146,7 @@ async def test_notes_are_read_from_standard_input_and_deleted(case: v1.Session, 
 
 
 async def test_what_is_run_is_text_or_the_run_itself(served: Running, case: v1.Session, command: Commands) -> None:
-    """In a new session, which is told apart from the reply, or in one that is named; a file goes with it."""
+    """It runs in a new session, which standard error names, or in the given one; a file is sent with it."""
     assert (0, "Hello\n", "") == await command("run --session case", "/say Hello")
     done = await command("run -o json --agent detective", said="/say From a pipe.\n")
     run = json.loads(done.out)
@@ -232,7 +232,7 @@ async def test_among_too_many_sessions_or_runs_only_a_complete_id_is_found(
             await named.run(client, f"case/{run.rpartition('/')[2][:8]}")
 
 
-async def test_what_a_session_s_commands_did_is_told(served: Running, agent: v1.Agent, command: Commands) -> None:
+async def test_commands_print_what_they_did(served: Running, agent: v1.Agent, command: Commands) -> None:
     """How much is superseded, where a summary is, why a run was cancelled, what a message calls."""
     async with served.client() as client:
         await client.create_session(agent.name, session_id="long")

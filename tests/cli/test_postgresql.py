@@ -73,7 +73,7 @@ async def test_a_password_comes_from_a_file_a_variable_or_the_url_and_is_in_no_l
     assert "wrong-one" not in everything
 
 
-async def test_a_server_that_may_not_migrate_is_told_what_does(store: str, tmp_path: Path) -> None:
+async def test_a_server_that_may_not_migrate_names_the_command_that_does(store: str, tmp_path: Path) -> None:
     words = ("--no-migrate", "--no-prepared", "--store-connections", "2")
     refused = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store, *words)
     assert 1 == refused.code
@@ -115,7 +115,7 @@ async def test_a_password_file_need_not_be_there(store: str, tmp_path: Path) -> 
     assert (0, f"created the tables, schema {VERSION}\n") == (done.code, done.out)
 
 
-async def test_a_schema_that_the_user_may_not_use_is_no_schema(guarded: str) -> None:
+async def test_a_schema_that_the_user_may_not_use_is_ignored(guarded: str) -> None:
     admin = await asyncpg.connect(guarded.replace("keeper_" + guarded.partition("?")[0].rpartition("/")[2], "postgres"))
     await admin.execute("CREATE SCHEMA cases")
     await admin.close()

@@ -1,4 +1,4 @@
-"""Profiles: servers by name, with a token that goes to no other, in a file that nobody else reads."""
+"""Profiles: named servers, with tokens that are sent only to them, in a file that other users cannot read."""
 
 import base64
 import json
@@ -96,7 +96,7 @@ async def test_a_profiles_token_goes_to_its_own_server_only(guarded: Running, wo
 
 
 async def test_a_file_with_a_token_that_others_can_read_is_not_used(tmp_path: Path) -> None:
-    """Without a token anybody may read it; and what is no file of profiles is told."""
+    """A file without a token may be readable by others; an invalid file is reported."""
     env = {"XDG_CONFIG_HOME": str(tmp_path)}
     await notecase("profiles", "set", "a", "--server", "127.0.0.1:1", "--token", "one", env=env)
     file = tmp_path / "notecase" / "profiles.json"

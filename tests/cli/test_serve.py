@@ -39,7 +39,7 @@ async def test_the_commands_are_listed_with_the_first_sentence_of_their_help() -
     assert {name: command.name for name, command in commands.items() if command} == {name: name for name in listed}
 
 
-async def test_an_unknown_command_is_told_with_one_like_it() -> None:
+async def test_the_error_of_an_unknown_command_names_a_similar_one() -> None:
     done = await notecase("sesions")
     assert (2, "") == (done.code, done.out)
     assert "'sesions'" in done.err
@@ -50,7 +50,7 @@ async def test_an_unknown_command_is_told_with_one_like_it() -> None:
     "listen",
     ["0.0.0.0:0", "192.0.2.1:7420", "example.org:7420", "localhost.example:7420", "127.example:1", "[::]:7420"],
 )
-async def test_an_address_beyond_this_machine_wants_to_be_called_insecure(listen: str) -> None:
+async def test_an_address_that_other_machines_can_reach_needs_insecure(listen: str) -> None:
     done = await notecase("serve", "--listen", listen, "--store", "memory:")
     assert 1 == done.code
     assert done.err.startswith(f"Error: --listen: {listen} can be reached from other machines")
@@ -66,7 +66,7 @@ async def test_an_address_without_a_port_is_refused(listen: str) -> None:
 
 
 @pytest.mark.parametrize("store", ["sqlite:", "memory:more", "notecase.db"])
-async def test_what_is_no_store_is_refused_with_what_would_be_one(store: str) -> None:
+async def test_the_error_of_an_invalid_store_url_shows_valid_ones(store: str) -> None:
     done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store)
     assert (
         1,
@@ -86,7 +86,7 @@ async def test_a_store_that_another_server_owns_is_refused(tmp_path: Path) -> No
     assert 0 == await owner.stop()
 
 
-async def test_a_taken_port_is_told_in_a_sentence(served: Running) -> None:
+async def test_a_taken_port_is_reported_in_a_sentence(served: Running) -> None:
     done = await notecase("serve", "--listen", served.address, "--store", "memory:")
     assert 1 == done.code
     told = "(Address already in use); another server may use it."
@@ -109,7 +109,7 @@ async def test_a_taken_port_is_told_in_a_sentence(served: Running) -> None:
         ),
     ],
 )
-async def test_a_provider_that_cannot_work_is_told_before_anything_is_served(
+async def test_a_provider_that_cannot_work_is_reported_before_the_server_serves(
     variable: str, value: str, told: str
 ) -> None:
     """And its key or URL is not."""

@@ -112,13 +112,13 @@ async def test_agents_are_a_table_and_one_is_shown_with_its_instruction(served: 
 
 
 @pytest.mark.parametrize("command", [["sessions", "list"], ["logs", "s"], ["agents", "show", "a"]])
-async def test_a_server_that_is_not_there_is_told_in_a_sentence(command: list[str]) -> None:
+async def test_a_server_that_cannot_be_reached_is_reported_in_a_sentence(command: list[str]) -> None:
     done = await notecase(*command, env={"NOTECASE_ADDRESS": NOBODY})
     assert (4, "") == (done.code, done.out)
     assert done.err.startswith(f"Error: No server can be reached at {NOBODY}: ")
 
 
-async def test_what_does_not_exist_is_told_in_the_service_s_words(served: Running) -> None:
+async def test_the_service_s_error_for_a_missing_resource_is_printed(served: Running) -> None:
     done = await notecase("sessions", "show", "none", "--server", served.address)
     assert (1, f"Error: {missing('sessions/none')}\n") == (done.code, done.err)
     done = await notecase("agents", "show", "none@2", "--server", served.address)

@@ -80,7 +80,7 @@ async def test_one_key_is_its_value_alone(served: Running, case: str) -> None:
     assert (b"\xff\x00", b"") == await process.communicate()
 
 
-async def test_a_key_that_is_not_there_is_told_and_the_others_are_printed(served: Running, case: str) -> None:
+async def test_a_missing_key_is_reported_and_the_others_are_printed(served: Running, case: str) -> None:
     done = await notecase("state", "get", "case", "seen", "none", "--server", served.address)
     assert (1, {"seen": 3}, "sessions/case/state has no 'none'.\n") == (done.code, json.loads(done.out), done.err)
     done = await notecase("state", "get", "case", "none", "--server", served.address)
@@ -88,7 +88,7 @@ async def test_a_key_that_is_not_there_is_told_and_the_others_are_printed(served
 
 
 async def test_more_than_a_page_is_printed_whole(served: Running, client: Client) -> None:
-    """The app's, which is read when nobody is named."""
+    """The app's, which is read without an owner."""
     for start in (0, 1000):
         ops = [v1.StateOp(key=f"k{n}", increment=n) for n in range(start, start + 1000)]
         await client.state.UpdateState(v1.UpdateStateRequest(name="app/state", ops=ops))
@@ -148,7 +148,7 @@ async def test_a_file_is_put_and_read_back(served: Running, client: Client, case
 
 
 async def test_a_put_prints_the_version_that_the_next_one_can_ask_for(served: Running, client: Client) -> None:
-    """Of two who saw the same version one is told the current one."""
+    """Of two writers with the same version, one gets an error with the current version."""
     there = {"NOTECASE_ADDRESS": served.address}
     version = "0"
     for value in ("first", "second"):
@@ -180,7 +180,7 @@ async def test_text_that_is_not_utf_8_is_a_sentence(served: Running, client: Cli
 
 
 @pytest.mark.parametrize("value", ["[" * 17 + "]" * 17, "1e999"])
-async def test_what_the_server_refuses_is_told_in_its_words(served: Running, value: str) -> None:
+async def test_a_refusal_of_the_server_is_printed_in_its_words(served: Running, value: str) -> None:
     done = await notecase("state", "put", "app", "k", value, "--server", served.address)
     assert (1, "") == (done.code, done.out)
     assert done.err.startswith("Error: value")
@@ -192,7 +192,7 @@ async def test_a_session_that_is_not_there_is_a_sentence(served: Running) -> Non
         assert (1, "", f"Error: {missing('sessions/none')}\n") == done
 
 
-async def test_changes_of_all_three_scopes_are_told_as_they_come(served: Running, client: Client, case: str) -> None:
+async def test_changes_of_all_three_scopes_are_printed_as_they_come(served: Running, client: Client, case: str) -> None:
     """One line each, with what was done; other users' are not, nor what was there before."""
     await client.put_state("app", "old", 1)
     async with watching(served.address, "case") as watch:
@@ -215,7 +215,7 @@ async def test_a_cut_loses_no_change_of_any_scope(served: Running, client: Clien
     async with Proxy(served.address) as proxy, watching(proxy.address, case) as watch:
         await client.put_state("users/ada", "kept", 2)
         assert 2 == (await watch.next())["set"]
-        proxy.deaf = True  # what is told now is lost
+        proxy.deaf = True  # changes of this moment are lost
         await client.put_state(case, "seen", 4)
         remove = v1.StateOp(key="gone", remove=Empty())
         await client.state.UpdateState(v1.UpdateStateRequest(name="users/ada/state", ops=[remove]))

@@ -9,7 +9,8 @@ from tests.support.server import Spawned
 
 
 async def test_a_store_is_copied_and_both_can_be_served(tmp_path: Path) -> None:
-    """The digest of each table is printed, alone; what is in the way is told, and what is served is not copied."""
+    """Only the digest of each table is printed; obstacles are reported, and a store that a server has open is not
+    copied."""
     await fill(tmp_path / "store.db")
     source, target = f"sqlite:{tmp_path / 'store.db'}", f"sqlite:{tmp_path / 'copy.db'}"
     done = await notecase("copy", "--from", source, "--to", target)

@@ -66,7 +66,7 @@ async def test_a_tenant_from_its_first_key_to_its_end(operator: Operator) -> Non
     assert "There is no tenant 'tenants/acme'" in gone.err
 
 
-async def test_a_tenant_is_not_deleted_where_nobody_can_be_asked(operator: Operator) -> None:
+async def test_a_tenant_is_not_deleted_without_confirmation(operator: Operator) -> None:
     await operator("tenants", "create", "acme")
     done = await operator("tenants", "delete", "acme")
     assert (2, "") == (done.code, done.out)

@@ -1,4 +1,4 @@
-"""The menu, on a pseudo-terminal of its own."""
+"""The menu, on a separate pseudo-terminal."""
 
 import os
 import pty
@@ -55,7 +55,7 @@ def test_arrows_and_digits_choose_and_letters_do_not() -> None:
     assert "0" == chosen(b"", b"1\r")
 
 
-def test_keys_that_come_before_a_prompt_that_nobody_asked_for_are_no_answer() -> None:
+def test_keys_typed_before_an_unexpected_prompt_do_not_answer_it() -> None:
     """Neither a line that was ended, nor letters after it. A prompt that follows a choice takes them."""
     assert "Vienna" == chosen(b"so then\rwhat about", b"Vienna\r", LINE, b"answer> ", "unasked")
     assert "so then" == chosen(b"so then\r", b"", LINE, b"answer> ")

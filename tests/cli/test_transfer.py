@@ -31,7 +31,7 @@ async def test_a_session_is_taken_along(served: Running, agent: v1.Agent, tmp_pa
 
 
 async def test_a_file_is_never_left_half_written(served: Running, tmp_path: Path) -> None:
-    """What was there stays when the export fails, and nothing beside it is left."""
+    """An existing file stays when the export fails, and no other file is left."""
     file = tmp_path / "case.notecase"
     file.write_bytes(b"before")
     done = await notecase("sessions", "export", "none", str(file), "--server", served.address)

@@ -1,4 +1,5 @@
-"""What a run waits for is shown and answered: in a conversation at a terminal, and by commands of their own."""
+"""Approvals, questions and calls that a run waits for are shown and answered: in a conversation at a terminal, and by
+separate commands."""
 
 import asyncio
 import json
@@ -137,7 +138,7 @@ async def test_arguments_are_edited_and_a_call_is_denied_with_a_reason(served: R
 
 
 async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.Agent) -> None:
-    """Ctrl-C at a question leaves it; the command to answer it is told, and the next chat asks it again."""
+    """Ctrl-C at a question leaves it open; the command that answers it is printed, and the next chat asks it again."""
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type('/call ask_user {"question": "Which city?"}\r')
@@ -192,7 +193,8 @@ async def test_an_enter_alone_answers_nothing(served: Running, clerk: v1.Agent) 
 
 
 async def test_of_several_that_wait_each_may_be_left(served: Running, clerk: v1.Agent) -> None:
-    """The others are asked all the same; the commands name what is left, whole in a narrow terminal, too."""
+    """The user is still asked about the others; the commands list what is left, unshortened even in a narrow
+    terminal."""
     there = {"NOTECASE_ADDRESS": served.address}
     async with terminal("chat", "--new", "--session", "case", env=there, columns=60) as screen:
         await screen.until("> ")
@@ -222,7 +224,7 @@ async def test_of_several_that_wait_each_may_be_left(served: Running, clerk: v1.
 async def test_what_happens_in_a_run_that_was_left_waiting_is_shown_at_the_prompt(
     served: Running, clerk: v1.Agent
 ) -> None:
-    """As soon as somebody else has answered, and what was being typed is kept."""
+    """As soon as another user has answered; the text being typed is kept."""
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type("/call pay {}\r")
@@ -278,7 +280,7 @@ async def test_an_answer_that_holds_for_further_calls_is_shown_and_taken_back(se
     assert (0, "") == (piped.code, piped.out)
 
 
-async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running, clerk: v1.Agent) -> None:
+async def test_a_question_that_another_user_answers_is_not_asked_any_more(served: Running, clerk: v1.Agent) -> None:
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type('/call pay {"sum": 5}\r')
@@ -292,7 +294,7 @@ async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running,
         assert 0 == await screen.ended()
 
 
-async def test_a_program_that_has_the_tool_answers_it_and_nobody_is_asked(served: Running, clerk: v1.Agent) -> None:
+async def test_a_program_with_the_tool_answers_and_no_user_is_asked(served: Running, clerk: v1.Agent) -> None:
     def search() -> str:
         return "found"
 
@@ -317,7 +319,7 @@ async def test_a_program_that_has_the_tool_answers_it_and_nobody_is_asked(served
 
 
 async def test_in_a_pipe_a_run_that_waits_ends_the_command(served: Running, clerk: v1.Agent) -> None:
-    """With an exit code of its own, and the command that answers it."""
+    """The exit code is 3, and the command that answers is printed."""
     for said, told in (
         ('/call ask_user {"question": "Which city?"}', "Which city? Answer with `notecase answer"),
         ("/call pay {}", "`notecase approve"),
@@ -475,7 +477,8 @@ async def book(context: CallContext, nested: bool = False) -> str:
 
 
 async def test_a_tools_question_is_a_form() -> None:
-    """Its members are asked one by one; what does not fit is told and asked again; it can be declined and dismissed."""
+    """Its members are asked for one by one; an invalid answer is reported and asked for again; the question can be
+    declined and dismissed."""
     async with running(toolbox=make_toolbox((__name__,), {})) as served:
         booking = v1.Tool(name="book", server=v1.ServerTool(function="book"))
         agent = v1.Agent(llm=v1.LlmAgent(tools=[booking]))
@@ -586,8 +589,8 @@ def test_who_may_answer_is_who_the_server_lets(role: Role, user: str) -> None:
             assert may_answer(None, Wait("r", asked, asked.call))
 
 
-async def test_who_may_not_approve_is_told_who_may_and_is_not_asked(guarded: str) -> None:
-    """The chat goes on once somebody has who may."""
+async def test_a_user_who_may_not_approve_sees_who_may_and_is_not_asked(guarded: str) -> None:
+    """The chat continues when a user who may answer has done so."""
     user, admin = ({"NOTECASE_ADDRESS": guarded, "NOTECASE_TOKEN": role} for role in ("user", "admin"))
     async with terminal("chat", "--new", "--session", "case", env=user) as screen:
         await screen.until("> ")

@@ -54,7 +54,7 @@ class Proxy:
             return
         try:
             there = await asyncio.open_connection(self._host, self._port)
-        except OSError:  # the server is away, and so is whoever stands before it
+        except OSError:  # the server is unavailable, and so is this proxy
             writer.transport.abort()
             return
         self._writers |= {writer, there[1]}

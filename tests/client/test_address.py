@@ -106,7 +106,7 @@ async def test_a_server_that_is_silent_is_logged_while_grpc_still_waits(
     [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "it speaks HTTP/1"), (b"220 mail ready\r\n", "it does not speak HTTP/2")],
     ids=["http", "another"],
 )
-async def test_a_server_of_another_kind_is_told_apart(says: bytes, why: str) -> None:
+async def test_a_server_of_another_kind_has_an_error_of_another_kind(says: bytes, why: str) -> None:
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(says)
         await reader.read()

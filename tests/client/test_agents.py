@@ -1,4 +1,4 @@
-"""Agents as a program declares them, and replies as it wants them, over a real connection."""
+"""Agents as a program declares them, and replies of the types that it requests, over a real connection."""
 
 import asyncio
 import re
@@ -68,7 +68,7 @@ async def test_a_revision_is_asked_with_functions_that_it_does_not_have(client: 
 async def test_a_run_that_another_process_repeats_in_a_session_is_the_same(
     client: Client, session: str, served: Running, model: OpenAIServer
 ) -> None:
-    """Without a session each start is a run in a session of its own: other users may have chosen the same run_id."""
+    """Without a session each start is a run in a new session: other users may have chosen the same run_id."""
     model.script(reply("Once."), *[reply("Apart.")] * 2)
     async with Client(served.address) as other:
         once, again = [await one.invoke("Work", session=session, run_id="job-42") for one in (client, other)]
@@ -92,7 +92,7 @@ async def test_an_agent_that_is_put_again_as_it_is_stays_as_it_is(client: Client
     [(Report, Report("the butler")), (Note, {"suspect": "the butler"}), (Model, Model(suspect="the butler"))],
     ids=["dataclass", "TypedDict", "pydantic"],
 )
-async def test_a_reply_is_read_as_the_type_that_was_asked_for(
+async def test_a_reply_is_read_as_the_given_type(
     client: Client, model: OpenAIServer, output: Any, expected: Any
 ) -> None:
     """By this client's own `put_agent`, and by a client that knows the type otherwise; without it as dicts."""
@@ -133,7 +133,7 @@ async def test_type_checkers_know_what_a_reply_is_read_as(served: Running, model
     await asyncio.to_thread(ask)
 
 
-async def test_a_reply_that_is_no_report_says_why(client: Client, model: OpenAIServer) -> None:
+async def test_the_error_of_a_reply_that_is_not_a_report_says_why(client: Client, model: OpenAIServer) -> None:
     model.script(stream(chunk({"refusal": "I would rather not."})), reply(FOUND))
     await client.put_agent("reporter", "You report.", output=Report)
     refused = await client.invoke("Who?", agent="reporter")
@@ -210,7 +210,7 @@ async def test_a_run_may_differ_from_its_agent(client: Client, model: OpenAIServ
 
 
 async def test_choices_are_words(client: Client, session: str, model: OpenAIServer) -> None:
-    """Of a wrong one the right ones are told, before anything is sent."""
+    """The error for a wrong one lists the valid ones, and nothing is sent."""
     release = asyncio.Event()
     model.script(reply("One.").held(release, 0), reply("More."), reply("Two."))
     async with client.run("One", session=session) as run:
@@ -243,7 +243,7 @@ async def test_a_queued_run_has_the_functions_of_the_sessions_agent(client: Clie
         assert "Found." == (await second).text
 
 
-async def test_nobody_is_asked_nothing(client: Client) -> None:
+async def test_a_run_without_agent_and_session_is_refused(client: Client) -> None:
     """A run that names neither agent nor session is refused before anything is sent."""
     with pytest.raises(ValueError, match="Name an agent, a session, or both"):
         await client.invoke("Hello?")
@@ -291,7 +291,7 @@ async def test_lists_go_on_over_their_pages(client: Client, monkeypatch: pytest.
 
 
 async def test_fields_are_named_as_the_caller_wrote_them(client: Client) -> None:
-    """Where they stand in the request is the client's affair."""
+    """Their paths within the request are hidden from the caller."""
     with pytest.raises(NotecaseError) as put:
         await client.put_agent("A b", "{{", max_model_calls=-1)
     with pytest.raises(NotecaseError) as created:

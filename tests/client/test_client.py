@@ -24,7 +24,7 @@ from tests.support.polling import until
 from tests.support.server import Running, Spawned, running
 
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
-"""So that little is read before it is asked for."""
+"""So that little is read in advance."""
 
 EAGER = v1.WatchOptions()
 EAGER.max_batch_delay.FromMilliseconds(0)
@@ -48,7 +48,8 @@ def durable(events: list[v1.Event]) -> list[v1.Event]:
 
 
 async def test_a_conversation_reads_as_in_the_readme(client: Client, model: OpenAIServer) -> None:
-    """Open a session with a note, hear a reply as it comes, put a note, ask again: the next reply is told of it."""
+    """Open a session with a note, hear a reply as it comes, put a note, ask again: the model of the next reply gets
+    it."""
     model.script(reply("At the harbour, près du quai. 🎻", chunks=7), reply("Still there."))
     session = await client.create_session(agent="agents/detective", state={"case": "The missing violin"})
     async with client.run("Where was it last seen?", session=session.name) as run:
@@ -237,7 +238,7 @@ async def test_leaving_a_stream_leaves_the_run_alone(client: Client, session: st
     assert again.result.state == v1.Run.STATE_SUCCEEDED
 
 
-async def test_attaching_begins_where_it_is_told(client: Client, session: str, model: OpenAIServer) -> None:
+async def test_attaching_begins_at_the_given_sequence(client: Client, session: str, model: OpenAIServer) -> None:
     """At the head of an idle session there is nothing; after a sequence, what follows it; beyond it, a refusal."""
     model.script(reply("One."))
     await client.invoke("One", session=session)
@@ -279,7 +280,7 @@ async def test_a_timeout_while_waiting_for_an_event_loses_none(
 async def test_a_cut_connection_is_mended_without_gap_or_repeat(
     client: Client, session: str, served: Running, model: OpenAIServer, kind: str
 ) -> None:
-    """Whatever was told last before the cut, each entry of the log comes once."""
+    """Each entry of the log comes once, whichever event came last before the cut."""
     release = asyncio.Event()
     model.script(reply("Räuber, überall Räuber! 🦹", chunks=6).held(release, 4))
     events = []
@@ -359,7 +360,7 @@ async def test_a_start_whose_answer_is_lost_happens_once(
     """The client does not know whether its start arrived; it says the same again and finds the run."""
     model.script(reply("Once."))
     async with through(served) as (proxy, behind):
-        await behind.server.GetServerInfo(v1.GetServerInfoRequest())  # the connection stands
+        await behind.server.GetServerInfo(v1.GetServerInfoRequest())  # the connection is established
         proxy.deaf = True
         said = asyncio.create_task(behind.invoke("Hello", session=session))
         await model.request(0)
@@ -554,7 +555,7 @@ async def test_a_reply_begun_again_is_set_apart(client: Client, session: str, mo
 
 
 async def test_calls_keep_their_metadata_and_every_style(client: Client, served: Running, session: str) -> None:
-    """What a stub returns can be read and written by hand, and asked for its metadata, as with grpc's own."""
+    """The calls of stubs can be read and written by hand, and have metadata, like those of grpc."""
     call = client.server.GetServerInfo(v1.GetServerInfoRequest())
     info = assert_type(await call, v1.ServerInfo)
     assert info == await served.info.GetServerInfo(v1.GetServerInfoRequest())
@@ -668,7 +669,7 @@ async def committed(served: Running, upload_id: str) -> int:
         return 0
 
 
-async def test_an_upload_asks_again_when_what_it_was_told_is_old(
+async def test_an_upload_asks_again_when_its_offset_is_outdated(
     client: Client, served: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What an earlier call had sent may be stored only after the server has said how far it came."""
@@ -730,7 +731,7 @@ async def test_a_files_media_type_is_what_its_bytes_are(
     assert (await client.upload(tmp_path / name)).media_type == media_type
 
 
-async def test_content_that_is_no_text_needs_a_name_or_a_media_type(client: Client) -> None:
+async def test_content_that_is_not_text_needs_a_name_or_a_media_type(client: Client) -> None:
     """What begins like text and has other bytes further on is not text; a character may be cut by what is looked at."""
     for content in (b"\xff", b"a\0", b"a" * 100 + b"\xc3"):
         with pytest.raises(ValueError, match="media_type"):

@@ -134,7 +134,7 @@ async def test_a_token_that_does_not_come_holds_a_call_no_longer_than_it_may_tak
 
 
 @pytest.mark.parametrize("token", ["", " ", "two words", "ä", "a\tb", "a\nb"])
-async def test_what_is_no_token_is_refused_without_quoting_it(token: str) -> None:
+async def test_an_invalid_token_is_refused_without_quoting_it(token: str) -> None:
     if token:
         with pytest.raises(ValueError, match="the token is empty or contains") as refused:
             Client("127.0.0.1:1", token=token)
@@ -158,7 +158,7 @@ async def first_byte() -> AsyncIterator[tuple[str, Callable[[], Awaitable[bytes]
         yield f"ipv4:127.0.0.1:{server.sockets[0].getsockname()[1]}", came.get
 
 
-async def test_beyond_this_machine_it_is_tls_unless_plain_text_is_asked_for() -> None:
+async def test_connections_to_other_machines_use_tls_unless_plaintext_is_set() -> None:
     for arguments, expected in (
         ({}, TLS_HANDSHAKE),
         ({"token": "secret-1"}, TLS_HANDSHAKE),
@@ -278,7 +278,7 @@ async def test_a_stream_whose_token_stays_the_same_ends_with_it(issuer: Issuer) 
         assert "UNAUTHENTICATED" == ended.value.reason
 
 
-async def test_a_token_that_is_refused_is_asked_for_once_more_and_not_for_ever(issuer: Issuer) -> None:
+async def test_a_refused_token_is_fetched_once_more_and_not_again(issuer: Issuer) -> None:
     asked = []
 
     def forged() -> str:

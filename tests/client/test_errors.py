@@ -121,7 +121,7 @@ def test_an_error_says_what_to_do_in_python(reason: str, cure: str) -> None:
     assert "The service's words." == error.message
 
 
-def test_an_unknown_reason_or_code_is_no_failure() -> None:
+def test_an_unknown_reason_or_code_can_be_read() -> None:
     """A newer server may know more of both."""
     error = NotecaseError.from_proto(
         v1.Error.FromString(v1.Error(code=99, message="New.").SerializeToString() + b"\x10\xe7\x07")
@@ -136,7 +136,7 @@ def _closed_port() -> int:
         return port
 
 
-async def test_a_server_that_is_not_there_is_told_by_every_kind_of_call() -> None:
+async def test_every_kind_of_call_reports_a_server_that_cannot_be_reached() -> None:
     """One exception for all: unary, streamed, read by hand, and the client's own methods; grpc's is its cause."""
     async with Client(f"127.0.0.1:{_closed_port()}", retry=Retry(tries=1, first_delay=0)) as client:
         raised = []

@@ -48,7 +48,7 @@ ACTIONS = st.one_of(
 
 
 class Log:
-    """A session as a store has it, from the server's fold, and its log as a watcher is told it."""
+    """A session as a store has it, from the server's fold, and its log as a watcher receives it."""
 
     def __init__(self) -> None:
         session = fold.new_session(KEY, v1.Session(user="users/ada"), 0)
@@ -200,8 +200,8 @@ def _message(number: int, run: str, role: v1.Message.Role.ValueType) -> v1.Messa
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ACTIONS, min_size=5, max_size=40), st.data())
 def test_the_view_is_what_the_server_would_tell(actions: list[tuple[Any, ...]], data: st.DataObject) -> None:
-    """After every entry of any log: messages, runs, state, queue and decisions; and the run under way also in a view
-    that begins anywhere, told of it by an `Attached` that may be ahead."""
+    """After every entry of any log: messages, runs, state, queue and decisions; and the active run also in a view that
+    begins anywhere, from an `Attached` that may be ahead."""
     log, whole = Log(), SessionView()
     snapshots = [v1.Run()]
     for number, action in enumerate([("start", "r1"), *actions]):

@@ -1,4 +1,5 @@
-"""What a model is told of a function's arguments is what the function is then given, or a sentence for the model."""
+"""The schema that a model gets for a function's arguments, and the values that the function receives, or a sentence for
+the model."""
 
 import enum
 import functools
@@ -133,7 +134,7 @@ MISMATCHES: list[tuple[Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("hint", "text", "message"), MISMATCHES, ids=str)
-def test_what_does_not_fit_is_told_with_its_place(hint: Any, text: str, message: str) -> None:
+def test_the_error_says_where_a_value_does_not_fit(hint: Any, text: str, message: str) -> None:
     """So that a model can do better."""
     with pytest.raises(Mismatch) as told:
         of_arguments(taking(hint)).read({"it": json.loads(text)}, "")
@@ -162,13 +163,13 @@ def test_the_arguments_are_an_object_of_the_names(text: str, message: str) -> No
 
 
 @pytest.mark.parametrize("text", ["{", '{"it": NaN}', "[" * 100_000, '{"it": ' + "1" * 5000 + "}"])
-def test_what_is_not_json_is_told(text: str) -> None:
+def test_arguments_that_are_not_json_are_reported(text: str) -> None:
     """Whatever a model wrote."""
     with pytest.raises(Mismatch, match="this is not JSON"):
         parse(text)
 
 
-def test_no_text_is_no_arguments() -> None:
+def test_no_text_means_no_arguments() -> None:
     """Some models write nothing where there is nothing to say."""
     assert parse("") == {}
 
@@ -199,7 +200,7 @@ def test_arguments_that_have_no_name_or_hint_are_refused() -> None:
             Tool(function)
 
 
-def test_a_tool_needs_a_name_of_its_own() -> None:
+def test_a_tool_needs_a_unique_name() -> None:
     def one() -> None:
         """Does nothing."""
 
@@ -291,7 +292,7 @@ class Unsaid(Exception):
     ids=["said", "unsaid", "endless", "stop"],
 )
 async def test_an_exception_is_the_calls_error(error: Exception, told: str, caplog: pytest.LogCaptureFixture) -> None:
-    """For the model in its own words, for whoever runs the program with its traceback."""
+    """The model reads its text, and the program's log has the traceback."""
 
     def broken() -> None:
         raise error

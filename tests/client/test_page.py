@@ -1,4 +1,5 @@
-"""The snippets of docs/python.md run as they stand and print what it says, and its comparison counts right."""
+"""The snippets of docs/python.md run unchanged and print what it says, and the line counts of its comparison are
+right."""
 
 import ast
 import asyncio
@@ -29,7 +30,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def is_program(source: str) -> bool:
-    """It connects by itself; all else stands inside of a connection."""
+    """It connects by itself; all other snippets run within a connection."""
     return "asyncio.run(" in source or "notecase.sync" in source
 
 
@@ -82,14 +83,14 @@ def pairs() -> list[tuple[str, str]]:
     return [(theirs.text, ours.text) for theirs, ours in zip(found[::2], found[1::2], strict=True)]
 
 
-def test_ours_are_no_longer_than_theirs_and_the_table_counts_right() -> None:
+def test_our_programs_are_not_longer_and_the_table_has_the_right_counts() -> None:
     counted = sorted((lines(theirs), lines(ours)) for theirs, ours in pairs())
     assert [] == [pair for pair in counted if pair[1] > pair[0]]
     told = re.findall(r"^\| [^|]+ \| (\d+) \| (\d+) \|$", COMPARISON, re.MULTILINE)
     assert counted == sorted((int(theirs), int(ours)) for theirs, ours in told)
 
 
-async def test_our_programs_run_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_our_programs_run_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as served:
         monkeypatch.setenv("NOTECASE_ADDRESS", served.address)
         for _, ours in pairs():

@@ -14,7 +14,7 @@ def _error(code: str, reason: str = "", retry_after: float | None = None) -> Not
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits asked for; none is waited."""
+    """The requested waits, which do not take time."""
     waits: list[float] = []
 
     async def sleep(delay: float) -> None:
@@ -133,7 +133,7 @@ async def test_a_warning_has_what_it_is_about(caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize(("retry", "expected"), [(Retry(tries=2), "0.3 s"), (Retry(tries=3), "0.7 s")])
 @pytest.mark.usefixtures("slept")
-async def test_a_short_patience_is_not_told_as_none(
+async def test_a_short_patience_is_not_printed_as_zero(
     retry: Retry, expected: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     backoff = Backoff(retry)

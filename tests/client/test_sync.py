@@ -181,7 +181,7 @@ except KeyboardInterrupt:
 
 
 async def test_ctrl_c_interrupts_a_call_and_the_client_goes_on(offline: Running) -> None:
-    """And a program that does not close its client ends all the same."""
+    """A program that does not close its client ends, too."""
     done = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", INTERRUPTED, offline.address), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

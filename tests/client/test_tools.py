@@ -89,7 +89,7 @@ ASKED_PAY = Tool(pay, requires_approval=True)
 
 
 def results(model: OpenAIServer, request: int = -1) -> list[str]:
-    """What the model was told of its calls."""
+    """Returns the results of its calls that the model got."""
     return [message["content"] for message in model.requests[request]["messages"] if message["role"] == "tool"]
 
 
@@ -112,7 +112,7 @@ async def held(client: Client, session: str) -> v1.Run:
 
 
 async def test_functions_are_declared_called_and_answered(client: Client, session: str, model: OpenAIServer) -> None:
-    """The model is told what their hints say; they are called with Python's values; their results come back."""
+    """The model gets a schema from their hints; they are called with Python's values; their results are sent back."""
     seen: list[object] = []
 
     def weigh(thing: Annotated[str, "what to weigh"], times: float = 1) -> dict[str, float]:
@@ -463,10 +463,10 @@ def test_results_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["10 MB", "no-JSON", "nan"],
 )
-async def test_a_result_that_cannot_be_had_is_for_the_model(
+async def test_the_model_reads_why_a_result_cannot_be_made(
     client: Client, session: str, model: OpenAIServer, made: object, told: str
 ) -> None:
-    """And the functions beside it are not let down."""
+    """The other functions are still called."""
 
     def make() -> Any:
         return made
@@ -497,7 +497,7 @@ async def test_the_stream_goes_on_while_a_function_works(
 async def test_only_functions_that_were_handed_in_are_called(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:
-    """Another call stays pending, for whoever has its function: here, for a hand."""
+    """Another call stays pending for a program that has its function; here the test answers it."""
     model.script(tool_calls(("search", '{"query": "a"}'), ("weigh", "{}")), reply("Done."))
     weigh = v1.Tool(name="weigh", client=v1.ClientTool())
     start = v1.StartRun(session=session, run_id="r1", client_tools=[Tool(desk.search).definition, weigh])
@@ -536,7 +536,7 @@ async def test_a_tool_that_the_agent_declares_is_answered(client: Client, model:
 async def test_leaving_cancels_the_function_and_attaching_calls_it_again(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:
-    """The call waits in the server meanwhile; whoever attaches with the function finds it."""
+    """The call waits in the server; a client that attaches with the function finds it."""
     model.script(SEARCH, reply("Done."))
     async with client.run("Search", session=session, tools=[desk.search]) as run:
         await until(run, "tool_started")
@@ -560,10 +560,11 @@ async def test_reading_a_log_calls_nothing(client: Client, session: str, model: 
     assert desk.answered == 1
 
 
-async def test_a_call_that_is_told_again_is_executed_once(
+async def test_a_call_that_is_sent_again_is_executed_once(
     client: Client, session: str, served: Running, model: OpenAIServer, desk: Desk
 ) -> None:
-    """The connection breaks between the call and its result; the stream attaches again and is told what waits."""
+    """The connection breaks between the call and its result; the stream attaches again and receives the pending
+    call."""
     model.script(SEARCH, reply("Done."))
     async with (
         Proxy(served.address) as proxy,
@@ -663,7 +664,7 @@ async def test_a_result_waits_until_the_server_has_room(
 async def test_two_streams_of_a_client_execute_a_call_once(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:
-    """The second stands by: it takes over when the first one leaves before the answer."""
+    """The second waits: it takes over when the first one leaves before the answer."""
     model.script(SEARCH, reply("Done."))
     async with client.attach(session, tools=[desk.search], options=KEEP_OPEN) as watching:
         async with client.run("Search", session=session, tools=[desk.search]) as run:
@@ -724,7 +725,8 @@ class Overheard:
 async def test_a_result_that_comes_late_is_nothing(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:
-    """The function answers after the run was cancelled, and before its stream is told: it is refused, and no error."""
+    """The function answers after the run was cancelled and before its stream knows: the result is refused, which is not
+    an error."""
     model.script(SEARCH)
     overheard = Overheard(client)
     async with client.run("Search", session=session, tools=[desk.search]) as started:
@@ -742,7 +744,7 @@ async def test_a_result_that_comes_late_is_nothing(
 async def test_a_cancelled_call_cancels_its_function(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:
-    """Only that call; the model is told, and the run goes on."""
+    """Only that call fails; the model reads the error, and the run continues."""
     model.script(SEARCH, reply("Without it, then."))
     async with client.run("Search", session=session, tools=[desk.search]) as run:
         started = await until(run, "tool_started")
@@ -811,7 +813,7 @@ async def test_a_call_waits_for_approval_in_the_stream(
     decide: Callable[[RunStream, str], Awaitable[int]],
     told: str,
 ) -> None:
-    """The stream stays open; what it is told by `input_requested` can be decided inside the loop."""
+    """The stream stays open; the loop can decide on an event `input_requested`."""
     model.script(PAY, reply("So be it."))
     async with client.run("Pay", session=session, tools=[ASKED_PAY]) as run:
         async for event in run:
@@ -863,7 +865,7 @@ async def test_a_question_is_answered(client: Client, model: OpenAIServer) -> No
 async def test_invoking_tells_when_a_run_waits_for_others(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:
-    """For functions that were handed in it waits itself; for others and for people it would wait for ever."""
+    """It waits for functions that were passed to it; for others and for people it would wait forever."""
     model.script(tool_calls(("search", '{"query": "a"}'), ("pay", '{"cents": 1}')), reply("Never."))
     desk.release.set()
     with pytest.raises(RunWaiting, match=r"waits for approval of pay: call approve or deny$") as raised:
@@ -873,7 +875,7 @@ async def test_invoking_tells_when_a_run_waits_for_others(
 
 
 class Logged(logging.Handler):
-    """Keeps what the logger "notecase" says, and wakes whoever waits for it."""
+    """Keeps the records of the logger "notecase", and wakes tasks that wait for one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -896,7 +898,7 @@ def logged() -> Iterator[Logged]:
     logging.getLogger("notecase").removeHandler(handler)
 
 
-async def test_a_wait_that_nobody_here_ends_is_logged_once(
+async def test_a_wait_that_this_program_cannot_end_is_logged_once(
     client: Client, session: str, model: OpenAIServer, logged: Logged
 ) -> None:
     """A stream that waits in silence says for what, as the exception of `invoke` does."""
@@ -961,7 +963,8 @@ async def test_a_run_stops_after_its_turn(client: Client, session: str, model: O
 
 
 async def test_a_run_waits_behind_another(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
-    """Queued, its stream tells of the run before it too, calls none of that one's functions, and ends with its own."""
+    """The stream of a queued run also has the events of the run before it, calls none of that run's functions, and ends
+    with its own run."""
     model.script(SEARCH, reply("One."), reply("Two."))
     async with client.run("First", session=session, tools=[desk.search]) as first:
         await until(first, "tool_started")

@@ -80,7 +80,7 @@ def test_what_a_client_prints_from_deltas_alone(path: Path) -> None:
 
 
 def test_the_vectors_show_every_kind_of_event() -> None:
-    """So that whoever passes them has seen all there is."""
+    """So a client that passes them has seen every kind of frame."""
     steps = [step for path in VECTORS for step in json.loads(path.read_text())["steps"]]
     seen = {ParseDict(step["event"], v1.Event()).WhichOneof("payload") for step in steps if "event" in step}
     assert {field.name for field in v1.Event.DESCRIPTOR.oneofs_by_name["payload"].fields} == seen

@@ -1,4 +1,4 @@
-"""Whoever has seen the same log holds an equal view, however its events were split, repeated or resumed."""
+"""Views of the same log are equal, however its events were split, repeated or resumed."""
 
 from collections.abc import Iterator
 
@@ -56,7 +56,7 @@ texts = st.text(st.sampled_from("aß€😀é\n"), max_size=30)
 
 @st.composite
 def split(draw: st.DrawFn, number: int, text: str, block: int = 0) -> list[v1.Event]:
-    """The text as deltas, cut anywhere between code points, sent anew from its beginning now and then."""
+    """The text as deltas, cut anywhere between code points, and sometimes sent again from its beginning."""
     cuts = sorted({0, *draw(st.lists(st.integers(0, len(text)), max_size=6)), len(text)})
     events = []
     for start, end in zip(cuts, cuts[1:] or cuts, strict=False):
@@ -347,7 +347,7 @@ def test_a_call_that_is_dispatched_again_is_pending_once_or_not_at_all() -> None
 
 
 def test_a_rewind_leaves_the_reply_that_came_after_it() -> None:
-    """In a run that the server told of when it was already further."""
+    """In a run that the server described when it was already further."""
     reply = message(1, "Better.")
     reply.sequence = 9
     told = v1.Run(name=RUN, state=v1.Run.STATE_RUNNING, first_sequence=2, last_sequence=9, reply=reply)

@@ -34,7 +34,7 @@ class OnStream:
 
 
 class BySendCommand:
-    """Commands as calls of their own, events by WatchEvents."""
+    """Sends commands as separate calls, and reads events by WatchEvents."""
 
     async def start(self, served: Running, start: v1.StartRun, command_id: str = "") -> AsyncIterator[v1.RunResponse]:
         self._served, self._session = served, start.session

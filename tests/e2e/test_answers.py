@@ -87,7 +87,7 @@ async def test_an_update_that_changes_nothing_is_conditional_and_remembered_as_a
 
 
 async def test_updates_of_different_fields_at_once_all_take_effect(served: Running) -> None:
-    """One that another came before is merged anew; of those that have an etag one wins."""
+    """An update that came second is merged again; of those with an etag only one succeeds."""
     made = await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=v1.LlmAgent())))
     fields = {"display_name": "A", "description": "B", "output_key": "c"}
     updates = [v1.Agent(name=made.name, **{name: value}) for name, value in fields.items()]  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ AT_ONCE: dict[str, tuple[str, Message, set[str]]] = {
 
 
 @pytest.mark.parametrize("case", AT_ONCE)
-async def test_all_that_is_wrong_is_told_at_once(served: Running, session: str, case: str) -> None:
+async def test_all_mistakes_are_reported_at_once(served: Running, session: str, case: str) -> None:
     """Templates, schemas, masks, filters and page tokens with it; the reason is then INVALID_FIELD."""
     method, request, fields = AT_ONCE[case]
     refused = await refusal(call(served, method, request))  # type: ignore[arg-type]
@@ -259,7 +259,7 @@ async def test_a_template_that_is_all_that_is_wrong_keeps_its_reason(served: Run
     assert await revisions(served, agent) == [1]
 
 
-async def test_what_is_wrong_with_all_of_an_agent_is_told_of_an_update_too(served: Running, agent: str) -> None:
+async def test_an_update_reports_all_problems_of_an_agent_too(served: Running, agent: str) -> None:
     """Two updates that are fine by themselves make an agent together that is too large."""
     for index, refused in ((0, False), (1, True)):
         tools = [client_tool(f"t{index}{n}", parameters='{"x": "%s"}' % ("x" * 60_000)) for n in range(9)]
@@ -455,7 +455,7 @@ async def test_appended_messages_are_answered_within_what_a_client_takes(served:
 async def test_the_largest_run_is_answered_within_what_a_client_takes(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """A reply, what the run waits for, and its tools: by itself, with its reply beside it, and in a list of such."""
+    """A reply, what the run waits for, and its tools: by itself, together with its reply, and in a list of runs."""
     asks = v1.LlmAgent(tools=[v1.Tool(name="ask", server=v1.ServerTool(function="ask_user"))])
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="asker", agent=v1.Agent(llm=asks)))
     tools = [client_tool(f"t{number}", parameters=FILLER) for number in range(4)]
@@ -500,7 +500,7 @@ async def test_tools_of_a_run_that_are_too_large_together_are_refused(served: Ru
 
 
 async def test_only_a_reply_that_ends_a_turn_becomes_a_note(served: Running, model: OpenAIServer) -> None:
-    """What is said beside calls is no result: not when the call goes on, not when the run ends at it."""
+    """Text next to calls is not a result, whether the call continues or the run ends with it."""
     made = v1.Agent(llm=v1.LlmAgent(tools=[client_tool("weigh")]), output_key="out")
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=made))
     created = v1.CreateSessionRequest(

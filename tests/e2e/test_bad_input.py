@@ -228,7 +228,7 @@ async def test_bad_input(served: Running, session: str, case: str) -> None:
     assert len(await log_of(served, session)) == 1
 
 
-async def test_all_that_is_wrong_is_told_at_once(served: Running) -> None:
+async def test_all_mistakes_are_reported_at_once(served: Running) -> None:
     request = v1.CreateSessionRequest(
         session_id="A B",
         session=v1.Session(agent="nobody", user="users/"),

@@ -1,4 +1,4 @@
-"""What a called name stands for is settled when the call is made, and a remembered answer is for that alone."""
+"""The tool of a called name is determined when the call is made, and a remembered answer applies only to that tool."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ def toolbox(**servers: McpServerSettings) -> Toolbox:
 
 @pytest.fixture
 async def served() -> AsyncIterator[Running]:
-    """The offline model calls what it is told to."""
+    """The offline model calls the tools that the message names."""
     async with running(toolbox=toolbox(one=MCP, two=MCP)) as server:
         yield server
 
@@ -96,7 +96,7 @@ async def answer(
 
 
 async def rest(served: Running, run: v1.Run) -> v1.Run:
-    """The run once it has ended, or waits anew."""
+    """Returns the run when it has ended or waits again."""
     return await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence))
 
 
@@ -117,7 +117,7 @@ def results(log: list[v1.Event]) -> list[str]:
 
 
 async def test_a_call_says_what_it_was_bound_to(served: Running) -> None:
-    """From the message on, in all that tells of it; a name that nobody has is bound to nothing."""
+    """From the message on, in every message and event with the call; an unknown name is bound to nothing."""
     tools = [function(), mcp("one", "listings", prefix="one"), client_tool("mine")]
     await session(served, *tools)
     run = await call(served, "pay", "one_listings", "mine", "theirs", "nobody", client_tools=[client_tool("theirs")])
@@ -324,7 +324,9 @@ async def test_an_answer_is_remembered_for_what_was_called(served: Running) -> N
     ],
     ids=["implementation", "description", "timeout", "to-the-caller", "the-instruction-only"],
 )
-async def test_a_tool_that_is_declared_anew_is_asked_about_again(served: Running, changed: v1.Tool, asks: bool) -> None:
+async def test_a_changed_declaration_of_a_tool_needs_a_new_approval(
+    served: Running, changed: v1.Tool, asks: bool
+) -> None:
     """An agent is updated between the answer and the next call."""
     await session(served, function())
     await approved(served, "pay")

@@ -180,7 +180,7 @@ async def test_what_callers_send_as_results_counts_for_the_tenant(store_url: str
 
 @pytest.mark.parametrize("size", [1200, 0], ids=["declared", "not declared"])
 async def test_a_refused_upload_leaves_no_bytes_that_count(size: int, store_url: str) -> None:
-    """It used to keep what had come for a day, and nobody of the tenant could upload anything."""
+    """Before, its bytes were kept for a day, and no caller of the tenant could upload anything."""
     piece = 1 << 18
 
     async def send(served: Running, upload_id: str, pieces: int, offset: int = 0, size: int = 0) -> v1.Blob:
@@ -213,7 +213,7 @@ async def test_a_refused_upload_leaves_no_bytes_that_count(size: int, store_url:
         assert "BLOB_NOT_FOUND" == reason_of(gone.value)
 
 
-async def test_a_quota_stands_in_the_way_of_no_repeat_and_of_no_end(store_url: str) -> None:
+async def test_a_quota_refuses_neither_a_repeat_nor_the_end_of_a_run(store_url: str) -> None:
     """Who asks again gets the first answer, what takes back is let through, and what is deleted makes room."""
     async with running(store_url, max_sessions=1, max_session_events=4, max_state_keys=1) as served:
         again = v1.CreateSessionRequest(session_id="s", request_id="once")
@@ -324,7 +324,7 @@ async def test_nonsense_is_refused_as_it_comes(begun: bytes) -> None:
         assert "IMPORT_INVALID" == reason_of(refused.value)
 
 
-async def test_a_reading_of_the_past_waits_for_its_turn_and_keeps_nobody_else_waiting(store_url: str) -> None:
+async def test_a_read_of_the_past_waits_for_its_turn_and_delays_no_other_call(store_url: str) -> None:
     async with running(store_url, max_heavy_reads=1) as served:
         for n in range(2):
             await entry(served, n)

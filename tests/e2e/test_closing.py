@@ -81,7 +81,7 @@ async def test_no_generator_of_a_turn_is_left_to_the_collector(
 ) -> None:
     idle = 0.2 if answer is HELD and act is nothing else 60.0
     provider = OpenAIProvider("test-key", model.url, "stub-1", idle_timeout=idle)
-    model.script(answer, answer, answer)  # as often as it is asked for
+    model.script(answer, answer, answer)  # as often as it is requested
     with left_open() as left:
         async with running("memory:", {"openai": provider}) as served:
             await start(served)

@@ -91,8 +91,8 @@ async def test_what_is_not_as_it_was_said_to_be_is_refused_and_forgotten(served:
 
 @pytest.mark.parametrize("whole", [v1.Blob(size_bytes=6), v1.Blob(name=f"blobs/{digest(b'abcdef')}"), v1.Blob()])
 async def test_the_end_of_a_stream_alone_completes_nothing(served: Running, whole: v1.Blob) -> None:
-    """A stream that is cut ends as well; so the end is told by a size, a name, or the last frame, and what has come is
-    kept until then."""
+    """A cut stream ends, too, so a size, a name or the last frame marks the end, and the received bytes are kept until
+    then."""
 
     async def send(chunk: bytes, **first: Any) -> v1.Blob:
         request = v1.UploadBlobRequest(blob=whole, chunk=chunk, upload_id="u1", **first)
@@ -199,7 +199,7 @@ async def test_two_uploads_of_the_same_content_at_once_make_one_blob(served: Run
 
 
 async def test_of_two_who_send_under_one_id_only_one_goes_on(served: Running) -> None:
-    """What each has stored is never mixed: the digest of what comes out is of what one of them sent."""
+    """The bytes of two uploads are never mixed: the digest of the result is that of one of them."""
     one, two = noise(2 * MIB, 1), noise(2 * MIB, 2)
     chunks = [[data[at : at + 300_000] for at in range(0, len(data), 300_000)] for data in (one, two)]
     ended = await asyncio.gather(*(upload(served, *each, upload_id="u1") for each in chunks), return_exceptions=True)
@@ -212,7 +212,7 @@ async def test_of_two_who_send_under_one_id_only_one_goes_on(served: Running) ->
         assert await download(served, blob.name) in {one, two}
 
 
-async def test_bad_requests_are_told_whole(served: Running, session: str) -> None:
+async def test_all_problems_of_a_bad_request_are_reported(served: Running, session: str) -> None:
     async def violations(call: Any) -> set[str]:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call
@@ -235,7 +235,7 @@ async def test_bad_requests_are_told_whole(served: Running, session: str) -> Non
 
 
 async def test_content_has_limits(tmp_path: Path) -> None:
-    """Of a blob, said or sent, and of what one session refers to."""
+    """The size of a blob, announced or sent, and of all blobs to which one session refers."""
     async with running(f"sqlite:{tmp_path / 'notecase.db'}", max_blob_bytes=1000, max_session_bytes=1500) as served:
         for chunks, blob in (([b"x" * 600, b"y" * 600], PDF), ([], v1.Blob(size_bytes=1001))):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -291,9 +291,7 @@ def url(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-async def test_a_model_is_shown_content_the_way_its_api_wants_it(
-    served: Running, session: str, model: OpenAIServer
-) -> None:
+async def test_a_model_gets_content_in_the_form_of_its_api(served: Running, session: str, model: OpenAIServer) -> None:
     """A PDF as a file, an image as an image, audio as audio, a text file as text: by blob or inline, all in one."""
     pdf = await upload(served, b"%PDF-1.7")
     wav = await upload(served, b"RIFF", blob=v1.Blob(media_type="audio/wav"))
@@ -325,8 +323,8 @@ async def test_a_model_is_shown_content_the_way_its_api_wants_it(
 
 
 async def test_state_is_said_by_its_key(served: Running, session: str, model: OpenAIServer) -> None:
-    """Put into state once, a PDF is shown to the model by whoever names its key; so is every other value, as it is when
-    the message is taken."""
+    """A PDF in state is sent to the model with every message that names its key; so is every other value, as of the
+    time when the message is added."""
     pdf = await upload(served, b"%PDF-1.7")
     client = served.client()
     async with client:
@@ -670,9 +668,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-async def test_content_that_was_damaged_in_the_store_is_told_where_it_is_read_whole(
-    damage: str, tmp_path: Path
-) -> None:
+async def test_damaged_content_in_the_store_is_reported_when_it_is_read_completely(damage: str, tmp_path: Path) -> None:
     path, data = tmp_path / "store.db", noise(MIB)
     async with running(f"sqlite:{path}") as served:
         blob = await upload(served, data[: MIB // 2], data[MIB // 2 :])
@@ -694,7 +690,7 @@ async def test_content_that_was_damaged_in_the_store_is_told_where_it_is_read_wh
 
 
 class Damaged(v1.BlobServiceServicer):
-    """Sends other bytes than it was asked for, in frames of one byte."""
+    """Sends other bytes than were requested, in frames of one byte."""
 
     async def DownloadBlob(  # noqa: N802  (named by the service)
         self, request: v1.DownloadBlobRequest, context: Any

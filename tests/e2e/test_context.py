@@ -170,7 +170,7 @@ async def test_a_window_of_tokens_counts_what_nothing_was_reported_of_by_its_byt
 
 
 async def test_a_window_of_tokens_counts_a_reply_as_its_provider_did(served: Running, model: OpenAIServer) -> None:
-    """Its output without reasoning, exactly: 30 tokens and a frame beside 5 + 5 for the questions are just 44."""
+    """Its output without reasoning, exactly: 30 tokens and a frame, with 5 + 5 for the questions, are exactly 44."""
     answer = "a" * 120
     for most, shown in ((44, [user("who?"), assistant(answer), user("why?")]), (43, [user("why?")])):
         context = v1.Context(max_tokens=most)
@@ -224,8 +224,8 @@ async def test_an_instruction_that_comes_to_blanks_is_none(
 
 
 async def test_a_stateless_run_without_messages_is_shown_what_it_answers(served: Running, model: OpenAIServer) -> None:
-    """The newest message of a user and what followed it, before its own messages, whoever said it and however often it
-    was answered: without them the request would be empty."""
+    """The newest message of a user and what followed it, before its own messages, whatever its author and however often
+    it was answered: without them the request would be empty."""
     session = await opened(served, v1.Context(stateless=True))
     await talk(served, model, session, 1)
     await append(served, session, said("q2"), v1.Message(role=SYSTEM, parts=[v1.Part(text="Now.")]))
@@ -274,7 +274,7 @@ async def test_older_messages_are_summarised_once_there_are_enough(served: Runni
 
 
 async def test_the_next_summary_continues_the_one_before(served: Running, model: OpenAIServer) -> None:
-    """It is made of that one and of what came since, and takes its place; the turns in between show the first."""
+    """It is made from that one and the later messages, and replaces it; requests in between have the first."""
     session = await opened(served, SUMMARY)
     await talk(served, model, session, 1, 2)
     model.script(reply("First."), reply("a3"))
@@ -354,7 +354,7 @@ async def test_content_is_named_in_what_is_summarised(served: Running, model: Op
     assert rest == [assistant("a1"), user(ASK)]
 
 
-async def test_a_summary_has_a_model_of_its_own_and_no_limits_of_replies(served: Running, model: OpenAIServer) -> None:
+async def test_a_summary_has_a_separate_model_and_no_limits_of_replies(served: Running, model: OpenAIServer) -> None:
     """And the server's own instruction where the agent has none."""
     context = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=1, model="small"))
     generation = v1.Generation(temperature=0.5, max_output_tokens=7, stop=["."])
@@ -408,7 +408,7 @@ async def test_a_summary_of_calls_declares_their_tools_and_no_choice(served: Run
     ids=["unavailable", "refused", "too long", "empty", "a call", "endless", "cut"],
 )
 async def test_a_run_goes_on_without_a_summary_that_fails(served: Running, model: OpenAIServer, answer: Answer) -> None:
-    """Nothing is lost meanwhile, so nobody is told; the next run tries again."""
+    """Nothing is lost, so there is no event; the next run tries again."""
     session = await opened(served, SUMMARY, max_model_calls=2)
     await talk(served, model, session, 1, 2)
     model.script(answer)
@@ -492,7 +492,7 @@ async def test_no_summary_is_made_in_place_of_the_reply(served: Running, model: 
     assert [request["messages"][-1] for request in model.requests] == [user("q1"), user("q2"), user("q3")]
 
 
-async def test_a_summary_under_way_is_cut_by_a_cancel_and_shown_to_nobody(served: Running, model: OpenAIServer) -> None:
+async def test_an_unfinished_summary_is_cut_by_a_cancel_and_not_shown(served: Running, model: OpenAIServer) -> None:
     """No delta of it reaches a watcher, and nothing of it is kept."""
     session = await opened(served, SUMMARY)
     await talk(served, model, session, 1, 2)
@@ -514,8 +514,9 @@ async def test_a_summary_under_way_is_cut_by_a_cancel_and_shown_to_nobody(served
     assert not summaries(await log_of(served, session))
 
 
-async def test_a_summary_that_was_not_committed_is_asked_for_again(tmp_path: Path) -> None:
-    """kill -9 between the model's summary and its commit: the next server asks for it anew, and there is one."""
+async def test_a_summary_that_was_not_committed_is_requested_again(tmp_path: Path) -> None:
+    """kill -9 between the model's summary and its commit: the next server requests it again, and there is one
+    summary."""
 
     def answer(request: Json) -> Answer:
         return reply("They met.") if request["messages"][-1] == user(ASK) else reply("Answer.")
@@ -579,7 +580,7 @@ async def test_a_request_that_is_too_long_is_asked_again_with_a_summary(served: 
 async def test_a_request_that_is_too_long_without_a_summary_leaves_out_its_older_half(
     served: Running, model: OpenAIServer
 ) -> None:
-    """And so does the rest of the run, which is not told twice."""
+    """So does the rest of the run, without a second event."""
     session = await opened(served)
     await talk(served, model, session, 1, 2, 3)
     model.script(TOO_LONG, TOO_LONG, tool_calls(("lens", "{}"), usage=None), reply("a4"))
@@ -640,7 +641,7 @@ async def test_a_request_that_is_too_long_is_not_asked_again_beyond_the_runs_cal
 
 
 async def test_a_session_is_compacted_by_hand(served: Running, model: OpenAIServer) -> None:
-    """No limit needs to be reached; usage counts in the session; a repeat asks nobody, and neither does a call that
+    """No limit needs to be reached; usage counts in the session; a repeat calls no model, and neither does a call that
     finds nothing to cover."""
     session = await opened(served)
     await talk(served, model, session, 1, 2, 3)
@@ -698,10 +699,8 @@ async def test_a_compaction_that_cannot_be_is_refused(served: Running, model: Op
     assert (await served.sessions.CompactSession(request)).summary_sequence > 0
 
 
-async def test_what_is_said_while_a_session_is_compacted_stays_beside_the_summary(
-    served: Running, model: OpenAIServer
-) -> None:
-    """A run that starts and ends meanwhile changes nothing of what is covered."""
+async def test_messages_during_a_compaction_stay_next_to_the_summary(served: Running, model: OpenAIServer) -> None:
+    """A run that starts and ends meanwhile does not change what is covered."""
     session = await opened(served)
     await talk(served, model, session, 1, 2)
     go_on = asyncio.Event()
@@ -765,7 +764,7 @@ async def test_a_summary_outlives_the_server(tmp_path: Path) -> None:
         assert (await session_of(served, session)).summary_sequence > 0
     async with running(url) as served:
         run = await ask(served, session, "And?")
-        shown = re.search(r"I was shown: (\d+) messages", run.reply.parts[0].text)
+        shown = re.search(r"This request had (\d+) messages", run.reply.parts[0].text)
         assert shown is not None
         assert shown[1] == "2"  # the newer summary, and the question
 

@@ -94,7 +94,7 @@ async def test_notes_reach_the_instruction_and_a_reply_becomes_a_note(served: Ru
     assert kinds(log)[-4:] == ["message_added", "usage", "state_changed", "run_state_changed"]
 
 
-async def test_usage_is_told_per_call_and_summed_per_run_and_session(
+async def test_usage_is_reported_per_call_and_summed_per_run_and_session(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     counted = {
@@ -114,7 +114,7 @@ async def test_usage_is_told_per_call_and_summed_per_run_and_session(
     assert [usage.input_tokens for usage in per_call] == [10, 10]
 
 
-async def test_a_call_of_a_tool_that_is_not_there_fails_and_the_model_is_told(
+async def test_a_call_of_a_missing_tool_fails_and_the_model_reads_why(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     """Call and outcome stay one part, and the next request is well formed: every call answered."""
@@ -168,10 +168,10 @@ async def test_a_model_that_refuses_fails_the_run_as_data_without_the_key(
     assert again.reply.parts[0].text == "Better."
 
 
-async def test_a_reply_cut_in_mid_stream_is_asked_for_again_under_another_name(
+async def test_a_reply_cut_in_mid_stream_is_requested_again_under_another_name(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """Watchers are told to forget the first; only the second is in the log."""
+    """Watchers receive `message_discarded` for the first; only the second is in the log."""
     seen = asyncio.Event()
     model.script(reply("Lost words.", chunks=3).cut(after=2).held(seen, after=2), reply("Kept words."))
     call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))

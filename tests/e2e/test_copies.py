@@ -47,7 +47,7 @@ SWEEPER_SECONDS = 60.0
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sweeper comes more often than every second, so that nobody waits for it."""
+    """The sweeper runs more often than every second, so that tests need not wait for it."""
     monkeypatch.setattr(serve, "EXPIRY_SECONDS", 0.02)
 
 
@@ -124,7 +124,7 @@ async def require_whole(store: Store, served: Running, way: Way, file: bytes, co
 
 
 async def died(folder: Path, way: Way, file: bytes, copy: str, after: int, *arguments: str) -> bool:
-    """Whether a server that is asked for a copy comes to its end after so many transactions."""
+    """Returns whether a server finishes a copy after so many transactions."""
     async with (
         await Crashing.launch(folder, "--copies", str(after), *arguments, env={}) as server,
         grpc.aio.insecure_channel(server.address) as channel,
@@ -172,7 +172,7 @@ PORTRAIT = hashlib.sha256(b"a portrait").hexdigest()
 
 
 class Prepared(NamedTuple):
-    """A session of ten thousand events at rest, in a store that nobody has open."""
+    """A session of ten thousand events without an active run, in a store that no server has open."""
 
     store: Path
     file: bytes

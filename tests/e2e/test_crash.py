@@ -71,7 +71,7 @@ async def test_a_run_killed_in_mid_stream_is_taken_over_and_its_log_only_grows(
 async def test_killed_at_random_moments_nothing_announced_is_lost(
     tmp_path: Path, seed: int, model: OpenAIServer
 ) -> None:
-    """A client that saw an event finds it in the log for good, at its place; every run ends exactly once; sequences
+    """A client that saw an event always finds it in the log, at its sequence; every run ends exactly once; sequences
     stay dense. The kill comes after a random number of frames."""
     chance = random.Random(seed)
 

@@ -1,5 +1,5 @@
-"""The credential that a provider is called with is told nowhere: not in a log of a session, an error, a note or the
-server's own log, wherever the provider puts it and however it writes it."""
+"""The credential for a provider is shown nowhere: not in a session's log, an error, a state or the server's log,
+wherever the provider puts it and however it spells it."""
 
 from collections.abc import AsyncIterator, Callable
 
@@ -57,7 +57,7 @@ async def served(model: OpenAIServer) -> AsyncIterator[Running]:
 
 
 async def told_of(served: Running, session: str, run: v1.Run) -> str:
-    """All that callers are told of a session and its run."""
+    """Returns everything that callers can read of a session and its run."""
     events = await log_of(served, session)
     found = await served.runs.GetRun(v1.GetRunRequest(name=run.name))
     whole = await served.sessions.GetSession(v1.GetSessionRequest(name=session))
@@ -65,7 +65,7 @@ async def told_of(served: Running, session: str, run: v1.Run) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES)
-async def test_the_credential_is_told_nowhere_in_any_writing(
+async def test_the_credential_is_shown_nowhere_in_any_spelling(
     served: Running, model: OpenAIServer, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, told in WRITINGS.items():
@@ -79,7 +79,9 @@ async def test_the_credential_is_told_nowhere_in_any_writing(
         assert set() == secret & spelled(shown), name
 
 
-async def test_halves_of_the_credential_in_two_members_are_told_in_none(served: Running, model: OpenAIServer) -> None:
+async def test_halves_of_the_credential_in_two_members_are_shown_in_neither(
+    served: Running, model: OpenAIServer
+) -> None:
     model.script(Answer((chunk({"content": "Hi"}, model=f"m-{KEY[:HALF]}", finish=f"stop-{KEY[HALF:]}"), DONE)))
     made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent="agents/clerk")))
     done = await turn(served, made.name, "Hello")
@@ -100,7 +102,7 @@ async def test_data_that_is_kept_for_the_provider_does_not_hold_the_credential(
     assert KEY.lower().encode() not in file.lower()
 
 
-async def test_what_is_no_secret_is_told(served: Running, model: OpenAIServer) -> None:
+async def test_words_that_are_not_secret_are_shown(served: Running, model: OpenAIServer) -> None:
     """So that the tests above do not hold because nothing is."""
     model.script(Answer((chunk({"content": "Hi"}, model="other-1", finish="because"), DONE)))
     made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent="agents/clerk")))

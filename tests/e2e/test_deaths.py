@@ -80,7 +80,7 @@ async def test_a_run_that_gets_somewhere_after_two_deaths_is_not_suspected(tmp_p
     assert (SUCCEEDED, 3) == (run.state, run.attempt)
 
 
-async def test_a_stop_in_good_order_is_no_death(tmp_path: Path, env: dict[str, str]) -> None:
+async def test_an_orderly_stop_does_not_count_as_a_death(tmp_path: Path, env: dict[str, str]) -> None:
     """Stopped again and again, the run goes on from its last commit each time."""
     model_held = {**env, "OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}  # refused at once, and tried again for a while
     await begin(tmp_path, env)

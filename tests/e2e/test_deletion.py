@@ -1,4 +1,4 @@
-"""A session that is deleted is gone at once and for good, whatever becomes of the server while its rows go."""
+"""A deleted session is gone at once and permanently, whatever happens to the server while its rows are deleted."""
 
 import asyncio
 from contextlib import suppress
@@ -107,7 +107,7 @@ async def test_a_server_killed_in_a_deletion_goes_on_with_it_at_its_next_start(
 async def test_an_erasure_is_answered_when_the_last_row_is_gone(
     store_url: str, deleted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of sessions that somebody deleted before, too, even when no session is left."""
+    """Including those of sessions that were deleted before, even when no session is left."""
     monkeypatch.setattr(steps, "SWEEP_ROWS", 2)
     store = await open_store(store_url, now)
     await fill(store, KEYS[0])
@@ -138,7 +138,7 @@ async def test_an_erasure_is_answered_when_the_last_row_is_gone(
     ids=str,
 )
 async def test_a_store_that_fails_once_leaves_no_row_in_the_end(store_url: str, fault: Fault) -> None:
-    """Whoever was refused tries again; the sweeper does by itself."""
+    """Callers that were refused try again; the sweeper does so by itself."""
     store = await open_store(store_url, now)
     await fill(store, KEYS[0])
     await create(store, KEYS[1])

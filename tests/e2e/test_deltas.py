@@ -27,7 +27,7 @@ CASE = "sessions/case"
 
 
 class Printer:
-    """A client that knows nothing but deltas; it fails where they are not what BlockDelta promises."""
+    """A client that uses only deltas; it fails if they break a promise of BlockDelta."""
 
     def __init__(self) -> None:
         self.printed: dict[str, dict[int, bytes]] = defaultdict(dict)
@@ -76,7 +76,7 @@ class Printer:
 
     @property
     def texts(self) -> list[str]:
-        """What stands on the screen, a message a line."""
+        """The screen, a message in each line."""
         return [b"".join(blocks[index] for index in sorted(blocks)).decode() for blocks in self.printed.values()]
 
 
@@ -102,7 +102,7 @@ async def agent(request: pytest.FixtureRequest, served: Running) -> str:
 async def test_a_fast_reply_is_printed_whole_from_deltas_alone(
     served: Running, session: str, model: OpenAIServer, way: Callable[[], OnStream | BySendCommand], delay: Duration
 ) -> None:
-    """On its own stream always; beside it where the watch came before the reply."""
+    """On its own stream always; on another one if the watch began before the reply."""
     for _ in range(5):
         model.script(reply(EIGHT, chunks=8))
         options = v1.WatchOptions(max_batch_delay=delay)
@@ -347,8 +347,8 @@ async def test_a_draft_is_not_sent_again_behind_its_message(
 
 
 async def test_a_stream_that_comes_after_a_discard_is_spared_it(case: Running, held: Held) -> None:
-    """The one before is told; a client forgets what was open at `Attached`, and the new stream begins with what is open
-    now."""
+    """The sequence before is given; a client forgets the open blocks at `Attached`, and the new stream begins with the
+    blocks that are open now."""
     call = case.runs.Run()
     options = v1.WatchOptions(max_batch_delay=Duration())
     await call.write(v1.RunRequest(start=v1.StartRun(session=CASE, messages=[said("Go")], options=options)))
@@ -422,7 +422,7 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
         assert seen.open == {}
 
 
-async def test_what_is_discarded_right_before_its_run_ends_is_told_before_the_end(case: Running) -> None:
+async def test_a_discard_right_before_the_end_of_a_run_is_sent_before_the_end(case: Running) -> None:
     """Nobody has looked in between, so that the end comes with the same batch."""
     sessions = case.server._sessions
     key, row = await sessions.find("default", "case")

@@ -123,7 +123,7 @@ async def test_what_may_be_run_again_is(left: Left) -> None:
     assert (await left.run("queue", "r3")).agent_revision == 1
 
 
-async def test_what_nobody_decided_about_is_asked(left: Left) -> None:
+async def test_calls_without_a_decision_are_asked_about(left: Left) -> None:
     bare = await left.run("mcp-bare")
     assert bare.pending_inputs[0].kind == v1.InputRequest.KIND_INTERRUPTED_CALL
     await left.answer("mcp-bare", bare, decision=ANSWER, answer="It waited.")
@@ -162,7 +162,7 @@ async def test_what_waited_for_a_caller_is_answered(left: Left) -> None:
     assert (await left.run("client")).state == v1.Run.STATE_SUCCEEDED
 
 
-async def test_an_answer_of_before_is_asked_for_again_and_one_of_now_holds(left: Left) -> None:
+async def test_an_answer_from_an_older_file_is_asked_again_and_a_new_one_applies(left: Left) -> None:
     """A tool of a caller that waited for approval goes to the caller; what is remembered from then on holds for it."""
     waiting = await left.run("approval", "r2")
     await left.answer("approval", waiting, decision=APPROVE, remember=v1.InputResponse.REMEMBER_SESSION)

@@ -1,4 +1,4 @@
-"""What goes wrong beside a run, and does not end it, is a fact in its log."""
+"""Failures during a run that do not end it are events in its log."""
 
 from collections.abc import Sequence
 

@@ -44,7 +44,7 @@ def replies(commit: Any) -> bool:
     [(reply("Once."), v1.Run.STATE_SUCCEEDED), (tool_calls(("weigh", "{}")), v1.Run.STATE_WAITING)],
     ids=["the end", "a call"],
 )
-async def test_a_reply_whose_commit_nobody_can_say_was_made_is_in_the_log_once(
+async def test_a_reply_whose_commit_has_an_unknown_outcome_is_in_the_log_once(
     store: Store,
     model: OpenAIServer,
     answer: Answer,
@@ -72,7 +72,7 @@ async def test_a_reply_whose_commit_nobody_can_say_was_made_is_in_the_log_once(
     assert 1 == len(model.requests)
 
 
-async def test_a_queued_start_that_is_refused_for_good_fails_and_the_next_has_its_turn(
+async def test_a_queued_start_that_is_permanently_refused_fails_and_the_next_one_follows(
     store: Store, model: OpenAIServer
 ) -> None:
     def begins_r2(commit: Any) -> bool:

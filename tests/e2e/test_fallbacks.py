@@ -1,4 +1,4 @@
-"""An agent's fallbacks answer in its model's place while that is away, and whoever answers is named and counted."""
+"""An agent's fallbacks answer while its model is unavailable, and the model that answers is named and counted."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -73,7 +73,7 @@ async def test_the_next_model_answers_where_one_is_away_and_is_named(setting: Se
     assert ("Back.", "first") == (run.reply.parts[0].text, run.usage.provider)
 
 
-async def test_fallbacks_are_asked_in_order_and_the_last_failure_is_told(setting: Setting) -> None:
+async def test_fallbacks_are_called_in_order_and_the_last_failure_is_reported(setting: Setting) -> None:
     session = await setting.session(SECOND, v1.Fallback(provider="second"), v1.Fallback(model="small-1"))
     setting.first.script(AWAY, error(503, "the last", headers={"x-should-retry": "false"}))
     setting.second.script(AWAY, AWAY)
@@ -116,7 +116,7 @@ async def test_what_had_come_of_a_reply_is_discarded_and_each_call_is_counted_as
     ("answer", "reason"),
     [(error(401, "who is that"), v1.ERROR_REASON_MODEL_ERROR), (error(404, "no"), v1.ERROR_REASON_MODEL_ERROR)],
 )
-async def test_a_failure_that_stays_is_told_and_no_other_model_asked(
+async def test_a_permanent_failure_is_reported_and_no_other_model_is_called(
     setting: Setting, answer: Answer, reason: v1.ErrorReason.ValueType
 ) -> None:
     session = await setting.session(SECOND)
@@ -214,7 +214,7 @@ async def test_a_summary_is_made_by_a_fallback_too(setting: Setting) -> None:
 
 
 async def test_a_compaction_is_made_by_a_fallback_too(setting: Setting) -> None:
-    """Behind the repeats of the agent's own model, whose use is counted; when nobody answers, nothing is kept."""
+    """After the retries of the agent's own model, whose usage is counted; when no model answers, nothing is kept."""
     session = await setting.session(SECOND)
     for text in ("One.", "Two."):
         setting.first.script(reply(text))

@@ -1,5 +1,5 @@
-"""What stops a run at a bad moment: results that are there are kept, whoever asked is answered, and a refusal has
-changed nothing."""
+"""Halts of a run at bad moments: finished results are kept, every caller gets an answer, and a refusal changes
+nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -153,7 +153,7 @@ async def test_a_result_that_is_there_when_a_halt_comes_is_kept_with_what_it_cha
     assert set(state.entries) == {"first", "second"}
 
 
-async def test_a_call_cancelled_while_another_ones_result_waits_for_the_store_harms_nobody(
+async def test_a_call_cancelled_while_another_ones_result_waits_for_the_store_has_no_side_effect(
     served: Running, session: str, store: Observed, model: OpenAIServer
 ) -> None:
     """Its own result is there as well, and comes too late."""
@@ -188,11 +188,11 @@ async def test_a_call_cancelled_while_another_ones_result_waits_for_the_store_ha
 
 
 @pytest.mark.parametrize(("broken_for", "reason", "end"), [(1, "RUN_ENDED", True), (2, "OWNER_LOST", False)])
-async def test_who_asked_for_a_halt_is_answered_although_the_worker_dies_of_it(
+async def test_the_caller_of_a_halt_is_answered_although_the_worker_fails(
     store: Observed, model: OpenAIServer, broken_for: int, reason: str, end: bool
 ) -> None:
     """By a defect, in the commit that seals. The run fails on record where that can be written; where it cannot,
-    another worker goes on with it. Neither the caller nor the server's end waits for ever."""
+    another worker goes on with it. Neither the caller nor the stop of the server waits forever."""
     model.script(stream(chunk({"content": "Half"})).held(asyncio.Event(), after=2), reply("Whole."))
     left = broken_for
 
@@ -229,9 +229,9 @@ async def test_a_start_cancelled_just_as_it_stops_another_run_leaves_that_one_as
     on_busy: v1.StartRun.OnBusy.ValueType,
     at_work: str,
 ) -> None:
-    """The cancel of what has not started is on record between the last look for it and the commit that would start it.
-    The start is refused; the model is asked once more, within the agent's limit of calls, the tool goes on, and the
-    caller's call waits on."""
+    """The cancel of a run that has not started is recorded between the last check for it and the commit that would
+    start it. The start is refused; the model is called once more, within the agent's limit of calls, the tool
+    continues, and the caller's call keeps waiting."""
     scripts: dict[str, list[Answer]] = {
         "model": [
             stream(chunk({"content": "Half"})).held(asyncio.Event(), after=2),

@@ -142,7 +142,7 @@ async def test_the_same_run_id_attaches_and_another_body_is_refused(
 
 
 class Met:
-    """A store that lets the first two who ask for a run go on together, once both were told that there is none."""
+    """A store that lets the first two reads of a run continue together, after both have found none."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

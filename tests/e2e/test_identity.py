@@ -32,7 +32,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def served(store_url: str, model: OpenAIServer, clock: ManualClock) -> AsyncIterator[Running]:
-    """A server whose time stands still until it is told to go on, with an agent and a session that others copy."""
+    """A server with a clock that only the test advances, an agent and a session to copy."""
     async with running(store_url, {"openai": OpenAIProvider("test-key", model.url, "stub-1")}, clock=clock) as server:
         await server.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent())))
         source = v1.CreateSessionRequest(session_id="source", session=v1.Session(agent="agents/clerk"))
@@ -254,7 +254,7 @@ async def test_of_two_made_at_once_during_a_deletion_one_is_there(served: Runnin
         old = await create(served)
 
         async def made(old: v1.Session) -> str:
-            """The uid of what was made; empty when the name was taken by another new session."""
+            """The uid of the created session; empty when another new session took the name."""
             while True:
                 try:
                     return (await make(served)).uid
@@ -295,7 +295,7 @@ async def test_a_start_that_makes_a_session_never_takes_a_uid_over(
     assert new.uid != old.uid
 
 
-async def test_an_import_has_a_uid_of_its_own(served: Running) -> None:
+async def test_an_import_has_a_new_uid(served: Running) -> None:
     """The file knows none, and a caller cannot choose one."""
     chosen = v1.Session(agent="agents/clerk", uid="00000000-0000-4000-8000-000000000000")
     source = await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=chosen))

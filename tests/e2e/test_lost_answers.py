@@ -1,5 +1,5 @@
-"""Every method that writes, on a store that makes its write and loses the answer: made once, and the caller is answered
-as if nothing had happened, or told that the store cannot say."""
+"""Every method that writes, on a store that makes its write and loses the answer: the write is made once, and the
+caller gets the answer, or an error that the outcome is not known."""
 
 import asyncio
 import re
@@ -130,7 +130,7 @@ def update_state(state: str) -> Write:
 
 
 async def create_key(served: Running, request_id: str) -> Message:
-    """What is answered but for the secret: that is told once."""
+    """The answer without the secret, which is shown only once."""
     key = v1.Key(display_name="ci", role=v1.Key.ROLE_VIEWER)
     return (await served.keys.CreateKey(v1.CreateKeyRequest(key=key, request_id=request_id))).key
 
@@ -345,7 +345,7 @@ async def world(served: Running) -> list[str]:
 
 
 async def outline(served: Running) -> list[tuple[str, list[str | None]]]:
-    """What is in each session, whoever was at work on its run, once the runs rest."""
+    """The contents of each session when no run is active, whichever worker ran them."""
     sessions = (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
     for run in (await served.runs.ListRuns(v1.ListRunsRequest(parent="sessions/-"))).runs:
         await served.runs.WaitRun(v1.WaitRunRequest(name=run.name))
@@ -409,7 +409,7 @@ async def test_a_write_whose_answer_was_lost_is_made_once(store_url: str, name: 
 
 
 @pytest.mark.parametrize("name", ROWS)
-async def test_a_caller_is_told_when_the_store_cannot_say_what_became_of_a_write(
+async def test_the_error_says_when_the_outcome_of_a_write_is_unknown(
     store_url: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Or is answered, where the server asks again. It was made once in any case, and a repeat with the same id is

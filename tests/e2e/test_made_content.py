@@ -99,7 +99,7 @@ async def test_sound_is_a_blob_behind_its_transcript(served: Running, session: s
     assert {"role": "assistant", "content": "Good evening."} == model.requests[-1]["messages"][2]
 
 
-async def test_a_model_that_makes_images_is_shown_its_newest_and_others_are_told_of_them(
+async def test_a_model_that_makes_images_gets_its_newest_and_others_get_a_description(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     await served.agents.CreateAgent(
@@ -123,7 +123,7 @@ async def test_a_model_that_makes_images_is_shown_its_newest_and_others_are_told
     assert ["One:\n[image/png: image-1.png]", "Two:\n[image/png: image-1.png]", "Three."] == told
 
 
-async def test_an_image_elsewhere_is_a_file_that_nobody_fetches(
+async def test_an_image_elsewhere_is_a_file_that_is_not_fetched(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     url = f"{model.url}/made/a.png"
@@ -203,7 +203,7 @@ async def test_what_was_made_goes_along_with_an_export_a_fork_and_a_rewind(
     assert ["Well?"] == [message["content"] for message in model.requests[-1]["messages"] if message["role"] == "user"]
 
 
-async def test_a_reply_that_is_asked_for_again_leaves_nothing_of_the_first_try(
+async def test_a_reply_that_is_requested_again_leaves_nothing_of_the_first_try(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     model.script(Answer((text("One:"), image(PNG + b"1"))).cut(after=2), stream(text("Two:"), image(PNG + b"2")))
@@ -316,7 +316,9 @@ async def test_the_offline_model_makes_an_image_and_names_a_source(served: Runni
     assert "reply_media" == too_many.run.error.metadata["limit"]
 
 
-async def test_nobody_reads_what_another_tenants_model_made(served: Running, session: str, model: OpenAIServer) -> None:
+async def test_content_of_another_tenants_model_cannot_be_read(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
     model.script(stream(image()))
     blob = (await turn(served, session, "Draw.")).reply.parts[0].blob
     with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -1,5 +1,5 @@
-"""What passes at a provider is repeated alike, whenever it comes; what does not is told at once. A reply that was cut
-at a limit runs none of its calls."""
+"""Transient failures of a provider are retried in the same way, whenever they come; others fail the run at once. A
+reply that was cut at a limit runs none of its calls."""
 
 import asyncio
 import json
@@ -67,7 +67,7 @@ async def test_what_passes_is_repeated_whenever_it_comes(
     assert model.requests[0] == model.requests[1]
 
 
-async def test_a_call_that_the_provider_could_not_read_is_asked_for_once_more(
+async def test_a_call_that_the_provider_could_not_read_is_requested_again(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     unread = error(400, "Failed to call a function.", code="tool_use_failed")
@@ -88,7 +88,7 @@ async def test_an_empty_reply_that_stays_is_a_typed_failure_that_names_the_reaso
     assert (done.run.usage.input_tokens, done.run.usage.output_tokens, done.run.usage.model_calls) == (21, 3, 3)
 
 
-async def test_a_try_from_which_nothing_came_is_no_model_call(served: Running, model: OpenAIServer) -> None:
+async def test_a_try_that_returned_nothing_does_not_count_as_a_model_call(served: Running, model: OpenAIServer) -> None:
     agent = await served.agents.CreateAgent(v1.CreateAgentRequest(agent=v1.Agent(llm=v1.LlmAgent(max_model_calls=1))))
     made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent=agent.name)))
     model.script(error(500), error(500), reply("Hi"))
@@ -109,9 +109,7 @@ async def test_a_provider_that_asks_for_more_time_than_there_is_is_not_asked_aga
     assert len(model.requests) == 1
 
 
-async def test_a_limit_that_can_never_be_met_is_told_at_once(
-    served: Running, session: str, model: OpenAIServer
-) -> None:
+async def test_a_limit_that_can_never_be_met_fails_at_once(served: Running, session: str, model: OpenAIServer) -> None:
     words = "Rate limit reached on tokens per min (TPM): Limit 10000, Requested 12000."
     model.script(error(429, words, code="rate_limit_exceeded"))
     done = await invoke(served, session)
@@ -138,7 +136,7 @@ async def test_a_run_can_be_cancelled_while_it_waits_to_repeat(
 async def test_what_a_call_took_that_a_halt_cuts_is_counted(
     served: Running, session: str, model: OpenAIServer, by: str
 ) -> None:
-    """As far as its provider had told: the newest counts, once."""
+    """As far as its provider reported it: the newest report counts, once."""
     told = {"prompt_tokens": 50, "completion_tokens": 1}, {"prompt_tokens": 50, "completion_tokens": 4}
     counts = b"".join(chunk({"content": ""}, usage=usage) for usage in told)
     model.script(Answer((counts, chunk({"content": "Hi"}), asyncio.Event())), reply("Done."))
@@ -240,7 +238,7 @@ async def summarising(served: Running, model: OpenAIServer) -> str:
 async def test_what_a_summary_took_that_came_to_nothing_is_counted(
     served: Running, model: OpenAIServer, trouble: Answer, failed: bool
 ) -> None:
-    """Whether it is asked for again or given up, in the run and in the session."""
+    """Whether it is requested again or given up, in the run and in the session."""
     session = await summarising(served, model)
     model.script(trouble, *([] if failed else [reply("In short.")]), reply("a2"))
     done = await invoke(served, session, "q2")
@@ -252,7 +250,7 @@ async def test_what_a_summary_took_that_came_to_nothing_is_counted(
 
 
 class Halfway:
-    """A model that tells of its second reply what it took so far, and then says nothing more."""
+    """A model that reports usage in its second reply, and then sends nothing more."""
 
     def __init__(self) -> None:
         self.told = asyncio.Event()
@@ -295,7 +293,7 @@ def calling(arguments: str) -> bytes:
 async def test_what_a_reply_took_that_is_too_large_is_counted(
     served: Running, session: str, model: OpenAIServer, piece: Callable[[str], bytes]
 ) -> None:
-    """As far as its provider told before; nothing more is read of it."""
+    """As far as its provider reported before; nothing more is read from it."""
     counts = chunk({"content": ""}, usage=COUNTED)
     model.script(Answer((counts, piece('{"a": "' + "x" * 600_000), piece("x" * 600_000), asyncio.Event())))
     done = await invoke(served, session)

@@ -103,7 +103,7 @@ async def test_a_rewind_into_what_was_left_behind_is_refused(served: Running, se
     assert (await rewind(served, session, 1)).last_sequence == 6
 
 
-async def test_a_rewind_wants_a_session_at_rest_and_the_head_it_was_told(
+async def test_a_rewind_needs_a_session_without_an_active_run_and_the_given_head(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     model.script(tool_calls(("weigh", "{}")), reply("Light."))
@@ -154,7 +154,7 @@ async def test_calls_that_were_open_there_are_cancelled(served: Running, session
     await agree(served, session)
 
 
-async def test_a_reply_is_generated_anew_or_the_question_edited(
+async def test_a_reply_is_generated_again_or_the_question_edited(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     """Rewind and start are one commit, and the model is shown what is left."""
@@ -249,7 +249,7 @@ async def test_only_a_sessions_state_has_a_past(served: Running, session: str) -
 
 
 async def test_a_fork_goes_on_by_itself(served: Running, session: str, model: OpenAIServer) -> None:
-    """Same sequences, message ids and runs; usage anew; deleting the source leaves it whole."""
+    """Same sequences, message ids and runs; usage starts at 0; deleting the source does not change it."""
     model.script(reply("Once."), reply("Elsewhere."), reply("Here."))
     await turn(served, session, "Hello", run_id="r1", state={"n": v1.Value(int_value=5)})
     made_of = v1.Session(display_name="Branch")
@@ -335,7 +335,7 @@ async def test_a_fork_refuses_what_it_cannot_be(served: Running, session: str) -
 
 
 async def test_a_watcher_sees_a_rewind(served: Running, session: str) -> None:
-    """Live as from the log: the watcher's view is that of whoever reads it later."""
+    """Live and from the log: a watcher's view equals that of a later reader."""
     options = v1.WatchOptions(keep_open=True)
     watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=session, after_sequence=0, options=options))
     view = SessionView()

@@ -1,4 +1,4 @@
-"""What goes wrong with a database while a server works on it is told as one typed error, waited for, and then over."""
+"""A failure of the database while a server works is one typed error; the server waits, and works again afterwards."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ from tests.support.small_disk import small_disk, small_log
 
 @dataclass
 class Place:
-    """A database of its own, and the user of a server in it, who is no superuser."""
+    """A separate database, and a user for the server in it, who is not a superuser."""
 
     admin: Any
     name: str
@@ -87,7 +87,7 @@ async def restarted(place: Place) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def timed_out(place: Place) -> AsyncIterator[None]:
-    """The operator's time-out ends statements, which wait for a lock that somebody holds."""
+    """The operator's time-out ends statements that wait for a lock of another connection."""
     await place.alter("SET statement_timeout = '50ms'")
     async with place.admin.transaction():
         await place.admin.execute("LOCK TABLE sessions, entries, states IN EXCLUSIVE MODE")
@@ -97,7 +97,7 @@ async def timed_out(place: Place) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def renamed(place: Place) -> AsyncIterator[None]:
-    """A table is gone, as in the middle of somebody's restore."""
+    """A table is missing, as during a restore."""
     await place.admin.execute("ALTER TABLE sessions RENAME TO elsewhere")
     yield
     await place.admin.execute("ALTER TABLE elsewhere RENAME TO sessions")
@@ -132,9 +132,7 @@ FAULTS: dict[str, Fault] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_fault_of_the_database_is_told_waited_for_and_over(
-    fault: str, place: Place, model: OpenAIServer
-) -> None:
+async def test_a_run_waits_until_a_fault_of_the_database_ends(fault: str, place: Place, model: OpenAIServer) -> None:
     """A write is STORE_UNAVAILABLE. A run whose reply comes meanwhile is neither lost nor failed, its model is asked
     once, and the write is made once when it is repeated."""
     held = asyncio.Event()
@@ -164,7 +162,7 @@ async def test_a_fault_of_the_database_is_told_waited_for_and_over(
 async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_twice(
     seed: int, place: Place, model: OpenAIServer
 ) -> None:
-    """Before a statement has reached the database, or when it has: no run is told FAILED that succeeded."""
+    """Before a statement has reached the database, or when it has: no run that succeeded is reported as FAILED."""
     chance, cuts = random.Random(seed), 0
     async with PostgresProxy(place.url) as proxy:
         url = proxy.url.replace("postgres@", f"{place.name}@")
@@ -204,7 +202,9 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
     assert cuts >= 3
 
 
-async def test_a_full_disk_is_told_waited_for_and_over(model: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_logged_and_the_run_waits_until_there_is_room(
+    model: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A caller's write is refused, and a run's commit is tried again. Each is made once when there is room, and the
     model is not asked again."""
     long = base64.b64encode(random.Random(0).randbytes(200_000)).decode()
@@ -245,7 +245,7 @@ async def test_a_full_disk_is_told_waited_for_and_over(model: OpenAIServer, monk
 
 
 async def test_a_full_write_ahead_log_loses_no_commit_and_makes_none_twice() -> None:
-    """PostgreSQL ends without an answer, and starts anew: what became of the last commit is asked for."""
+    """PostgreSQL ends without an answer and starts again: the server looks up the outcome of the last commit."""
     with small_log() as log:
         store = await PostgresStore.open(await log.server.new_database(), now)
         await create(store)

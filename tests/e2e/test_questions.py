@@ -161,8 +161,8 @@ def resolved(log: Sequence[v1.Event]) -> list[v1.InputResponse]:
 async def test_a_tool_asks_and_goes_on_with_the_answer(
     store_url: str, model: OpenAIServer, http: Http, transport: str
 ) -> None:
-    """The run waits and is found by whoever looks for runs that wait; the question, its form and the wait are one
-    commit, the answer and the going on another."""
+    """The run waits, and lists of waiting runs have it; the question, its form and the wait are one commit, the answer
+    and the continuation another."""
     model.script(tool_calls(("varnish", "{}")), reply("Done."))
     async with serving(store_url, model, over(transport, http)) as served:
         session = await session_with(served, of_mcp("m0", "varnish"))
@@ -220,7 +220,7 @@ async def test_a_tool_learns_whether_it_was_declined_or_dismissed(
     assert [decision] == [response.decision for response in resolved(await log_of(served, session))]
 
 
-async def test_a_question_that_nobody_answers_in_time_is_dismissed(served: Running, model: OpenAIServer) -> None:
+async def test_a_question_without_an_answer_in_time_is_dismissed(served: Running, model: OpenAIServer) -> None:
     model.script(tool_calls(("paint", "{}")), reply("Done."))
     session = await session_with(served, of_mcp())
     run = await start(served, session, limits=v1.Limits(input_timeout=Duration(nanos=50_000_000)))
@@ -359,7 +359,7 @@ async def test_a_second_question_of_a_call_comes_when_the_first_is_answered(
     assert {"accept", "cancel"} == set(results_of(model.requests[1])[0].split())
 
 
-async def test_a_tool_that_does_not_want_to_know_any_more_withdraws_its_question(
+async def test_a_tool_that_cancels_its_question_withdraws_it(
     served: Running, model: OpenAIServer, tmp_path: Path
 ) -> None:
     closing = asyncio.Event()
@@ -415,10 +415,10 @@ async def test_a_call_cancelled_alone_takes_its_question_along_and_the_others_go
     assert "DECISION_ANSWER warm" == results_of(model.requests[1])[1]
 
 
-async def test_a_run_that_is_to_end_after_its_turn_awaits_the_tool_and_asks_nobody(
+async def test_a_run_that_is_to_end_after_its_turn_awaits_the_tool_and_asks_no_person(
     served: Running, model: OpenAIServer
 ) -> None:
-    """The question is withdrawn at once, the tool is told that nobody chose, and its result is kept."""
+    """The question is withdrawn at once, the tool gets DECISION_CANCEL, and its result is kept."""
     model.script(tool_calls(("prime_and_paint", "{}")))
     session = await session_with(served, of_mcp())
     run = await start(served, session)
@@ -595,7 +595,7 @@ async def test_a_question_that_cannot_be_asked_fails_its_call(
     assert told in results_of(model.requests[1])[0]
 
 
-async def test_what_is_left_of_a_tool_whose_call_is_over_asks_nobody(served: Running, model: OpenAIServer) -> None:
+async def test_a_tool_whose_call_has_ended_cannot_ask(served: Running, model: OpenAIServer) -> None:
     model.script(tool_calls(("keep", "{}")), reply("Done."))
     session = await session_with(served, of_server("keep"))
     assert (await start(served, session)).state == v1.Run.STATE_SUCCEEDED
@@ -621,7 +621,7 @@ async def test_the_client_answers_with_what_becomes_the_form_or_dismisses(served
 async def test_a_stop_does_not_wait_for_people_and_the_call_goes_the_way_of_lost_ones(
     tmp_path: Path, model: OpenAIServer, http: Http, policy: v1.Tool.OnInterrupt.ValueType
 ) -> None:
-    """Whoever answers what the process before asked is told that nobody takes it."""
+    """An answer to a question of the previous process is refused."""
     model.script(tool_calls(("paint", "{}")), reply("Done."))
     store = f"sqlite:{tmp_path / 'notecase.db'}"
     async with asyncio.timeout(60):
@@ -679,7 +679,7 @@ async def test_a_kill_while_one_tool_asks_and_another_works_loses_both_to_their_
 
 
 async def test_a_tool_that_a_call_adds_can_be_called_in_the_same_run(store_url: str, model: OpenAIServer) -> None:
-    """The server says that its tools have changed, and the model is shown them anew."""
+    """The server announces that its tools have changed, and the model gets the new ones."""
     async with serving(store_url, model, stdio()) as served:
         session = await session_with(served, of_mcp())
         model.script(tool_calls(("grow", '{"name": "later"}')), tool_calls(("later", '{"text": "x"}')), reply("ok"))

@@ -248,7 +248,7 @@ async def test_what_is_read_at_once_is_bounded(served: Running, model: OpenAISer
 
 @pytest.mark.parametrize("size", [SHOWN_BYTES + 100, 300_000], ids=["text", "a blob"])
 async def test_a_result_is_read_whole_piece_by_piece(served: Running, model: OpenAIServer, size: int) -> None:
-    """Between characters, whatever the bytes asked for; and what was read is shown whole."""
+    """Between characters, whatever the requested bytes; the part that was read is shown completely."""
     session = await opened(served)
     whole = page(7, size)
     model.script(asks((7, size)), reply("ok"))
@@ -285,7 +285,9 @@ async def test_a_result_is_read_whole_piece_by_piece(served: Running, model: Ope
         ({"result": "{name}", "length": 1}, "page\n[Bytes 0 to 4 of "),
     ],
 )
-async def test_what_cannot_be_read_is_told(served: Running, model: OpenAIServer, arguments: object, told: str) -> None:
+async def test_the_model_reads_why_read_result_failed(
+    served: Running, model: OpenAIServer, arguments: object, told: str
+) -> None:
     names = []
     for _ in range(2):
         session = await opened(served)

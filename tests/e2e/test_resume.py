@@ -83,7 +83,7 @@ class Follower:
         self.cuts = 0
 
     async def follow(self, session: str) -> None:
-        """Until the cuts are used up and the run that was told of last has ended."""
+        """Until all cuts have happened and the last known run has ended."""
         while self.cuts < CUTS:
             frames = self._chance.randrange(1, 12)
             call = self.runs.Run()
@@ -140,7 +140,8 @@ class Follower:
             await self._send(session, v1.RunRequest(start=opening(session)), call)
 
     async def _send(self, session: str, command: v1.RunRequest, call: Any) -> None:
-        """On the stream, perhaps into its end; then beside it, where it is a repeat if it arrived before."""
+        """On the stream, perhaps during its end; then as a separate call, which is a repeat if the first one
+        arrived."""
         self._commands += 1
         command.command_id = f"c{self._commands}"
         if call is not None:
@@ -256,7 +257,7 @@ async def test_hundreds_of_broken_connections_are_mended_by_the_client(
 
 
 class Held:
-    """A model that says what it is handed, piece by piece, and fails as it is told to."""
+    """A model that says the given text piece by piece, and fails on request."""
 
     def __init__(self) -> None:
         self.pieces: asyncio.Queue[Delta | Exception] = asyncio.Queue()
@@ -337,7 +338,7 @@ async def test_a_reply_that_is_cut_with_nothing_to_keep_is_forgotten(case: Runni
 async def test_a_command_whose_stream_breaks_while_it_commits_is_carried_out_whole(
     case: Running, held: Held, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """The run goes on by itself: nobody has to send the command again."""
+    """The run continues by itself: the command need not be sent again."""
     store = case.server._store
     commit, reached, go_on = store.commit, asyncio.Event(), asyncio.Event()
 
@@ -375,8 +376,8 @@ async def test_a_command_whose_stream_breaks_while_it_commits_is_carried_out_who
 
 
 async def test_the_time_without_company_begins_when_the_last_stream_has_left(case: Running, held: Held) -> None:
-    """However long it was attached. Other runs that nobody follows tell the time: one outlasts what the first run may
-    be alone, one is cancelled long before that has passed again."""
+    """However long it was attached. Other runs without a stream measure the time: one lasts longer than the first run
+    may be alone, one is cancelled long before that time has passed again."""
 
     async def alone(name: str, seconds: float) -> v1.Run:
         start = v1.StartRun(new_session=v1.Session(name=f"sessions/{name}", agent="agents/clerk"), run_id=name)

@@ -31,7 +31,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def served(store_url: str, model: OpenAIServer, clock: ManualClock) -> AsyncIterator[Running]:
-    """A server whose time stands still until it is told to go on."""
+    """A server with a clock that only the test advances."""
     async with running(store_url, {"openai": OpenAIProvider("test-key", model.url, "stub-1")}, clock=clock) as server:
         yield server
 
@@ -70,7 +70,7 @@ async def exists(served: Running, name: str) -> bool:
 
 
 async def test_a_session_is_deleted_when_its_time_has_come(served: Running, clock: ManualClock) -> None:
-    """Its watchers are told, and others stay."""
+    """Its watchers receive an error, and other sessions stay."""
     short, long = await opened(served, ttl=Duration(seconds=60)), await opened(served, ttl=Duration(seconds=61))
     assert short.expire_time == in_seconds(clock, 60)
     assert not short.HasField("ttl")
@@ -171,7 +171,7 @@ async def test_a_time_that_cannot_be_is_refused(served: Running, agent: str, fie
     assert fields_of(refused.value) == {f"start.new_session.{wrong}"}
 
 
-async def test_a_fork_has_an_end_of_its_own(served: Running, clock: ManualClock) -> None:
+async def test_a_fork_and_its_source_expire_separately(served: Running, clock: ManualClock) -> None:
     """The source's is not its own, and one that cannot be is refused as at a creation."""
     source = await opened(served, ttl=Duration(seconds=60))
     fork = await served.sessions.ForkSession(v1.ForkSessionRequest(name=source.name))

@@ -242,7 +242,7 @@ async def test_an_idempotency_key_belongs_to_one_call_of_one_session(served: Run
 
 @pytest.mark.parametrize("function", ["meet", "meet_in_threads"])
 async def test_calls_of_one_reply_run_at_once(served: Running, model: OpenAIServer, function: str) -> None:
-    """Each waits for the other, so one after the other would wait for ever."""
+    """Each waits for the other, so run in turn they would wait forever."""
     session = await session_with(served, function)
     model.script(tool_calls((function, "{}"), (function, "{}")), reply("They met."))
     await invoke(served, session)
@@ -260,7 +260,7 @@ async def test_a_call_that_takes_too_long_fails(served: Running, model: OpenAISe
 
 @pytest.mark.parametrize("limit", [None, Duration(seconds=3600)])
 @pytest.mark.parametrize("function", ["crash", "time_out_by_itself"])
-async def test_of_a_defect_the_model_is_told_only_that_the_tool_failed(
+async def test_the_model_reads_only_that_a_tool_with_a_defect_failed(
     served: Running, model: OpenAIServer, function: str, limit: Duration | None
 ) -> None:
     """The server's log has the rest; nothing of it is in the session."""
@@ -370,7 +370,7 @@ async def test_a_model_that_never_learns_ends_at_its_limit(
     log = await log_of(served, session)
     ended = ended_calls(log)
     assert [call.outcome for call in ended] == [FAILED] * 100
-    begun = arguments == '{"fact": 7}'  # only the tool itself knows of what types it wants them
+    begun = arguments == '{"fact": 7}'  # only the tool itself knows their types
     assert len([event for event in log if event.HasField("tool_started")]) == 100 * begun
     assert len(results_of(model.requests[-1])) == 99, "each is shown its failures"
     assert await state_of(served, session) == {}

@@ -1,6 +1,6 @@
-"""The sessions of two tenants under whatever their callers do to them, in any order and at once, through restarts and
+"""The sessions of two tenants with all kinds of calls, in any order and concurrently, through restarts and
 kills of their server, failures of its store and deletions: a log only grows, each run ends once, each call is answered
-once, and all that is told can be told from the log."""
+once, and everything that watchers receive follows from the log."""
 
 import asyncio
 import shutil
@@ -65,13 +65,13 @@ class Doors:
         return self._open
 
     def busy(self, model: OpenAIServer) -> bool:
-        """Whether somebody waits here who was not let through and has not gone away."""
+        """Whether a call waits here that was neither released nor cancelled."""
         gone = [received.body for received in model.received if received.left.is_set()]
         waits = [body for body, event in self._held if not event.is_set() and not any(body is left for left in gone)]
         return bool(waits or self.lingering)
 
     def open(self, always: bool = False) -> None:
-        """Lets those through who wait; with `always` nobody is to wait any more."""
+        """Releases the waiting calls; with `always` later calls do not wait."""
         self.always = always
         self._open.set()
         if not always:
@@ -236,8 +236,8 @@ ACCEPTED = {
 
 
 class Case:
-    """A session of one tenant, as its callers know it. Two watchers follow it: one from the beginning of the log, after
-    each start of the server anew, and a laggard, who reads now and then and comes back to where it was."""
+    """A session of one tenant, as its callers know it. Two watchers follow it: one from the beginning of the log, again
+    after each start of the server, and a slow one, which reads now and then and resumes where it was."""
 
     def __init__(self, tenant: str, doors: Doors) -> None:
         self.tenant = tenant
@@ -299,7 +299,8 @@ class Case:
             assert reason_of(missing.value) == "SESSION_NOT_FOUND"
 
     def follow(self, served: Running) -> None:
-        """Watches from the beginning: it must be told what was told before. The laggard comes back where it was."""
+        """Watches from the beginning: it must receive the same events as before. The slow watcher resumes where it
+        was."""
         self.served = served
         self.told = []
         self.view = SessionView(0)
@@ -358,13 +359,13 @@ class Case:
         self.keep()
 
     def keep(self) -> None:
-        """The log as it was known is the beginning of the log as it is told now."""
+        """The log as it was known is the beginning of the log as it is sent now."""
         assert self.told[: len(self.log)] == self.log[: len(self.told)]
         if len(self.told) > len(self.log):
             self.log = list(self.told)
 
     def cut(self, count: int) -> None:
-        """The server was killed when it had so many events: what was told is among them."""
+        """The server was killed when it had so many events; those that were sent are among them."""
         self.log = self.log[:count]
         if (self.late.last_sequence or 0) > count:  # it went on reading from the server that was taken for dead
             self.late = SessionView(0)
@@ -520,7 +521,7 @@ class Case:
             return reason_of(refused)
 
     async def on_stream(self, command: v1.RunRequest, run: str) -> v1.CommandResult | str:
-        """On a stream of its own, attached to the run meant where there is one."""
+        """On a separate stream, attached to the run if there is one."""
         options = v1.WatchOptions(keep_open=True)
         call = self.served.runs.Run(metadata=self.metadata)
         await call.write(v1.RunRequest(attach=v1.AttachRun(name=run or SESSION, options=options)))
@@ -605,7 +606,7 @@ async def read_all(store: Store, key: SessionKey) -> list[v1.Event]:
 
 
 class SessionMachine(RuleBasedStateMachine):
-    """Everything happens while a rule runs: in between, the loop stands still."""
+    """Everything happens while a rule runs: in between, the loop does not run."""
 
     place: type[SqliteFiles | PostgresDatabase] = SqliteFiles
 
@@ -654,7 +655,7 @@ class SessionMachine(RuleBasedStateMachine):
                 raise AssertionError("a watcher's stream ended")
 
     async def settle(self) -> None:
-        """Until nothing goes on by itself: the runs have ended or wait, or somebody is held at the doors."""
+        """Waits until nothing continues by itself: the runs have ended or wait, or a call is held at a gate."""
         heads = [(case, await case.head()) for case in self.cases.values()]
 
         def still() -> bool:
@@ -713,7 +714,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(whose=WHOSE, starts=st.lists(st.tuples(TEXTS, NUMBERS), min_size=2, max_size=3))
     def starts_wait_in_line(self, whose: str, starts: list[tuple[str, int]]) -> None:
-        """Each brings state of its own, which is set when its turn has come."""
+        """Each has its own state, which is set when it starts."""
 
         async def work() -> None:
             for text, state in starts:
@@ -761,7 +762,7 @@ class SessionMachine(RuleBasedStateMachine):
     ) -> None:
         """Under its name, while callers still mean the one before."""
 
-        async def anew() -> None:
+        async def again() -> None:
             case = self.cases[whose]
             if work is not None:
                 await self.in_peace(whose, "start", {"text": work, "on_busy": INTERRUPT, "run_id": "", "state": 1})
@@ -771,7 +772,7 @@ class SessionMachine(RuleBasedStateMachine):
             await case.make(self.served)
             await self.settle()
 
-        self.do(anew())
+        self.do(again())
 
     @rule(kill=st.booleans(), whose=WHOSE, work=st.none() | TEXTS, command=st.none() | COMMANDS)
     def the_server_is_started_again(
@@ -792,7 +793,7 @@ class SessionMachine(RuleBasedStateMachine):
     # ---- what always holds
 
     @invariant()
-    def all_that_is_told_is_in_the_log(self) -> None:
+    def everything_sent_is_in_the_log(self) -> None:
         self.do(self.compare_all())
 
     async def compare_all(self) -> None:
@@ -885,8 +886,8 @@ def version_of(log: list[v1.Event]) -> int:
 
 
 def check_log(log: list[v1.Event]) -> None:
-    """A run has at most one end and does nothing after it; a call is asked for before it is begun or ended, ended at
-    most once, and not begun after."""
+    """A run has at most one end and does nothing after it; a call is in a message before it starts or ends, ends at
+    most once, and does not start after that."""
     asked: dict[str, str] = {}
     done: set[str] = set()
     ended: set[str] = set()

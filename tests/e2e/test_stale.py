@@ -148,7 +148,7 @@ class GatedProvider:
 
 
 async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
-    """The same on one memory store, where nothing but the epoch stands between the two."""
+    """The same on one store in memory, where only the epoch separates the two."""
     store = MemoryStore(now)
     key = SessionKey("default", "case", new_uid())
     await store.create_agent("default", "clerk", v1.Agent(llm=v1.LlmAgent()))

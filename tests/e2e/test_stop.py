@@ -42,7 +42,7 @@ async def test_a_tool_that_does_not_stop_does_not_keep_the_process(
     assert "server_left" in log
 
 
-async def test_a_tool_that_does_not_heed_its_time_out_keeps_neither_its_run_nor_the_process(
+async def test_a_tool_that_ignores_its_time_out_delays_neither_its_run_nor_the_process(
     tmp_path: Path, model: OpenAIServer
 ) -> None:
     """The call fails, the run comes to its end, and the log names the tool that goes on."""

@@ -80,6 +80,7 @@ async def test_a_second_server_waits_for_the_end_of_the_first(store: str, tmp_pa
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await v1.SessionServiceStub(channel).ListSessions(v1.ListSessionsRequest())
         assert "STORE_UNAVAILABLE" == reason_of(refused.value)
+        assert "on standby" in str(refused.value.details())
         third = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store, "--no-wait")
         assert 1 == third.code
         assert third.err.splitlines()[-1].startswith(f"Error: The store is in use: {owner} (")

@@ -82,7 +82,7 @@ async def test_a_reply_by_a_schema_is_one_json_part_and_a_typed_note(
     assert (await run_of(served, session)).state == v1.Run.STATE_SUCCEEDED
 
 
-async def test_an_invalid_reply_is_discarded_and_asked_for_once_more(served: Running, model: OpenAIServer) -> None:
+async def test_an_invalid_reply_is_discarded_and_requested_once_more(served: Running, model: OpenAIServer) -> None:
     """The model sees its own reply and what is wrong; both calls are on the bill; only the second reply is kept."""
     session = await opened(served)
     bad = '{"suspect": 7, "sightings": [], "alibi": null}'
@@ -137,7 +137,7 @@ async def test_two_invalid_replies_fail_the_run(served: Running, model: OpenAISe
     assert model.requests[2]["messages"][1] == {"role": "assistant", "content": bad}
 
 
-async def test_a_reply_cut_off_at_its_limit_is_not_asked_for_again(served: Running, model: OpenAIServer) -> None:
+async def test_a_reply_cut_off_at_its_limit_is_not_requested_again(served: Running, model: OpenAIServer) -> None:
     session = await opened(served)
     model.script(reply(VERDICT[:40], finish="length"))
     await driven(served, session)
@@ -159,7 +159,7 @@ async def test_a_refusal_is_a_reply(served: Running, model: OpenAIServer) -> Non
     assert len(model.requests) == 1
 
 
-async def test_text_beside_calls_stays_text_and_the_reply_after_them_is_json(
+async def test_text_next_to_calls_stays_text_and_the_reply_after_them_is_json(
     served: Running, model: OpenAIServer
 ) -> None:
     session = await opened(served, tools=[v1.Tool(name="look", client=v1.ClientTool())])
@@ -185,8 +185,8 @@ async def test_text_beside_calls_stays_text_and_the_reply_after_them_is_json(
     assert await note(served, session) == TYPED
 
 
-async def test_words_beside_a_refusal_stay_text_and_make_no_note(served: Running, model: OpenAIServer) -> None:
-    """They are not what the schema asks for, and nobody has looked at them."""
+async def test_words_next_to_a_refusal_stay_text_and_store_nothing(served: Running, model: OpenAIServer) -> None:
+    """They do not match the schema, and were not checked."""
     session = await opened(served)
     model.script(stream(chunk({"content": "Let me think."}), chunk({"refusal": "I had rather not."})))
     await driven(served, session)
@@ -236,7 +236,7 @@ async def test_the_offline_model_answers_by_a_schema(served: Running) -> None:
 
 
 @pytest.mark.parametrize("schema", ["{", "[1]", '{"type": "strin"}', '{"$ref": "https://example.org/s"}', "x" * 70_000])
-async def test_an_agent_with_what_is_no_schema_is_refused(served: Running, schema: str) -> None:
+async def test_an_agent_with_an_invalid_schema_is_refused(served: Running, schema: str) -> None:
     await opened(served)
     broken = v1.Agent(name="agents/judge", llm=v1.LlmAgent(output_schema=schema))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -267,7 +267,7 @@ async def test_callers_may_send_json_which_the_model_reads_as_text(
 
 
 @pytest.mark.parametrize("text", ["", "{", "NaN", "{} {}", "[" * 100_000])
-async def test_what_is_no_json_is_no_json_part(served: Running, session: str, text: str) -> None:
+async def test_text_that_is_not_json_is_not_a_json_part(served: Running, session: str, text: str) -> None:
     request = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[v1.Part(json=text)])])
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await served.messages.AppendMessages(request)

@@ -55,7 +55,7 @@ def client_tool(name: str, requires_approval: bool = False) -> v1.Tool:
 
 
 def model_that_calls(*tools: str) -> OpenAIServer:
-    """Asks for these tools at once when told to go, and talks otherwise."""
+    """Calls these tools at once if the message says so, and replies with text otherwise."""
 
     def answer(body: Json) -> Answer:
         last = body["messages"][-1]
@@ -144,7 +144,8 @@ async def restarted(place: Path | str, model: OpenAIServer) -> AsyncIterator[str
 
 
 class Caller:
-    """Somebody who does what a run waits for. Everything carries an id, so that another may begin anew at any time."""
+    """A caller that answers what a run waits for. Everything has an id, so that another caller can repeat it at any
+    time."""
 
     def __init__(self, channel: grpc.aio.Channel, interrupted: Decision = APPROVE) -> None:
         self.runs = v1.RunServiceStub(channel)
@@ -247,7 +248,7 @@ STORIES = {
 
 
 class Call(NamedTuple):
-    """What a log tells of one call."""
+    """The events of one call in a log."""
 
     attempts: list[int]
     ends: list[v1.ToolCall]
@@ -340,7 +341,7 @@ async def test_killed_at_a_commit_the_next_server_finishes(
                 await story.tell(Caller(channel))
             except grpc.aio.AioRpcError as cut:
                 assert cut.code() == grpc.StatusCode.UNAVAILABLE, cut
-            # Not cut, when the end was in the store and a reader told of it in the moment before the kill.
+            # Not cut if the end was in the store and was sent just before the kill.
             await server.death()
         before = await stored(store)
         async with restarted(store, model) as address, grpc.aio.insecure_channel(address) as channel:
@@ -508,8 +509,8 @@ async def test_a_is_kept_and_b_treated_as_its_policy_says(tmp_path: Path, cut: C
 
 
 async def test_a_server_that_stops_in_good_order_lets_its_tools_finish(tmp_path: Path) -> None:
-    """SIGTERM while a tool is at work: its result is on record before the process ends, and nobody has to be asked what
-    became of it."""
+    """SIGTERM while a tool runs: its result is recorded before the process ends, and no person has to be asked about
+    it."""
     async with model_that_calls("b") as model, Gate() as gate:
         env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url, GATE: str(gate.port)}
         async with await Crashing.launch(tmp_path, env=env) as server:
@@ -528,7 +529,7 @@ async def test_a_server_that_stops_in_good_order_lets_its_tools_finish(tmp_path:
     assert [call.outcome for _, made in calls_of(log).values() for call in made.ends] == [SUCCEEDED]
 
 
-async def test_a_run_that_waits_is_cancelled_for_want_of_company_after_a_restart_too(tmp_path: Path) -> None:
+async def test_a_waiting_run_without_a_stream_is_cancelled_after_a_restart_too(tmp_path: Path) -> None:
     """A stream follows it for as long as the first server lives, and none the second's."""
     async with model_that_calls("b") as model:
         async with restarted(tmp_path, model) as address, grpc.aio.insecure_channel(address) as channel:

@@ -197,8 +197,8 @@ async def wait_again(served: Running, run: v1.Run) -> v1.Run:
 async def test_a_forced_choice_holds_until_its_call_has_an_outcome(
     served: Running, forced: str, model: OpenAIServer, approved: bool
 ) -> None:
-    """Over a failed try and the call of another tool; then the model may speak, and the user's next message begins it
-    anew."""
+    """Over a failed try and the call of another tool; then the model may reply with text, and the choice applies again
+    after the user's next message."""
     model.script(error(503), tool_calls(("look", "{}")), tool_calls(("weigh", "{}")), reply("1 kg."), reply("Again."))
     run = (await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=forced, messages=[said("Go")])))).run
     (look,) = run.pending_calls
@@ -220,10 +220,10 @@ async def test_a_forced_choice_holds_until_its_call_has_an_outcome(
     assert [FORCED] * 3 + ["auto", FORCED] == choices(model)
 
 
-async def test_a_forced_choice_begins_anew_with_what_a_user_says_meanwhile(
+async def test_a_forced_choice_applies_again_after_a_users_message(
     served: Running, forced: str, model: OpenAIServer
 ) -> None:
-    """What is said while the call waits is a message of its own behind the call's result."""
+    """Input that comes while the call waits is a separate message after the call's result."""
     model.script(tool_calls(("weigh", "{}")), tool_calls(("weigh", "{}")))
     run = (await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=forced, messages=[said("Go")])))).run
     said_more = v1.RunRequest(input=v1.UserInput(messages=[said("The other one.")]))
@@ -250,7 +250,7 @@ async def test_a_result_for_a_call_of_another_session_is_refused(
 
 @pytest.fixture
 async def careful(served: Running) -> str:
-    """A session whose agent may pay only when somebody approves, and may ask."""
+    """A session whose agent may pay only with an approval, and may ask."""
     tools = [
         client_tool("pay", requires_approval=True),
         v1.Tool(name="ask", server=v1.ServerTool(function="ask_user")),
@@ -339,7 +339,7 @@ async def test_a_question_is_answered_by_a_person(served: Running, careful: str,
     assert results_of(model.requests[1]) == ["The old one."]
 
 
-async def test_an_answer_of_the_wrong_kind_and_one_that_nobody_waits_for_are_refused(
+async def test_an_answer_of_the_wrong_kind_and_one_without_a_question_are_refused(
     served: Running, careful: str, model: OpenAIServer
 ) -> None:
     model.script(tool_calls(("pay", "{}")))
@@ -548,8 +548,8 @@ async def test_a_start_may_interrupt_the_run_before_it(served: Running, session:
 async def test_a_start_that_interrupts_comes_before_those_that_wait(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """The end of the one and the start of the other are one commit, so that nobody who is queued comes between and is
-    interrupted too."""
+    """The end of the one and the start of the other are one commit, so that no queued run comes between and is
+    interrupted, too."""
     go_on = asyncio.Event()
     model.script(reply("Never.").held(asyncio.Event()), reply("Now.").held(go_on), reply("Queued."))
     await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
@@ -572,7 +572,7 @@ async def test_a_start_that_interrupts_comes_before_those_that_wait(
     assert started["now"].create_time == ends["one"].create_time
 
 
-async def test_a_start_that_interrupts_may_want_the_log_as_it_was(
+async def test_a_start_that_interrupts_may_require_the_last_sequence(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     """`if_last_sequence` is of the log before the interruption: when it misses nothing is stopped, and when it does not
@@ -623,7 +623,7 @@ async def test_a_run_out_of_time_fails_and_keeps_what_came(served: Running, sess
     assert listed.messages[-1].parts[0].text == "Half"
 
 
-async def test_who_is_not_answered_in_time_is_denied_and_late_calls_fail(
+async def test_approvals_without_an_answer_in_time_are_denied_and_late_calls_fail(
     served: Running, careful: str, session: str, model: OpenAIServer
 ) -> None:
     soon = v1.Limits(input_timeout=Duration(nanos=50_000_000))
@@ -635,7 +635,7 @@ async def test_who_is_not_answered_in_time_is_denied_and_late_calls_fail(
     assert "in time" in results_of(model.requests[3])[0]
 
 
-async def test_a_run_that_nobody_follows_is_cancelled_when_it_said_so(
+async def test_a_run_without_a_stream_is_cancelled_if_it_was_started_so(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     model.script(reply("Never.").held(asyncio.Event()))
@@ -789,7 +789,7 @@ def without_messages(session: str, on_busy: v1.StartRun.OnBusy.ValueType) -> v1.
 async def test_a_start_with_nothing_to_say_goes_on_where_the_run_that_it_stops_was(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """What a run under way leaves always wants an answer: here a call's outcome, as it does once the run has ended."""
+    """An active run always leaves something to answer: here a call's outcome, as when the run has ended."""
     model.script(tool_calls(("weigh", "{}")), reply("Unweighed."))
     start = start_with(session, client_tool("weigh"), run_id="one")
     await served.runs.Invoke(v1.InvokeRequest(start=start))

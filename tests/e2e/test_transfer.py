@@ -166,7 +166,7 @@ async def test_the_client_takes_a_session_along(served: Running, case: str) -> N
             await client.import_session(pieces[:-1])
 
 
-async def test_a_large_session_is_no_matter_of_memory(tmp_path: Path) -> None:
+async def test_memory_does_not_grow_with_the_session(tmp_path: Path) -> None:
     """It is written and read in pieces, waits on disk, and is not held while its log is replayed."""
     server = await Spawned.start(f"sqlite:{tmp_path / 'large.db'}", tmp_path / "log")
     try:
@@ -194,7 +194,8 @@ def _peak(server: Spawned) -> int:
 
 
 async def test_content_goes_along_or_must_be_there(served: Running, session: str, tmp_path: Path) -> None:
-    """Each blob once, whoever uploaded it how; without it nothing is imported where it is not."""
+    """Each blob is in it once, however it was uploaded; if the file has no content, a server without the blob refuses
+    the import."""
     large = bytes(range(256)) * 3000
     parts = [v1.Part(data=v1.InlineData(data=data, media_type="application/pdf")) for data in (large, b"a", large)]
     for part in parts:
@@ -220,7 +221,7 @@ async def test_content_goes_along_or_must_be_there(served: Running, session: str
 
 
 async def test_content_that_is_not_what_its_name_says_is_refused(served: Running, session: str) -> None:
-    """By whoever made the file, its checksum right."""
+    """A file that was changed, with a correct checksum."""
     part = v1.Part(data=v1.InlineData(data=b"honest", media_type="application/pdf"))
     message = v1.Message(parts=[part])
     await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=[message]))

@@ -27,7 +27,7 @@ begin and end transactions, and pages of the write-ahead log."""
 
 @contextmanager
 def asked(store: SqliteStore) -> Iterator[list[str]]:
-    """Fills with what the store is asked for."""
+    """Collects the calls of the store."""
     seen: list[str] = []
     ask = store._ask
 
@@ -61,7 +61,7 @@ async def test_a_turn_asks_little_of_the_store(
     known: Authenticator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module, name in ((serve, "EXPIRY_SECONDS"), (serve, "PROBE_SECONDS"), (upkeep, "REPAIR_SECONDS")):
-        monkeypatch.setattr(module, name, 3600.0)  # what is done beside the turn is not counted
+        monkeypatch.setattr(module, name, 3600.0)  # work outside of the turn is not counted
     monkeypatch.setattr(sqlite, "CHECKPOINT_WRITES", 1000)  # after one the log would begin again
     scrubbed, scrub = asyncio.Event(), SqliteStore.scrub
 

@@ -1,4 +1,4 @@
-"""Work that nobody waits for: whatever fails once, it is done, or it becomes a fact in the log."""
+"""Work that no caller waits for: after a failure it is retried until it is done, or the log has the failure."""
 
 import asyncio
 import sqlite3
@@ -222,7 +222,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Talking(Model):
-    """Writes a line to the log for each request, as a provider may that knows nothing of runs."""
+    """Writes a line to the log for each request, as a provider without knowledge of runs may."""
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         structlog.get_logger().info("model_asked")
@@ -232,7 +232,7 @@ class Talking(Model):
 
 
 async def test_the_lines_of_a_run_have_its_own_ids_and_none_of_a_call(store_url: str) -> None:
-    """Whoever began it: a call, the end of the run before it in the queue, or the answer to a call of the model."""
+    """Whatever started it: a call, the end of the run before it in the queue, or the answer to a call of the model."""
     model = Talking()
     with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
         async with running(store_url, {"model": model}) as served:
@@ -303,7 +303,7 @@ async def test_a_takeover_outlives_a_store_that_fails_once(tmp_path: Path, fault
             assert SUCCEEDED == (await ended(served, run, session)).state
 
 
-# What is refused for good.
+# Permanent refusals.
 
 
 def starts(run: str) -> Callable[[Commit], bool]:
@@ -311,7 +311,7 @@ def starts(run: str) -> Callable[[Commit], bool]:
 
 
 @pytest.mark.parametrize("refuse", [lambda: errors.not_found("blob", "blobs/gone"), lambda: errors.invalid([])])
-async def test_a_queued_start_that_is_refused_for_good_fails_and_the_next_has_its_turn(
+async def test_a_queued_start_that_is_permanently_refused_fails_and_the_next_one_follows(
     refuse: Callable[[], NotecaseError],
 ) -> None:
     model = Model()
@@ -347,7 +347,7 @@ async def test_a_queued_start_that_breaks_the_server_fails_and_the_next_has_its_
 
 
 async def test_a_poisoned_queue_that_a_start_of_the_server_finds_is_repaired(tmp_path: Path) -> None:
-    """Its own commit is refused for good from then on, so that the queued start can never begin."""
+    """Its commit is refused permanently from then on, so the queued start can never begin."""
     url = f"sqlite:{tmp_path / 'n.db'}"
     before = Model()
     async with running(url, {"model": before}, grace=0.1) as served:
@@ -429,7 +429,7 @@ async def ended_after(served: Running, run: str, session: str) -> v1.Run:
     return await ended(served, run, session)
 
 
-async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
+async def test_a_cancellation_without_a_request_fails_the_run() -> None:
     """The provider raises it; and a command in which it is raised is answered."""
     model = Model()
     inner = await open_store("memory:", now)
@@ -458,7 +458,7 @@ async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
 # Damage.
 
 
-async def test_one_damaged_session_of_a_hundred_keeps_nobody_from_going_on(tmp_path: Path) -> None:
+async def test_one_damaged_session_of_a_hundred_does_not_stop_the_others(tmp_path: Path) -> None:
     url = f"sqlite:{tmp_path / 'n.db'}"
     before = Model()
     names = [f"s{number}" for number in range(100)]
@@ -558,7 +558,7 @@ async def test_a_start_in_place_of_a_run_that_waits_is_refused_before_anything_i
         assert waits == await rests(served, "one")
 
 
-async def test_waiting_for_a_place_is_no_time_at_work() -> None:
+async def test_waiting_for_a_slot_does_not_count_as_running() -> None:
     """Neither for running_duration nor for Limits.timeout, by a clock that moves only meanwhile."""
     time, model = ManualClock(), Model()
     async with running("memory:", {"model": model}, max_runs=1, clock=time) as served:
@@ -613,7 +613,7 @@ async def prepared_session(served: Running, session: str) -> None:
     await served.sessions.CreateSession(request)
 
 
-async def test_who_waits_for_a_run_hears_of_the_deletion_of_its_session_at_once() -> None:
+async def test_waits_for_a_run_end_at_once_when_its_session_is_deleted() -> None:
     model = Model()
     async with running("memory:", {"model": model}, pace=Pace(poll=3600.0)) as served:
         await prepared(served)

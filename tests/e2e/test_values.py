@@ -1,5 +1,5 @@
-"""Every kind of value and every edge of it through the real channel: what is read, told and restarted with is what was
-put, to the bit, and so is its JSON."""
+"""Every kind of value, with its extremes, over the real channel: a value that is read, sent to watchers or read after a
+restart equals the stored one exactly, and so does its JSON."""
 
 import json
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ async def read_all(served: Running) -> None:
     check({op.key: op.set for op in event.state_changed.ops})
 
 
-async def test_what_was_put_is_read_and_told(store_url: str) -> None:
+async def test_values_that_were_put_are_read_and_sent_to_watchers(store_url: str) -> None:
     """In all three scopes; a key that holds an empty map is there, and one that was never put is not."""
     async with running(store_url) as served:
         await put_all(served)

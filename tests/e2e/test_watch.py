@@ -71,7 +71,7 @@ async def test_beyond_the_head_is_refused_with_the_head(served: Running, session
     assert (reason_of(refused.value), metadata_of(refused.value)) == ("SEQUENCE_AHEAD", {"last_sequence": "5"})
 
 
-async def test_who_attaches_in_mid_stream_gets_the_log_then_the_open_blocks_whole_then_the_rest(
+async def test_a_watcher_in_mid_stream_gets_the_log_then_the_open_blocks_then_the_rest(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     """Watchers that came at different times end with equal views, byte for byte, with text that is not ASCII."""
@@ -233,7 +233,7 @@ async def test_what_is_written_past_this_server_is_found_by_a_look_into_the_stor
 
 
 class Asked:
-    """A store that says when somebody was told about a run."""
+    """A store that reports when a run was read."""
 
     def __init__(self, store: Store) -> None:
         self.told = asyncio.Event()
@@ -270,8 +270,9 @@ async def test_the_end_of_a_run_that_is_written_past_this_server_ends_a_wait(sto
         assert v1.Run.STATE_CANCELLED == (await wait).state
 
 
-async def test_the_state_of_an_app_is_told_to_the_sessions_of_its_tenant_only(served: Running) -> None:
-    """Each tenant's sessions hear of a change of their own app's state first, whoever changed theirs before."""
+async def test_a_change_of_app_state_is_sent_only_to_sessions_of_the_tenant(served: Running) -> None:
+    """Each tenant's sessions receive a change of their own app's state first, even if another tenant's changed
+    before."""
     watches = []
     for tenant in ("default", "other"):
         metadata = ((TENANT, tenant),)

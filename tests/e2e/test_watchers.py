@@ -127,8 +127,9 @@ async def test_the_servers_memory_is_flat_whatever_its_watchers_leave_unread(tmp
 async def test_a_watcher_that_never_reads_is_let_go_with_a_typed_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server forgets it at once, and does not wait until it is told. The status waits in the transport behind the
-    frames that nobody took, so whoever begins to read after all finds both; attached again it gets the rest."""
+    """The server forgets it at once, and does not wait until it has received the status. The status waits in the
+    transport behind the unread frames, so a client that reads again finds both; when it attaches again it gets the
+    rest."""
     gone, told = asyncio.Event(), asyncio.Event()
     leave, abort = LiveSession.leave, interceptor.abort
 

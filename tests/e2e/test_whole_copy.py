@@ -95,7 +95,7 @@ def copy(source: str, target: str) -> Copied:
 
 @pytest.fixture
 async def database() -> AsyncIterator[str]:
-    """One on a server of its own that waits for the disk, where figures are asked for."""
+    """A store on a separate server that waits for the disk, if measurements are requested."""
     if "NOTECASE_COPY_MIB" not in os.environ:
         yield await postgres.shared().new_database()
         return

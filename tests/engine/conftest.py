@@ -1,4 +1,4 @@
-"""What the rooms stand on: the memory store, by a clock that a test moves."""
+"""The fixtures of the engine's tests: a store in memory, with a clock that the test advances."""
 
 from collections.abc import AsyncIterator
 

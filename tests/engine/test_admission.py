@@ -104,7 +104,7 @@ async def test_a_stop_refuses_starts(store: Store, clock: ManualClock) -> None:
         assert [] == await rooms.log(key)
 
 
-async def test_a_repeat_that_meets_the_deletion_of_its_session_is_told_of_that(
+async def test_a_repeat_during_the_deletion_of_its_session_gets_that_error(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is known as a repeat, and its run is gone before it is read."""

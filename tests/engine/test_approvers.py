@@ -1,4 +1,4 @@
-"""Approvals that a run asks for while, or after, somebody who may not answer them says something."""
+"""Approvals that a run requests during or after input from a caller who may not answer them."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -104,7 +104,7 @@ def test_the_reason_of_each_call_is_bounded_however_it_ends() -> None:
     assert "x" * 1024 == ledger.brief("x" * 1024)
 
 
-async def test_an_interrupt_withdraws_no_approval_that_was_asked_for_meanwhile(
+async def test_an_interrupt_does_not_withdraw_an_approval_that_was_requested_meanwhile(
     store: Store, clock: ManualClock
 ) -> None:
     """As when the reply that asks is committed between the command and its effect."""

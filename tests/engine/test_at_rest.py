@@ -1,4 +1,4 @@
-"""A session at rest: what a summary made by hand took is counted, and a rewind comes to its end."""
+"""A session without an active run: the usage of a requested summary is counted, and a rewind completes."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -90,7 +90,7 @@ async def test_a_summary_by_hand_counts_once(store: Store, clock: ManualClock) -
 
 
 class Written:
-    """A store in which somebody writes to the session whenever its past has been read."""
+    """A store in which another caller writes to the session whenever its past has been read."""
 
     def __init__(self, store: Store) -> None:
         self.read = 0

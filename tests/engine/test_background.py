@@ -1,4 +1,4 @@
-"""What nobody waits for: duties that are tried until they are done, and places for which runs wait in turn."""
+"""Work without a caller: duties that are retried until they are done, and slots for which runs wait in turn."""
 
 import asyncio
 from collections.abc import Callable
@@ -55,7 +55,7 @@ async def test_what_passes_is_tried_until_it_is_done() -> None:
     assert {"duty": 19 + DUTY_TRIES} == owner.restarts
 
 
-async def test_what_is_refused_for_good_becomes_a_fact() -> None:
+async def test_a_permanent_refusal_is_recorded() -> None:
     duty = Duty(errors.store_unavailable, lambda: errors.queue_full(1))
     await did(duty)
     assert (2, ["QUEUE_FULL"]) == (duty.tries, [errors.reason_name(error.reason) for error in duty.refusals])
@@ -68,7 +68,7 @@ async def test_what_breaks_every_time_is_given_up() -> None:
     assert (DUTY_TRIES, ["INTERNAL"]) == (duty.tries, told)
 
 
-async def test_what_is_asked_for_meanwhile_is_done_once_more() -> None:
+async def test_work_that_is_requested_while_it_runs_runs_once_more() -> None:
     owner, begun, go_on, twice = Supervisor(str), asyncio.Event(), asyncio.Event(), asyncio.Event()
     done: list[int] = []
 

@@ -43,7 +43,7 @@ async def meet(context: CallContext) -> str:
 
 @tool
 async def misuse(context: CallContext) -> str:
-    """Increments what is no number."""
+    """Increments a value that is not a number."""
     context.increment("text")
     return "done"
 
@@ -124,7 +124,8 @@ async def test_calls_run_side_by_side_and_each_is_on_record_with_the_state_it_ch
 
 
 async def test_what_a_tool_raises_fails_its_call_and_nothing_else(store: Store, clock: ManualClock) -> None:
-    """Also what would end a process, or says that somebody cancelled the task; and state that does not take it."""
+    """Also exceptions that would end a process or mean that the task was cancelled; and state operations that do not
+    apply."""
     async with house(store, clock, tools=[__name__]) as rooms:
         (key,) = await rooms.prepare(tools=TOOLS)
         log = await rooms.run_log(key)
@@ -161,7 +162,7 @@ async def test_no_task_is_left_once_calls_are_closed(store: Store, clock: Manual
         assert before == asyncio.all_tasks()
 
 
-async def test_a_tool_that_does_not_heed_its_time_out_fails_and_is_left_behind(
+async def test_a_tool_that_ignores_its_time_out_fails_and_is_left_behind(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is owned, named and counted, and what it comes to later counts for nothing."""

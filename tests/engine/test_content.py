@@ -110,7 +110,7 @@ async def test_content_ends_where_it_was_said_to_end(contents: Contents, said: v
 
 
 async def test_what_is_stored_is_compared_with_what_is_said(contents: Contents) -> None:
-    """Nobody is given other content than he asked for because it came under the same name or id."""
+    """No caller gets other content than requested because it has the same name or id."""
     abc, other = await sent(contents, b"abc", upload_id="mine"), await sent(contents, b"defg")
     with refused("BLOB_CORRUPT"):
         await contents.upload("acme", v1.UploadBlobRequest(blob=v1.Blob(name=abc.name, size_bytes=4)), endless())

@@ -86,7 +86,7 @@ def test_a_lone_surrogate_becomes_a_sign_that_can_be_sent() -> None:
 IMAGE = v1.Part(blob=v1.Blob(name="blobs/x", media_type="image/png", size_bytes=5))
 
 
-def test_what_was_made_stands_between_texts_and_is_no_block_of_theirs() -> None:
+def test_content_is_a_separate_block_between_texts() -> None:
     made = draft()
     assert [True, False, True] == [made.feed(piece) for piece in (Text("a"), Link("https://x", "image/*"), Text("b"))]
     made.place(IMAGE)

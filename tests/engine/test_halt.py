@@ -49,7 +49,7 @@ async def test_an_interrupt_cuts_once_and_halts_nothing() -> None:
     halts.interrupt()  # nothing is under way
 
 
-async def test_whoever_ends_the_worker_is_not_taken_for_a_halt() -> None:
+async def test_cancelling_the_worker_is_not_taken_for_a_halt() -> None:
     halts = Halts()
     working = asyncio.create_task(halts.cut(asyncio.Event().wait()))
     await asyncio.sleep(0)
@@ -90,7 +90,7 @@ async def test_what_ends_as_cancelled_by_itself_has_failed() -> None:
     assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failed.value.reason
 
 
-async def test_halts_that_nobody_carries_out_are_answered_once() -> None:
+async def test_halts_without_a_worker_are_answered_once() -> None:
     halts, first, second = Halts(), Halt(), Halt()
     halts.add(first)
     halts.add(second)

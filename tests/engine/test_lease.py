@@ -21,7 +21,7 @@ class Shared(Unshared):
     def __init__(self) -> None:
         self.holds = False
         self.missed = asyncio.Semaphore(0)
-        """Released each time that somebody begins to wait for it."""
+        """Released each time that a task begins to wait for it."""
         self._given = asyncio.Event()
 
     async def held(self) -> None:

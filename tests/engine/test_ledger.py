@@ -16,7 +16,7 @@ from notecase_server.tools.contract import Function
 @pytest.mark.parametrize(
     "arguments", ['{"a": NaN}', '{"a": [-Infinity]}', '{"a": 1e999}', '{"a": -1e999}', "[]", "{'a': 1}", '{"a":' * 9999]
 )
-def test_what_is_not_json_is_no_arguments(arguments: str) -> None:
+def test_text_that_is_not_json_is_not_arguments(arguments: str) -> None:
     """Not even where Python's own parser takes it: callers in other languages get it as JSON."""
     assert arguments_of(v1.ToolCall(arguments=arguments)) is None
 
@@ -37,7 +37,7 @@ def functions(number: int, prefix: str = "t") -> Iterator[Function]:
         yield Function(f"{prefix}{n}", "", "{}", v1.ToolBinding(mcp=v1.McpBinding(server="s", tool=f"t{n}")))
 
 
-def test_a_declaration_is_digested_once_however_many_tools_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_declaration_is_digested_once_however_many_tools_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     declared = v1.Tool(description="x" * 60_000, mcp=v1.McpTool(server="s"))
     agent, digest, size = v1.Agent(llm=v1.LlmAgent(tools=[declared])), hashlib.sha256, 0
 

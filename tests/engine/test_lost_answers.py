@@ -1,5 +1,5 @@
-"""A commit that starts a run is made while its answer is lost, and the store cannot say at once what became of it: the
-run is at work all the same, once. Upkeep does not look for it here: nothing but what follows from the commit does."""
+"""A commit that starts a run is made, its answer is lost, and the store cannot say at once whether it was made: the run
+still gets exactly one worker. Upkeep does not run here: only what follows from the commit does."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,7 +19,7 @@ QUEUE, INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_INTE
 SUCCEEDED = v1.Run.STATE_SUCCEEDED
 
 Way = Callable[[House, SessionKey, Model], Awaitable[str]]
-"""Starts the run "two", and lets the one before it end; returns the run that its caller was told of, "" for none."""
+"""Starts the run "two", and lets the one before it end; returns the run in its caller's answer, "" for none."""
 
 
 async def direct(rooms: House, key: SessionKey, model: Model) -> str:
@@ -72,7 +72,7 @@ async def test_a_run_whose_start_was_made_unheard_is_at_work_once_and_the_queue_
     async with asyncio.timeout(60), house(failing, clock, model) as rooms:
         (key,) = await rooms.prepare()
         if way is direct and silent > ASKS:
-            with refused("STORE_UNAVAILABLE"):  # nobody can know it yet, and a repeat is told
+            with refused("STORE_UNAVAILABLE"):  # the outcome is not known yet, and a repeat gets it
                 await way(rooms, key, model)
         else:
             assert TOLD[way] == await way(rooms, key, model)
@@ -109,7 +109,7 @@ async def _free(rooms: House) -> int:
 
 @pytest.mark.usefixtures("at_once")
 async def test_a_run_goes_on_with_a_result_that_was_taken_unheard(store: Store, clock: ManualClock) -> None:
-    """The caller hears that nobody knows, and the run has a worker all the same."""
+    """The caller gets an error that the outcome is not known, and the run has a worker."""
     model = Model()
     failing, _ = without_an_answer(
         store, ASKS + 3, lambda commit: any(event.HasField("tool_finished") for event in commit.events)

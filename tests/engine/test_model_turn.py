@@ -25,7 +25,7 @@ from tests.support.time import in_no_time
 
 
 class Broken:
-    """Breaks off after the first piece as often as it is told to, and replies whole then."""
+    """Breaks off after the first piece the given number of times, and then replies completely."""
 
     def __init__(self, breaks: int) -> None:
         self.breaks = breaks
@@ -64,7 +64,7 @@ async def test_a_reply_is_left_in_the_draft_for_the_commit_that_keeps_it(store: 
         assert ["run_started", "message_added"] == kinds(await rooms.log(log.live.key))
 
 
-def test_a_reply_that_broke_off_is_asked_for_again_under_another_name() -> None:
+def test_a_reply_that_broke_off_is_requested_again_under_another_name() -> None:
     async def twice() -> None:
         clock, model = ManualClock(), Broken(1)
         async with house(MemoryStore(clock), clock, model) as rooms:

@@ -1,4 +1,4 @@
-"""A change of a user's or the app's state reaches every session that reads it, and holds up nobody meanwhile."""
+"""A change of a user's or the app's state reaches every session that reads it, and delays no other call."""
 
 import asyncio
 

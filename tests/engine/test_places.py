@@ -37,7 +37,7 @@ async def test_tenants_have_their_turn_one_after_the_other() -> None:
     assert ["a", "b", "c", "a", "a"] == order
 
 
-async def test_nobody_overtakes_those_that_wait() -> None:
+async def test_a_new_run_does_not_overtake_waiting_ones() -> None:
     places, order = Places(1), list[str]()
     places.take()
     task = await waiting(places, "a", order)

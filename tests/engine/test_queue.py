@@ -65,7 +65,7 @@ async def test_a_start_that_the_store_fails_passingly_is_still_queued_and_keeps_
 async def test_a_start_that_finds_the_session_idle_does_not_overtake_what_is_queued(
     store: Store, clock: ManualClock
 ) -> None:
-    """Between the end of a run and the start of the next one, which waits for the store here, nobody comes in."""
+    """Between the end of a run and the start of the next one, which waits for the store here, no other run starts."""
     failing = Failing(store, "read_events", Mode.PASSING, times=3)
     model = Model()
     async with asyncio.timeout(60), house(failing.store, clock, model) as rooms:
@@ -84,7 +84,9 @@ async def test_a_start_that_finds_the_session_idle_does_not_overtake_what_is_que
         assert ["hurried", "first", "second"] == model.asked
 
 
-async def test_a_start_that_is_refused_for_good_fails_and_the_next_one_starts(store: Store, clock: ManualClock) -> None:
+async def test_a_start_that_is_permanently_refused_fails_and_the_next_one_starts(
+    store: Store, clock: ManualClock
+) -> None:
     failing = Failing(
         store,
         "commit",

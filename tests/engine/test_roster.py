@@ -68,7 +68,7 @@ async def test_a_worker_that_stopped_while_a_command_was_decided_about_is_not_se
         assert ["hold"] == model.asked
 
 
-async def test_who_decides_about_a_run_that_is_not_under_way_is_told_why(store: Store, clock: ManualClock) -> None:
+async def test_a_decision_about_an_inactive_run_is_refused_with_the_reason(store: Store, clock: ManualClock) -> None:
     model = Model()
     async with house(store, clock, model) as rooms:
         key, other = await rooms.prepare("s", "t")
@@ -89,7 +89,7 @@ async def test_who_decides_about_a_run_that_is_not_under_way_is_told_why(store: 
                     raise AssertionError("it is not under way")
 
 
-async def test_a_command_that_came_before_is_told_before_anything_is_decided(store: Store, clock: ManualClock) -> None:
+async def test_a_repeated_command_is_recognised_before_anything_is_decided(store: Store, clock: ManualClock) -> None:
     async with house(store, clock, Model()) as rooms:
         (key,) = await rooms.prepare(tools=[client_tool("look")])
         await rooms.start(key, "call look")

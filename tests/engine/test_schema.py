@@ -1,4 +1,5 @@
-"""Schemas and replies by strangers: what is valid, what is told of the rest, and that neither holds anybody up."""
+"""Schemas and replies from untrusted callers: which are valid, how problems are described, and that neither delays
+other callers."""
 
 import asyncio
 import errno
@@ -63,11 +64,11 @@ def doubling(levels: int) -> str:
         (f'{{"name": "Ada", "age": 1{"0" * 400}}}', "a number in it is out of range"),
     ],
 )
-async def test_what_is_wrong_with_a_reply_is_told_without_its_values(schemas: Schemas, reply: str, told: str) -> None:
+async def test_problems_of_a_reply_are_described_without_its_values(schemas: Schemas, reply: str, told: str) -> None:
     assert await schemas.problem(text(PERSON), reply) == told
 
 
-async def test_at_most_three_problems_are_told_and_none_at_length(schemas: Schemas) -> None:
+async def test_at_most_three_problems_are_reported_and_each_briefly(schemas: Schemas) -> None:
     wanted = text({"items": {"enum": ["x" * 5000]}})
     told = await schemas.problem(wanted, "[1, 2, 3, 4, 5]")
     assert told.count("at /") == 3
@@ -93,7 +94,7 @@ async def test_at_most_three_problems_are_told_and_none_at_length(schemas: Schem
     ],
     ids=lambda broken: broken[:40],
 )
-async def test_what_is_no_schema_is_refused_by_its_field(schemas: Schemas, broken: str) -> None:
+async def test_an_invalid_schema_is_refused_with_its_field(schemas: Schemas, broken: str) -> None:
     with pytest.raises(NotecaseError) as refused:
         await schemas.require("agent.llm.output_schema", broken)
     assert [violation.field for violation in refused.value.violations] == ["agent.llm.output_schema"]
@@ -158,9 +159,7 @@ async def test_time_in_which_the_process_had_no_turn_is_not_counted(
     assert [worker] == schemas._idle
 
 
-async def test_a_process_that_gets_no_turn_is_no_fault_of_the_schema(
-    schemas: Schemas, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_stopped_process_is_not_blamed_on_the_schema(schemas: Schemas, monkeypatch: pytest.MonkeyPatch) -> None:
     await schemas.require("schema", "{}")
     (worker,) = schemas._idle
     worker._process.send_signal(signal.SIGSTOP)
@@ -258,7 +257,7 @@ def test_a_fence_is_taken_off_however_the_reply_is_cut(document: Any, fence: str
 @pytest.mark.parametrize(
     "reply", ["Here: {x}", "```python\n1\n```", "````", "`1`", "```json", "[Note: no", "{x}, no!", "(1) No."]
 )
-def test_what_is_no_fence_of_json_stays(reply: str) -> None:
+def test_other_fences_than_of_json_stay(reply: str) -> None:
     unfenced = Unfenced()
     assert unfenced.feed(reply) + unfenced.end() == reply
 

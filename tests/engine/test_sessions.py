@@ -1,4 +1,5 @@
-"""The sessions of a process: whoever is here hears of each write, and decides on nothing that is not known."""
+"""The sessions of a process: watchers are woken by each write, and nothing is decided before the outcome of a commit is
+known."""
 
 import asyncio
 
@@ -40,7 +41,7 @@ async def test_a_session_here_is_one_and_hears_of_each_write_to_it(store: Store,
         others.cancel()
 
 
-async def test_a_change_of_the_app_is_told_to_every_session_here(store: Store, clock: ManualClock) -> None:
+async def test_a_change_of_the_app_is_sent_to_every_session_here(store: Store, clock: ManualClock) -> None:
     async with house(store, clock) as rooms:
         lives = [rooms.sessions.live(key) for key in await rooms.prepare("s", "t")]
         once = rooms.sessions.record(None, TENANT, Answer("state"))
@@ -50,7 +51,7 @@ async def test_a_change_of_the_app_is_told_to_every_session_here(store: Store, c
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("mode", [Mode.AFTER, Mode.PASSING])
-async def test_nobody_decides_before_it_is_known_what_a_commit_made(
+async def test_nothing_is_decided_before_the_outcome_of_a_commit_is_known(
     store: Store, clock: ManualClock, mode: Mode
 ) -> None:
     """What follows the commit comes first, once, and only where it was made; then what was put off until it is
@@ -60,7 +61,7 @@ async def test_nobody_decides_before_it_is_known_what_a_commit_made(
     done: list[str] = []
     async with asyncio.timeout(60), house(failing.store, clock) as rooms:
         (key,) = await rooms.prepare()
-        rooms.sessions.unsure = lambda live: done.append("unsure")  # nobody else asks
+        rooms.sessions.unsure = lambda live: done.append("unsure")  # no other call asks
         live = rooms.sessions.live(key)
         with refused("STORE_UNAVAILABLE") as told:
             async with live.held():
@@ -79,7 +80,7 @@ async def test_nobody_decides_before_it_is_known_what_a_commit_made(
 
 
 @pytest.mark.parametrize("mode", [Mode.AFTER, Mode.PASSING])
-async def test_a_write_whose_answer_is_lost_is_told_as_made_where_it_was(
+async def test_a_write_whose_answer_is_lost_is_announced_if_it_was_made(
     store: Store, clock: ManualClock, mode: Mode
 ) -> None:
     failing = Failing(store, "delete_session", mode)

@@ -44,14 +44,14 @@ class Duty:
     ids=lambda error: type(error).__name__,
 )
 async def test_a_duty_is_tried_until_it_is_done(supervised: Supervisor, error: BaseException) -> None:
-    """Also after a CancelledError that nobody asked for."""
+    """Also after a CancelledError without a request."""
     duty = Duty(error, error)
     supervised.duty("a duty", 1, duty.act, duty.refused)
     await duty.done.wait()
     assert (None, 2) == (duty.refusal, supervised.restarts["a duty"])
 
 
-async def test_a_refusal_for_good_becomes_a_fact(supervised: Supervisor) -> None:
+async def test_a_duty_records_a_permanent_refusal(supervised: Supervisor) -> None:
     duty = Duty(errors.invalid([]))
     supervised.duty("a duty", 1, duty.act, duty.refused)
     await duty.done.wait()
@@ -67,7 +67,7 @@ async def test_a_duty_that_breaks_each_time_is_given_up(supervised: Supervisor) 
     assert v1.ERROR_REASON_INTERNAL == duty.refusal.reason
 
 
-async def test_a_duty_that_is_asked_for_meanwhile_is_done_once_more(supervised: Supervisor) -> None:
+async def test_a_duty_that_is_requested_while_it_runs_runs_once_more(supervised: Supervisor) -> None:
     first, second = Duty(), Duty()
     supervised.duty("a duty", 1, first.act, first.refused)
     supervised.duty("a duty", 1, second.act, second.refused)
@@ -100,7 +100,7 @@ async def test_work_is_carried_to_its_end_without_its_caller(supervised: Supervi
     await done.wait()
 
 
-async def test_the_caller_of_work_that_is_cancelled_is_told(supervised: Supervisor) -> None:
+async def test_the_caller_of_cancelled_work_gets_an_error(supervised: Supervisor) -> None:
     async def odd() -> None:
         raise asyncio.CancelledError
 

@@ -1,4 +1,4 @@
-"""Instruction templates: what they can say, and that no stranger's template stalls or floods the server."""
+"""Instruction templates: what they can express, and that no untrusted template stalls or floods the server."""
 
 import json
 import os
@@ -196,7 +196,7 @@ def test_keys_are_what_a_render_may_read(
         ("{% for a in list %}{% for b in forloop %}{% endfor %}x{% endfor %}", "its values cannot be combined"),
     ],
 )
-def test_a_faulty_template_is_told_what_and_where(source: str, told: str) -> None:
+def test_the_error_of_a_faulty_template_says_what_is_wrong_and_where(source: str, told: str) -> None:
     assert told in failure(source, {"x": "secret", "list": [1, 2], "huge": 1e300 * 1e10})
 
 
@@ -318,7 +318,7 @@ ATTACKS: dict[str, tuple[str, str]] = {
         WORK,
     ),
 }
-"""By name: a source, and what is told of it, or "= n" where it renders to n characters."""
+"""By name: a source, and its error, or "= n" if it renders to n characters."""
 
 CHILD = """
 import json, resource, sys
@@ -347,8 +347,8 @@ for name, source in json.load(sys.stdin).items():
 
 @pytest.fixture(scope="module")
 def attacked() -> dict[str, str]:
-    """What each attack came to, all of them in one process with 192 MiB to grow by and 90 s of CPU: some ten times what
-    they need on a slow machine, and nothing beside what one of them takes where a limit is missing."""
+    """The result of each attack, all in one process that may grow by 192 MiB and use 90 s of CPU: about ten times what
+    they need on a slow machine, and far less than one of them takes if a limit is missing."""
     child = subprocess.run(
         [sys.executable, "-c", CHILD],
         input=json.dumps({name: source for name, (source, _) in ATTACKS.items()}),
@@ -362,8 +362,8 @@ def attacked() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_refused_or_harmless(name: str, attacked: dict[str, str]) -> None:
-    """Each ends soon, in little memory, with a sentence that names the limit. The first one missing from what the child
-    told is the one that stalled or flooded it."""
+    """Each ends soon, in little memory, with a sentence that names the limit. The first one missing from the child's
+    output stalled or flooded it."""
     assert name in attacked
     told, expected = attacked[name], ATTACKS[name][1]
     assert expected == told if expected.startswith("= ") else expected in told
@@ -381,7 +381,7 @@ LOOPS = "{% for a in (1..99) %}{% for b in (1..99) %}{% if a == b %}x{% endif %}
 async def test_what_takes_long_to_render_is_rendered_in_a_thread(
     source: str, threads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is begun anew there, and comes to the same."""
+    """It is started again there, with the same result."""
     seen: list[str] = []
     render_ = template.Template.render
 

@@ -1,4 +1,4 @@
-"""Timers: what is due is told once, and follows the clock of the wall."""
+"""Timers: each deadline fires once, by the wall clock."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ from tests.support.work import instructions
 KEY = SessionKey("t", "s", "u")
 
 
-async def test_a_deadline_is_told_once_and_only_when_it_has_come() -> None:
+async def test_a_deadline_fires_once_and_only_when_it_is_due() -> None:
     clock, due = ManualClock(), asyncio.Queue[str]()
     timers = Timers(clock, lambda _, run: due.put_nowait(run))
     timers.arm(KEY, "later", clock.now + 3_600_000_000)
@@ -43,7 +43,7 @@ async def test_a_clock_that_goes_back_puts_off_and_does_not_lose() -> None:
     running.cancel()
 
 
-async def test_a_deadline_that_was_moved_or_dropped_is_not_told_and_is_not_kept() -> None:
+async def test_a_deadline_that_was_moved_or_dropped_does_not_fire_and_is_not_kept() -> None:
     clock, due = ManualClock(), asyncio.Queue[str]()
     timers = Timers(clock, lambda _, run: due.put_nowait(run))
     gone = SessionKey("t", "s", "gone")

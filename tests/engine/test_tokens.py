@@ -1,4 +1,4 @@
-"""What a message costs in tokens: exact where a provider told, by this conversation's own measure elsewhere."""
+"""The tokens of a message: exact if a provider reported them, otherwise by the ratio in this conversation."""
 
 import pytest
 from notecase import v1
@@ -75,7 +75,7 @@ def test_content_counts_too(part: v1.Part, tokens: int) -> None:
     assert Gauge().tokens(called) == 4 + 4 + tokens
 
 
-def test_what_a_model_made_is_told_in_words_and_measures_nothing() -> None:
+def test_content_from_a_model_is_described_in_words_and_counts_no_tokens() -> None:
     """Its provider counted the image as well, which says nothing of text; long text of a reply is shown whole."""
     image = v1.Part(blob=v1.Blob(media_type="image/png", size_bytes=5))
     made = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text="x" * 40), image])

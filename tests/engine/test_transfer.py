@@ -87,7 +87,7 @@ async def file() -> bytes:
 
 
 def made_of(events: Sequence[v1.Event], header: v1.ExportHeader | None = None, magic: bytes = b"notecase\2") -> bytes:
-    """A file as somebody might make it by hand, its trailer right."""
+    """A file as it might be made by hand, with a correct trailer."""
     records = [v1.ExportRecord(header=header)] if header is not None else []
     records += [v1.ExportRecord(event=event) for event in events]
     body = magic + b"".join(map(framed, [record.SerializeToString() for record in records])) + b"\0"
@@ -173,7 +173,7 @@ async def test_a_file_that_goes_on_is_refused(file: bytes) -> None:
     assert "is damaged" in await problem_of(file + file)
 
 
-async def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
+async def test_a_foreign_and_a_newer_file_have_different_errors() -> None:
     assert (await problem_of(b"PK\3\4 something else")).startswith("The file is not an export of a session")
     newer = made_of([], v1.ExportHeader(), magic=b"notecase\3")
     assert (await problem_of(newer)).startswith(
@@ -255,7 +255,7 @@ async def test_what_no_log_holds_is_refused(events: list[v1.Event], rows: int) -
         assert "The file has" in await problem_of_log(made_of(events, v1.ExportHeader()))
 
 
-async def test_what_is_no_record_is_refused() -> None:
+async def test_files_without_a_header_or_with_invalid_records_are_refused() -> None:
     assert "does not begin with its header" in await problem_of(made_of(numbered(said("m1"))))
     body = b"notecase\2" + framed(b"\xff\xff\xff") + b"\0"
     assert "cannot be decoded" in await problem_of(body + hashlib.sha256(body).digest())

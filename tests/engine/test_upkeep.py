@@ -50,7 +50,7 @@ async def deleted(rooms: House, key: SessionKey) -> None:
 
 @pytest.mark.parametrize("followed", [False, True])
 @pytest.mark.parametrize("way", [answered, deleted])
-def test_nobody_watches_over_a_run_that_is_gone(way: Any, followed: bool) -> None:
+def test_the_task_that_watches_a_run_ends_with_it(way: Any, followed: bool) -> None:
     """One task watches over it, however often it gets a worker, and ends with it: no hour later, and no poll later."""
 
     async def watched() -> tuple[int, float]:
@@ -71,7 +71,7 @@ def test_nobody_watches_over_a_run_that_is_gone(way: Any, followed: bool) -> Non
     assert (1, 1.0) == in_no_time(watched())
 
 
-def test_a_run_that_nobody_follows_is_cancelled_when_its_time_has_come() -> None:
+def test_a_run_without_a_stream_is_cancelled_at_its_deadline() -> None:
     async def cancelled() -> tuple[v1.Run.State.ValueType, float]:
         clock = ManualClock()
         async with house(MemoryStore(clock), clock, Model(), poll=HOUR) as rooms:

@@ -106,7 +106,7 @@ async def test_a_run_that_is_cancelled_while_it_waits_for_a_place_has_not_worked
 
 
 async def test_work_up_to_the_last_commit_counts_though_the_worker_is_lost(store: Store, clock: ManualClock) -> None:
-    """What was done after it is lost, and counts no more than the time until somebody takes the run over."""
+    """Work after it is lost, and does not count, like the time until the takeover."""
     begun[:] = [asyncio.Event()]
     model = Model()
     stays = server_tool("stay", on_interrupt=v1.Tool.ON_INTERRUPT_RETRY)

@@ -59,7 +59,7 @@ def problems(method: Method, done: Outcome) -> Iterator[str]:
 
 
 def _within(answer: Message) -> Iterator[str]:
-    """Failures that are told within an answer: of a command, of a run, in an event."""
+    """Failures within an answer: of a command, of a run, in an event."""
     for field, held in answer.ListFields():
         if field.name == "error_message" and (found := _internals(held)):
             yield f"{found!r} in an answer: {held!r}"

@@ -1,4 +1,5 @@
-"""Makes requests: values at the edges of every kind of field, names of what exists, and bytes that are nearly right."""
+"""Makes requests: extreme values for every kind of field, names of existing resources, and bytes that are almost
+right."""
 
 import math
 from collections import defaultdict, deque
@@ -77,7 +78,7 @@ class World:
             texts.append(plain)
 
     def known(self, field: str) -> Sequence[str]:
-        """What was said in fields of that name, or in those whose names such a field takes."""
+        """Earlier values of fields of that name, or of fields whose names such a field accepts."""
         return [plain for name in (field, *ALIASES.get(field, ())) for plain in self._texts.get(name, ())]
 
 
@@ -178,7 +179,7 @@ class Maker:
         return self.chance.choice(TEXTS)
 
     def changed(self, message: Message) -> Message:
-        """A copy with some field, at any depth, set anew, emptied, doubled or multiplied."""
+        """Returns a copy with some field, at any depth, changed, emptied, doubled or multiplied."""
         made = type(message)()
         made.CopyFrom(message)
         at, depth = made, 0
@@ -229,7 +230,7 @@ class Maker:
         return frame[:at] + self.chance.randbytes(self.chance.choice((1, 4, 40))) + frame[at:]
 
     def _unknown(self, frame: bytes) -> bytes:
-        """A field that nobody declared."""
+        """A field that is not declared."""
         return frame + self.chance.choice(UNKNOWN)
 
     def _retyped(self, frame: bytes) -> bytes:

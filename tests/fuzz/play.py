@@ -40,7 +40,7 @@ PATIENCE = 60.0
 """Seconds within which any other call has to end."""
 
 WAITS = {"Run", "Invoke", "WaitRun", "WatchEvents", "Watch"}
-"""The methods whose calls may go on for as long as their caller wants."""
+"""The methods whose calls last as long as their caller chooses."""
 
 NAMES = [path.rpartition("/")[2] for path in METHODS]
 SELDOM = {"EraseUser", "DeleteSession", "DeleteAgent", "GetServerInfo", "Check", "List", "Watch", "GetUpload"}
@@ -91,7 +91,7 @@ class Left(NamedTuple):
 
 @asynccontextmanager
 async def fuzzed_server(store: str) -> AsyncIterator[Running]:
-    """A server with a tool, whose streams end soon when nobody reads them."""
+    """A server with a tool, whose streams end soon when they are not read."""
     async with running(
         store,
         {"offline": OfflineProvider()},
@@ -105,8 +105,8 @@ async def fuzzed_server(store: str) -> AsyncIterator[Running]:
 
 
 class Fuzz:
-    """One fuzz of a server in this process. The same seed sends the same requests as far as the server answers the
-    same; each caller has a source of chance of its own."""
+    """One fuzz of a server in this process. The same seed sends the same requests if the server answers the same; each
+    caller has its own random numbers."""
 
     def __init__(self, served: Running, seed: int) -> None:
         self.findings: list[Finding] = []
@@ -140,7 +140,7 @@ class Fuzz:
         loop.set_exception_handler(None)
 
     async def _prepare(self) -> None:
-        """Makes some of what requests are about, and calls each method once."""
+        """Creates some of the resources that requests name, and calls each method once."""
         make = Maker(Random(self._seed), self._world)
         often = [f"notecase.v1.{name}" for name in ("AgentService/CreateAgent", "RunService/Invoke") * 3]
         for path in (*often, *METHODS):

@@ -201,7 +201,7 @@ async def test_every_kind_of_symbol_can_be_described(terminal: Terminal, symbol:
     assert f" is {kind}:" in (await terminal.print("describe", symbol)).splitlines()[0]
 
 
-async def test_health_is_told_for_the_server_and_each_service(terminal: Terminal) -> None:
+async def test_health_is_reported_for_the_server_and_each_service(terminal: Terminal) -> None:
     for service in ["", *sorted(NOTECASE)]:
         flags = ("-d", json.dumps({"service": service}))
         assert json.loads(await terminal.print("grpc.health.v1.Health/Check", flags=flags)) == {"status": "SERVING"}
@@ -243,7 +243,7 @@ async def test_one_terminal_watches_what_another_does(terminal: Terminal, sessio
 
 
 async def test_an_error_can_be_read(terminal: Terminal) -> None:
-    """All that is wrong at once, each field with what it wants. grpcurl adds the code to 64."""
+    """All mistakes at once, each field with its rule. grpcurl adds the code to 64."""
     agent = {"agent_id": "No Way", "agent": {"llm": {"max_model_calls": -1}}}
     code, told = await terminal.refused("AgentService/CreateAgent", agent)
     assert (64 + 3, ["ERROR:", "  Code: InvalidArgument"]) == (code, told.splitlines()[:2])
@@ -278,7 +278,7 @@ async def test_an_error_can_be_read_by_a_script(terminal: Terminal) -> None:
 
 async def test_every_value_of_state_survives_go_s_json(terminal: Terminal, served: Running) -> None:
     """As protobuf writes it here grpcurl reads it, and as grpcurl prints it protobuf reads it here: to the bit. But
-    grpcurl wants a null by its name, and Python's JSON takes the -0 that Go writes for an integer."""
+    grpcurl needs a null by its name, and Python's JSON reads the -0 that Go writes as an integer."""
     ops = [v1.StateOp(key=key, set=value) for key, value in VALUES.items()]
     ops += [v1.StateOp(key=key, set=v1.Value(string_value=key)) for key in KEYS]
     request = v1.UpdateStateRequest(name="app/state", ops=ops)

@@ -85,7 +85,7 @@ async def test_ghz_finds_a_method_by_either_spelling(tool: Find, served: Running
 
 @asynccontextmanager
 async def opened(grpcui: str, address: str) -> AsyncIterator[aiohttp.ClientSession]:
-    """A browser's requests to a grpcui of its own, on a port that the system chose."""
+    """A browser's requests to a separate grpcui, on a port that the system chose."""
     process = await asyncio.create_subprocess_exec(
         *(grpcui, "-plaintext", "-port=0", "-open-browser=false", address),
         stdin=asyncio.subprocess.DEVNULL,

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 GENERATED = {"build", "gen", "node_modules", "package-lock.json", "target"}
-"""What stands in a folder once somebody has built it there."""
+"""The files of a folder that a build creates there."""
 
 
 class Language(NamedTuple):

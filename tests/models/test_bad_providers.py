@@ -189,7 +189,7 @@ class TestTooMuch:
         server.script(Answer(reply("Hi").pieces, 200, policy))
         assert "Hi" == fold(await ask(provider)).text
 
-    async def test_comments_for_ever(self, server: OpenAIServer) -> None:
+    async def test_endless_comments(self, server: OpenAIServer) -> None:
         """Between two pieces there is no time at all, so that the first comment is one too many."""
         provider = OpenAIProvider(KEY, server.url, "m", first_timeout=30.0, idle_timeout=0.0)
         server.script(Answer((chunk({"content": "a"}), *[b": still here\n\n"] * 1000)).held(asyncio.Event(), after=500))
@@ -235,7 +235,7 @@ class TestWords:
             (b'"a JSON string"', "a JSON string"),
         ],
     )
-    async def test_what_a_refusal_says_is_told_wherever_it_stands(
+    async def test_the_text_of_a_refusal_is_found_wherever_it_is(
         self, server: OpenAIServer, provider: OpenAIProvider, body: Any, told: str
     ) -> None:
         server.script(refused(body))
@@ -268,7 +268,7 @@ class TestWords:
         server.script(refused(b"<html>413 Request Entity Too Large</html>", 413))
         assert {"status": "413", "code": "context_length_exceeded"} == (await failure(provider)).metadata
 
-    async def test_moderation_is_no_matter_of_a_credential(
+    async def test_moderation_is_not_taken_for_a_bad_credential(
         self, server: OpenAIServer, provider: OpenAIProvider
     ) -> None:
         server.script(refused({"error": {"code": 403, "message": "Your input was flagged."}}, 403))
@@ -285,7 +285,7 @@ class TestWords:
             assert told not in str((caught.message, caught.metadata))
 
     @pytest.mark.parametrize("key", ["x", "none", "e"])
-    async def test_a_stand_in_key_changes_no_code_and_no_verdict(self, server: OpenAIServer, key: str) -> None:
+    async def test_a_placeholder_key_changes_no_code_and_no_result(self, server: OpenAIServer, key: str) -> None:
         provider = OpenAIProvider(key, server.url, "m")
         server.script(error(400, "Please reduce the length of the messages.", code="context_length_exceeded"))
         caught = await failure(provider)

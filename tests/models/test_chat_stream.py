@@ -280,7 +280,7 @@ class TestEnd:
 
     @pytest.mark.parametrize("data", [b"[" * 600 + b"]" * 600, b'{"error":' * 600 + b"1" + b"}" * 600])
     def test_what_is_nested_without_end_is_a_model_error(self, data: bytes) -> None:
-        """As one event, and as a document of its own."""
+        """As one event, and as a separate document."""
         for sent in (SAID + event(None).replace(b"null", data), data):
             assert v1.ERROR_REASON_MODEL_ERROR == failure(sent).reason
 
@@ -297,7 +297,7 @@ class TestUsage:
     }
     COUNTED = counted(input_tokens=20, cached_input_tokens=16, output_tokens=9, reasoning_tokens=4)
 
-    def test_usage_comes_in_a_chunk_of_its_own(self) -> None:
+    def test_usage_comes_in_a_separate_chunk(self) -> None:
         assert self.COUNTED == read(stream(SAID, usage=self.TOLD).body).usage
 
     def test_usage_comes_with_the_final_content(self) -> None:
@@ -308,7 +308,7 @@ class TestUsage:
         first = chunk({"content": "a"}, usage={"prompt_tokens": 20, "completion_tokens": 1})
         assert self.COUNTED == read(stream(first, usage=self.TOLD).body).usage
 
-    def test_usage_never_told_is_one_call_of_the_model(self) -> None:
+    def test_usage_that_was_never_reported_counts_one_model_call(self) -> None:
         assert counted() == read(stream(SAID, usage=None).body).usage
 
     @pytest.mark.parametrize(("told", "tokens"), [(12.0, 12), (None, 0), (-3, 0), (2**64 - 1, 0), (float("nan"), 0)])
@@ -433,7 +433,7 @@ class TestToolCalls:
             ),
         ],
     )
-    def test_calls_are_told_apart_however_the_server_numbers_them(self, deltas: list[list[dict[str, Any]]]) -> None:
+    def test_calls_are_distinguished_however_the_server_numbers_them(self, deltas: list[list[dict[str, Any]]]) -> None:
         answer = stream(*(chunk({"tool_calls": delta}) for delta in deltas), finish="tool_calls")
         assert self.TWO == read(answer.body).calls
 
@@ -442,7 +442,7 @@ class TestToolCalls:
         answer = stream(*(chunk({"tool_calls": [delta]}) for delta in deltas))
         assert (("get_weather", "{}"),) == read(answer.body).calls
 
-    def test_calls_without_arguments_and_index_are_told_apart_by_id_and_name(self) -> None:
+    def test_calls_without_arguments_and_index_are_distinguished_by_id_and_name(self) -> None:
         deltas = [piece("f", "", id="x"), piece("g", "", id="y")]
         answer = stream(*(chunk({"tool_calls": [delta]}) for delta in deltas))
         assert (("f", ""), ("g", "")) == read(answer.body).calls

@@ -58,7 +58,7 @@ async def test_calls_wait_until_the_provider_is_there() -> None:
     assert quick.closed
 
 
-async def test_a_call_that_is_cancelled_meanwhile_takes_the_provider_from_nobody() -> None:
+async def test_a_cancelled_call_leaves_the_provider_to_others() -> None:
     gate = asyncio.Event()
     provider = Deferred("big", loading(gate, Quick()))
     cut = asyncio.create_task(asked(provider))

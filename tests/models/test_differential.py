@@ -294,7 +294,7 @@ class TestEnvironment:
     async def test_organization_and_project_go_to_openai_alone(
         self, proxy: Recorder, monkeypatch: pytest.MonkeyPatch, url: str, sent: bool
     ) -> None:
-        """The SDK sends them to whoever is asked; they are nobody else's business."""
+        """The SDK sends them to every provider; here only OpenAI gets them."""
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
         monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
         monkeypatch.setenv("OPENAI_PROJECT_ID", "project-1")
@@ -357,7 +357,7 @@ class TestEnvironment:
     @pytest.mark.filterwarnings(
         "ignore:.*proxy_auth.* is deprecated", "ignore:BasicAuth is deprecated"
     )  # the SDK's way
-    async def test_a_proxy_with_a_password_is_told_it_and_the_provider_is_not(
+    async def test_the_password_of_a_proxy_is_sent_to_it_and_not_to_the_provider(
         self, server: Recorder, proxy: Recorder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HTTP_PROXY", f"http://me:p%40ss@127.0.0.1:{proxy.port}")
@@ -518,7 +518,7 @@ ADVICE = (
 
 
 class TestAnswers:
-    """The engine asks again, and not the provider, so that what is compared is whether somebody would, and when."""
+    """The engine retries, and not the provider, so the test compares whether a retry would follow, and when."""
 
     @pytest.mark.parametrize("row", STATUSES, ids=lambda row: str(row.status))
     async def test_a_status(self, server: Recorder, waits: Waits, row: Status) -> None:
@@ -538,7 +538,7 @@ class TestAnswers:
         await both(server.url, server)
 
     @pytest.mark.parametrize("row", WAITS, ids=lambda row: str(row.headers))
-    async def test_a_wait_that_is_asked_for(self, server: Recorder, waits: Waits, row: Wait) -> None:
+    async def test_a_requested_wait(self, server: Recorder, waits: Waits, row: Wait) -> None:
         server.answers = [answer(429, REFUSAL, **row.headers)]
         theirs = await by_sdk(server.url, retries=1)
         told = waits[0] if waits else NEVER

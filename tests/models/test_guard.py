@@ -17,7 +17,7 @@ REQUEST = ModelRequest("m", "", (), v1.Generation())
 
 
 class Scripted:
-    """A provider whose calls wait until they are let go, and end as they are told."""
+    """A provider whose calls wait until the test releases them, with the given end."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []

@@ -76,7 +76,7 @@ async def test_an_image_of_megabytes_is_decoded_off_the_loop_and_in_pieces(
     assert {(True, False)} == {(size <= media.STEP_CHARS, on_loop) for size, on_loop in decoded}
 
 
-async def test_what_is_made_has_a_name_and_stands_where_it_came(server: OpenAIServer, provider: OpenAIProvider) -> None:
+async def test_content_has_a_name_and_is_where_it_came(server: OpenAIServer, provider: OpenAIProvider) -> None:
     """But for sound, which is whole at the end only."""
     sound = chunk({"audio": {"data": b64(b"OggS")}})
     server.script(stream(sound, image(PNG + b"1"), chunk({"content": "and"}), image(PNG + b"2")))
@@ -102,7 +102,7 @@ async def test_what_is_made_has_a_name_and_stands_where_it_came(server: OpenAISe
         ({}, b"??", "audio/wav"),
     ],
 )
-async def test_sound_has_the_format_that_it_was_asked_for_in(
+async def test_sound_has_the_requested_format(
     server: OpenAIServer, provider: OpenAIProvider, asked: Any, data: bytes, media_type: str
 ) -> None:
     """Unless it says another itself. Samples alone become a file."""
@@ -133,7 +133,7 @@ async def test_sound_has_the_format_that_it_was_asked_for_in(
     ],
     ids=["too short", "a star", "beyond ASCII", "too large"],
 )
-async def test_what_is_no_content_is_one_typed_failure(
+async def test_invalid_content_is_one_typed_failure(
     server: OpenAIServer, provider: OpenAIProvider, answer: Answer, words: str
 ) -> None:
     server.script(answer)
@@ -153,7 +153,7 @@ async def test_sound_is_bounded_by_its_bytes_and_by_its_pieces(
     assert any(isinstance(piece, Media) for piece in await pieces_of(provider))
 
 
-def test_sound_is_no_silence() -> None:
+def test_sound_does_not_count_as_silence() -> None:
     """However much of it comes before a word does; what only names it is."""
     reply = ChatReply("asked", Redactor(""))
     data = chunk({"audio": {"data": "A" * (1 << 20)}})
@@ -165,9 +165,7 @@ def test_sound_is_no_silence() -> None:
     assert not reply.done
 
 
-async def test_an_image_elsewhere_is_named_and_nobody_fetches_it(
-    server: OpenAIServer, provider: OpenAIProvider
-) -> None:
+async def test_an_image_elsewhere_is_named_and_not_fetched(server: OpenAIServer, provider: OpenAIProvider) -> None:
     url = f"{server.url}/a.png"
     server.script(stream(chunk({"content": "Here:", "images": [{"image_url": {"url": url}}]})))
     assert Link(url, "image/png") in await pieces_of(provider)
@@ -185,7 +183,7 @@ async def test_an_image_elsewhere_is_named_and_nobody_fetches_it(
         "https://images.example/\u202ea",
     ],
 )
-async def test_an_address_that_may_not_be_told_is_no_address(
+async def test_an_address_that_may_not_be_shown_is_left_out(
     server: OpenAIServer, provider: OpenAIProvider, url: str
 ) -> None:
     annotation = {"type": "url_citation", "url_citation": {"url": url, "title": "A"}}

@@ -61,10 +61,10 @@ def finish(deltas: list[Delta]) -> Finish:
 
 async def test_the_first_reply_says_what_it_is_and_shows_what_it_was_given() -> None:
     assert (await text(user("Where could she be?"), instruction="You are a detective.")) == (
-        "I am the offline model. I do not think; I repeat what I was given. Try /help.\n\n"
+        "I am the offline model. I repeat my input and follow directives: /help lists all of them.\n\n"
         "You said: Where could she be?\n"
-        "I was told: You are a detective.\n"
-        "I was shown: 1 message."
+        "My instruction is: You are a detective.\n"
+        "This request had 1 message."
     )
 
 
@@ -72,7 +72,7 @@ async def test_a_note_in_the_instruction_shows_in_the_next_reply() -> None:
     """So that a demonstration without a key shows what state is for."""
     told = "You look for Irene. Last seen: at the harbour."
     assert (await text(user("Where?"), assistant(), user("And now?"), instruction=told)) == (
-        f"You said: And now?\nI was told: {told}\nI was shown: 3 messages."
+        f"You said: And now?\nMy instruction is: {told}\nThis request had 3 messages."
     )
 
 
@@ -86,7 +86,7 @@ async def test_replies_come_in_words_and_are_the_same_each_time() -> None:
 def test_what_is_said_arrives_whole(said: str) -> None:
     """Cutting a text into pieces loses nothing of it."""
     reply = asyncio.run(text(user(said), assistant(), user(said)))
-    assert reply.startswith(f"You said: {said.strip() or 'nothing'}\nI was told: nothing\n")
+    assert reply.startswith(f"You said: {said.strip() or 'nothing'}\nMy instruction is: nothing\n")
 
 
 async def test_a_long_message_is_repeated_in_part() -> None:
@@ -134,7 +134,7 @@ async def test_calls_are_made_with_their_arguments_in_pieces() -> None:
     assert finish(deltas).reason == "tool_calls"
 
 
-async def test_outcomes_of_calls_are_told_and_the_directives_not_repeated() -> None:
+async def test_outcomes_of_calls_are_reported_and_the_directives_not_repeated() -> None:
     failed = v1.ToolCall(tool="weather", outcome=v1.ToolCall.OUTCOME_FAILED, error="There is no such tool.")
     cancelled = v1.ToolCall(tool="clock", outcome=v1.ToolCall.OUTCOME_CANCELLED)
     given = v1.ToolCall(tool="map", result=[v1.Part(text="a map"), v1.Part(data=v1.InlineData(data=b"1"))])
@@ -153,7 +153,7 @@ async def test_chunks_are_numbered_tokens() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1024, 3000])
-async def test_big_has_the_size_asked_for(size: int) -> None:
+async def test_big_has_the_requested_size(size: int) -> None:
     assert size == len((await text(user(f"/say x /big {size}"))).encode()) - 1
 
 
@@ -186,19 +186,19 @@ async def test_images_are_made_and_sources_named() -> None:
     assert (await text(user("/cite https://example.org/x"))).startswith("I am the offline model.")
 
 
-async def test_a_message_full_of_directives_is_not_answered_for_ever() -> None:
+async def test_a_message_full_of_directives_has_a_reply_of_limited_length() -> None:
     """Directives beyond the first 16 KiB, or once there are 10000 pieces, are not begun."""
     assert len(calls(await replied(user("/call x " * 100_000)))) == 2048
     assert len(await replied(user("/chunks 10001 " * 1000))) == 10_002
 
 
-async def test_the_finish_reason_can_be_asked_for() -> None:
+async def test_the_finish_reason_can_be_requested() -> None:
     assert finish(await replied(user("/say x /stop content_filter"))).reason == "content_filter"
     assert finish(await replied(user("/say x"))).reason == "stop"
 
 
 @pytest.mark.parametrize("name", sorted(DIALECTS))
-async def test_each_dialect_brings_what_its_provider_wants_back(name: str) -> None:
+async def test_each_dialect_has_the_data_that_its_provider_needs_back(name: str) -> None:
     """With each call and with the reasoning, after all that is said."""
     deltas = await replied(user(f"/dialect {name} /reason hm /call weather /call clock /say x"))
     returned = [delta for delta in deltas if isinstance(delta, Returned)]
@@ -233,7 +233,7 @@ async def test_max_output_tokens_end_the_reply() -> None:
         ("midway", 3, v1.ERROR_REASON_MODEL_UNAVAILABLE),
     ],
 )
-async def test_each_failure_can_be_asked_for(how: str, pieces: int, reason: v1.ErrorReason.ValueType) -> None:
+async def test_each_failure_can_be_requested(how: str, pieces: int, reason: v1.ErrorReason.ValueType) -> None:
     seen: list[Delta] = []
 
     async def listen() -> None:

@@ -182,7 +182,7 @@ class TestRequest:
         assert expected == server.requests[0]["messages"]
 
     async def test_a_large_body_is_sent_whole(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
-        """With its length, as servers want it; content of some megabytes is nothing special."""
+        """With its length, as servers require; content of some megabytes is sent in the same way."""
         large = bytes(range(256)) * 12_000
         server.script(reply("A plan."))
         assert fold(await pieces_of(provider, ask(user(data(large, "application/pdf"))))).text == "A plan."
@@ -351,7 +351,7 @@ class TestRequest:
         assert 2**53 + 1 == server.requests[0]["seed"]
 
     @pytest.mark.parametrize("extra", ["[]", "{", "7", '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' + "[" * 100_000])
-    async def test_extra_that_is_no_json_object_is_a_model_error(self, provider: OpenAIProvider, extra: str) -> None:
+    async def test_extra_that_is_not_a_json_object_is_a_model_error(self, provider: OpenAIProvider, extra: str) -> None:
         assert v1.ERROR_REASON_MODEL_ERROR == (await failure(provider, ask(extra=extra))).reason
 
     async def test_no_model_to_ask_is_a_model_error(self, server: OpenAIServer) -> None:
@@ -361,10 +361,10 @@ class TestRequest:
         assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
         assert [] == server.requests
 
-    async def test_openai_itself_is_given_the_names_that_its_models_want(
+    async def test_openai_itself_gets_the_names_that_its_models_need(
         self, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The stub stands in for it as the HTTP proxy, which the environment may name."""
+        """The stub takes its place as the HTTP proxy, which the environment may name."""
         monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
         monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
         provider = OpenAIProvider(KEY, "http://api.openai.com/v1", "m")
@@ -394,7 +394,7 @@ class TestSettings:
         assert "OpenAI-Organization" not in headers
         assert "OpenAI-Project" not in headers
 
-    async def test_a_server_that_wants_no_key_needs_none(self, server: OpenAIServer) -> None:
+    async def test_a_server_without_keys_needs_none(self, server: OpenAIServer) -> None:
         provider = OpenAIProvider("", server.url, "m")
         server.script(reply("Hi"))
         assert "Hi" == fold(await pieces_of(provider)).text
@@ -544,7 +544,7 @@ class TestLeaving:
 
 
 class TestRefused:
-    """Each status, and that the key is not told where the provider echoes it."""
+    """Each status; the key is not shown if the provider echoes it."""
 
     @pytest.mark.parametrize(
         ("answer", "message", "metadata"),
@@ -678,7 +678,7 @@ class TestUnavailable:
         await provider.close()
         assert (v1.ERROR_REASON_MODEL_UNAVAILABLE, seconds) == (caught.reason, caught.retry_after)
 
-    async def test_nobody_listening(self) -> None:
+    async def test_no_server_listening(self) -> None:
         async with OpenAIServer() as gone:
             provider = OpenAIProvider(KEY, gone.url, "m")
         caught = await failure(provider)

@@ -100,7 +100,7 @@ async def test_a_first_piece_may_take_longer_than_the_next(head: bytes) -> None:
 
 @asynccontextmanager
 async def served(url: str, log: Path, *arguments: str) -> AsyncIterator[Callable[[], Awaitable[v1.Run]]]:
-    """A server of its own with these arguments, as something that makes one run."""
+    """Returns a function that starts a separate server with these arguments."""
     env = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "key", "OPENAI_MODEL": "m"}
     server = await Spawned.start("memory:", log, *arguments, env=env, forked=True)
     try:

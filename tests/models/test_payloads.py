@@ -893,7 +893,7 @@ def test_a_reply_is_what_it_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_what_is_no_reply_is_one_typed_failure(name: str) -> None:
+def test_an_answer_that_is_not_a_reply_is_one_typed_failure(name: str) -> None:
     data, expected = FAILURES[name]
     assert expected == read([data])
 
@@ -939,7 +939,7 @@ def test_an_error_is_found_where_the_answer_is_one_document(shape: str) -> None:
         b"event: status\n" + event({"type": "status", "id": "x"}),
     ],
 )
-def test_what_is_no_error_is_none(data: bytes) -> None:
+def test_other_documents_are_not_taken_for_errors(data: bytes) -> None:
     assert Came(SAID) == read([data + HI + data + END + data])
 
 

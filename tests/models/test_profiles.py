@@ -247,7 +247,7 @@ def no_null(body: Json) -> str:
 
 
 class Play(NamedTuple):
-    """A request that a server is sent, behind a first reply of its own where there is one."""
+    """A request to a server, after its first reply if there is one."""
 
     title: str
     host: str
@@ -907,8 +907,8 @@ async def thought(
 
 @pytest.mark.parametrize("play", THOUGHTS, ids=lambda play: f"{play.host} {play.model}")
 @pytest.mark.parametrize("schema", ["", SCHEMA], ids=["text", "json"])
-async def test_reasoning_in_tags_is_told_apart(play: Thought, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also before JSON that was asked for."""
+async def test_reasoning_in_tags_is_separated(play: Thought, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before requested JSON."""
     assert ("\nhm {\n", "{}") == await thought(play, monkeypatch, schema=schema)
 
 
@@ -990,7 +990,7 @@ async def test_the_key_does_not_follow_to_another_host(host: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("key", ["", "another-s3cret-key"])
-async def test_what_a_query_holds_is_told_to_nobody(key: str) -> None:
+async def test_the_query_of_an_address_is_never_shown(key: str) -> None:
     """A provider may name the address that it does not have."""
     async with OpenAIServer(lambda body: _refusal("Invalid URL (POST /v1/completions?key=query-5ecret-1)")) as server:
         provider = OpenAIProvider(key, f"{server.url}?key=query-5ecret-1&api-version=1", "m")
@@ -1041,12 +1041,12 @@ class TestChoice:
         assert {"profile": "mistral", "text": "list"} == read(str(file))
         assert {} == read("")
 
-    def test_a_named_one_takes_the_place_of_what_host_and_model_tell(self) -> None:
+    def test_a_named_profile_replaces_that_of_host_and_model(self) -> None:
         assert Profile() == Profiles("api.mistral.ai", {"profile": "default"}).of("mistral-small")
         chosen = Profiles("models.example", {"profile": "mistral", "text": "list"}).of("m")
         assert ("nine", "none", "list") == (chosen.call_ids, chosen.reasoning, chosen.text)
 
-    def test_an_override_is_beside_what_host_and_model_tell(self) -> None:
+    def test_an_override_is_added_to_what_host_and_model_imply(self) -> None:
         chosen = Profiles("API.Groq.com", {"text": "list"}).of("m")
         assert ("none", "list") == (chosen.reasoning, chosen.text)
 
@@ -1065,7 +1065,7 @@ class TestChoice:
             ('{"profile": 1}', "there is no built-in profile 1"),
         ],
     )
-    def test_what_cannot_be_one_is_told(self, choice: str, told: str) -> None:
+    def test_an_invalid_profile_is_reported(self, choice: str, told: str) -> None:
         with pytest.raises(ValueError, match=told):
             read(choice)
 
@@ -1075,5 +1075,5 @@ class TestChoice:
             assert Profile() == profiles.of(f"m{number}")
         assert len(profiles._made) <= 256
 
-    def test_names_are_told_in_order(self) -> None:
+    def test_names_are_listed_in_order(self) -> None:
         assert sorted({"default", *(row.name for row in ROWS)}) == list(NAMES)

@@ -1,4 +1,4 @@
-"""A provider's words are told as far as they are safe: short, of a known shape, and without the key in any writing."""
+"""A provider's words are shown if they are safe: short, of a known shape, and without the key in any spelling."""
 
 import base64
 import html
@@ -59,7 +59,7 @@ WRITINGS = {
 
 
 @pytest.mark.parametrize("name", WRITINGS)
-def test_the_key_is_told_in_no_writing(name: str) -> None:
+def test_the_key_is_shown_in_no_spelling(name: str) -> None:
     told = Redactor(KEY).told(f"Wrong key: {WRITINGS[name]}, see the manual.")
     assert "[key]" in told
     assert not spelled(WRITINGS[name]) & spelled(told.replace("[key]", "\0"))
@@ -78,7 +78,7 @@ def test_no_address_holds_the_key(name: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["name", "reason", "link", "told"])
-def test_half_of_the_key_is_no_less_of_a_secret(part: str) -> None:
+def test_half_of_the_key_is_a_secret_too(part: str) -> None:
     """So that a provider which spreads it over two members tells it in none."""
     for half in (KEY[:13], KEY[13:]):
         before = "https://a.example/" if part == "link" else ""
@@ -87,14 +87,14 @@ def test_half_of_the_key_is_no_less_of_a_secret(part: str) -> None:
 
 @pytest.mark.parametrize("key", ["sk-proj-" + "aB3" * 50, "0123456789abcdef0123", "A" * 40])
 def test_what_is_read_of_the_key_costs_others_nothing(key: str) -> None:
-    """Words, codes and addresses that have nothing of it are told as they are."""
+    """Words, codes and addresses without parts of it are shown unchanged."""
     redactor = Redactor(key)
     words = "The request has 115 107 45 tokens; see https://example.org/a%20b?x=1&y=%2F for =3D and 100% more."
     assert (words, "model-1") == (redactor.told(words), redactor.name("model-1"))
     assert "https://example.org/a%20b?x=1&y=%2F" == redactor.link("https://example.org/a%20b?x=1&y=%2F")
 
 
-def test_what_stands_around_the_key_is_told() -> None:
+def test_text_around_the_key_is_shown() -> None:
     assert "Incorrect API key [key]. You can find yours online." == Redactor(KEY).told(
         f"Incorrect API key {KEY}. You can find yours online."
     )
@@ -103,7 +103,7 @@ def test_what_stands_around_the_key_is_told() -> None:
 @pytest.mark.parametrize(
     "key", ["", "x", "e", "none", "EMPTY", "ollama", "lm-studio", "not-needed", "sk-no-key", "abc123"]
 )
-def test_a_stand_in_is_no_secret_and_is_replaced_in_no_word_and_no_code(key: str) -> None:
+def test_a_placeholder_key_is_not_a_secret_and_is_not_replaced_in_words_and_codes(key: str) -> None:
     words = "context_length_exceeded: none of the not-needed ollama lm-studio abc123 text was EMPTY"
     assert not is_secret(key)
     assert words == Redactor(key).told(words)
@@ -111,7 +111,7 @@ def test_a_stand_in_is_no_secret_and_is_replaced_in_no_word_and_no_code(key: str
 
 
 @pytest.mark.parametrize("text", ["Bearer abcdefg", "sk-proj-abcdef123", "SK-ABCDEFGHIJ"])
-def test_what_looks_like_anybodys_key_is_not_told(text: str) -> None:
+def test_text_that_looks_like_a_key_is_not_shown(text: str) -> None:
     assert "a [key]" == Redactor("").told(f"a {text}")
 
 

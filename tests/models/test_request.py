@@ -1,4 +1,4 @@
-"""A request as it is written, where no server's profile matters: choices among tools, calls of strangers, summaries."""
+"""A request as it is written, where no profile matters: choices among tools, calls of unknown tools, summaries."""
 
 import json
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def written(*messages: v1.Message, tools: tuple[Tool, ...] = (PING,), plain: boo
     ids=str,
 )
 def test_a_forced_choice_holds_until_its_call_has_a_result(choice: Any, before: Any, after: Any) -> None:
-    """Otherwise the model could never speak. The user's next message begins it anew."""
+    """Otherwise the model could never reply with text. The choice applies again after the user's next message."""
     asked, answered = user("Go"), called("ping")
     assert before == written(asked, tool_choice=choice)["tool_choice"]
     assert after == written(asked, answered, tool_choice=choice)["tool_choice"]
@@ -72,7 +72,7 @@ def test_tools_of_extra_may_be_chosen_from() -> None:
     assert "required" == made["tool_choice"]
 
 
-def test_a_text_about_the_conversation_is_asked_for_without_what_is_for_replies() -> None:
+def test_a_text_about_the_conversation_is_requested_without_settings_for_replies() -> None:
     extra: dict[str, Any] = {
         "tool_choice": "required",
         "parallel_tool_calls": False,
@@ -88,7 +88,7 @@ def test_a_text_about_the_conversation_is_asked_for_without_what_is_for_replies(
     assert left == set(made)
 
 
-def test_blanks_alone_are_no_text() -> None:
+def test_blanks_alone_are_not_text() -> None:
     """Anthropic and those before it refuse a message of nothing else."""
     blank = called("ping")
     blank.parts.insert(0, v1.Part(text="\n\n"))
@@ -105,7 +105,7 @@ def test_a_reply_of_blanks_alone_is_left_out(only_text: bool) -> None:
     assert ["a\n\nb"] == [message["content"] for message in body(request, "m", Profile(), "p")["messages"]]
 
 
-def test_ids_that_a_server_gives_again_are_told_apart() -> None:
+def test_ids_that_a_server_repeats_are_distinguished() -> None:
     data = v1.ProviderData(provider="here", model="m", call_id="call_0")
     made = written(user("a"), called("ping", "c1", data), user("b"), called("ping", "c2", data))
     ids = [call["id"] for message in made["messages"] for call in message.get("tool_calls", ())]
@@ -179,7 +179,7 @@ def sent_as(parameters: str, schemas: str = "open") -> bytes:
         ),
     ],
 )
-def test_a_schema_is_sent_without_what_is_no_value_of_its_keyword(parameters: str, sent: Any) -> None:
+def test_a_schema_is_sent_without_invalid_values_of_its_keywords(parameters: str, sent: Any) -> None:
     """Servers of tools in Go and PHP write null and [] for what is empty in them, and Python's writer has NaN."""
     assert sent == json.loads(sent_as(parameters))
 

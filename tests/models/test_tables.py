@@ -569,19 +569,21 @@ def test_words_of_an_error_without_code_and_status(words: str, means: Verdict) -
         ("No model is loaded", Verdict.REFUSED),
     ],
 )
-def test_words_of_what_passes_count_before_the_status_of_a_refusal(status: int, words: str, means: Verdict) -> None:
+def test_words_of_a_transient_failure_count_before_the_status_of_a_refusal(
+    status: int, words: str, means: Verdict
+) -> None:
     assert means is judge(status, told_by({"error": {"message": words, "type": "invalid_request_error"}}))
 
 
 @pytest.mark.parametrize("code", TOO_LONG_CODES)
-def test_codes_of_what_is_too_long(code: str) -> None:
+def test_codes_of_requests_that_are_too_long(code: str) -> None:
     assert too_long.is_too_long(told_by({"error": {"code": code, "message": "no"}}).codes, "no")
 
 
 @pytest.mark.parametrize(
     "body", [{"error_code": 336007}, {"error_code": "336103"}, {"base_resp": {"status_code": 1039}}], ids=str
 )
-def test_numbers_of_what_is_too_long_count_in_their_members_only(body: Any) -> None:
+def test_numbers_of_too_long_requests_count_in_their_members_only(body: Any) -> None:
     assert too_long.is_too_long(told_by(body).codes, "")
     number = re.sub(r"\D", "", str(body))
     assert not too_long.is_too_long(told_by({"error": {"code": number}}).codes, "")
@@ -599,7 +601,7 @@ def test_a_mark_before_a_refusal_is_none_of_it() -> None:
     assert told_by_body(b"\xef\xbb\xbf" + body) == told_by_body(body)
 
 
-def test_numbers_without_end_are_no_numbers() -> None:
+def test_numbers_that_are_too_long_to_read_are_ignored() -> None:
     """Python reads none of that length."""
     endless = "9" * 5000
     assert not error_table.is_never_met(f"Limit {endless}, Requested 5")
@@ -607,7 +609,7 @@ def test_numbers_without_end_are_no_numbers() -> None:
 
 
 @pytest.mark.parametrize("words", TOO_LONG)
-def test_wordings_of_what_is_too_long(words: str) -> None:
+def test_wordings_of_requests_that_are_too_long(words: str) -> None:
     assert too_long.is_too_long((), words)
 
 
@@ -644,7 +646,7 @@ def test_beginnings_of_content(data: bytes, media_type: str, filename: str) -> N
 
 
 @pytest.mark.parametrize(("name", "media_type"), AUDIO)
-def test_formats_that_audio_is_asked_for_in(name: str, media_type: str) -> None:
+def test_formats_in_which_audio_is_requested(name: str, media_type: str) -> None:
     assert media_type == heard(name)
 
 

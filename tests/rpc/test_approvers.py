@@ -35,7 +35,7 @@ ANYBODY, USER, DEVELOPER, ADMIN = (
     v1.Tool.APPROVER_ADMIN,
 )
 CALLERS = ("ada", "user", "developer", "admin")
-"""Each with a key of its own; Ada's is bound to her."""
+"""Each with a different key; Ada's is bound to her."""
 
 CASE = "sessions/case"
 QUEUED = v1.CommandResult.DISPOSITION_QUEUED
@@ -102,7 +102,7 @@ class Office:
         return await self.served.runs.GetRun(v1.GetRunRequest(name=run.name), metadata=self.keys["admin"])
 
     async def rest(self, run: v1.Run) -> v1.Run:
-        """The run once it has ended, or waits anew."""
+        """Returns the run when it has ended or waits again."""
         request = v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence)
         return await self.served.runs.WaitRun(request, metadata=self.keys["ada"])
 
@@ -163,7 +163,7 @@ async def test_an_approval_is_answered_by_who_has_the_role_that_its_tool_names(o
         await office.served.runs.CancelRun(v1.CancelRunRequest(name=run.name), metadata=office.keys[who])
 
 
-async def test_a_remembered_approval_is_one_of_somebody_who_may_give_it(office: Office) -> None:
+async def test_a_remembered_approval_comes_from_a_caller_who_may_approve(office: Office) -> None:
     await office.session(paying(USER), paying(ADMIN, "refund"))
     for name, who in (("pay", "ada"), ("refund", "admin")):
         run = await office.run(name)
@@ -245,7 +245,7 @@ async def test_what_is_said_waits_behind_an_approval_that_its_sender_may_not_ans
     assert ["/say Heard ada.", "/say Heard user."] == texts
 
 
-async def test_what_is_said_by_somebody_who_may_answer_denies(office: Office) -> None:
+async def test_a_message_from_a_caller_who_may_answer_denies(office: Office) -> None:
     for approver, who in ((USER, "ada"), (ANYBODY, "user"), (ADMIN, "admin")):
         if approver == USER:
             await office.session(paying(approver))
@@ -289,7 +289,7 @@ async def settled(office: Office, run: v1.Run) -> None:
     assert ["/say Rather not.", "/say Heard."] == [text for text in texts if text.startswith("/say")]
 
 
-async def test_a_call_is_cancelled_by_who_may_answer_for_it_and_a_run_by_everybody(office: Office) -> None:
+async def test_a_call_is_cancelled_by_callers_who_may_answer_it_and_a_run_by_any_caller(office: Office) -> None:
     await office.session(paying(DEVELOPER))
     run = await office.run("pay")
     cancel = v1.CancelCommand(call_id=run.pending_inputs[0].call.call_id)

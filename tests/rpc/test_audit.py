@@ -82,7 +82,7 @@ async def written(served: Running) -> None:
     await served.server._refusals.write()
 
 
-async def test_what_is_done_to_keys_is_told(served: Running) -> None:
+async def test_changes_of_keys_are_audited(served: Running) -> None:
     create = v1.CreateKeyRequest(key=v1.Key(role=v1.Key.ROLE_USER), request_id="once")
     made = await served.keys.CreateKey(create, metadata=(*ADMIN, ("x-request-id", "seven")))
     await served.keys.CreateKey(create, metadata=ADMIN)
@@ -134,7 +134,7 @@ async def test_operators_see_tenants_and_keys_and_admins_what_operators_did_to_t
     assert "ROLE_MISSING" == await refusal(served.audit.GetPrincipal(look, metadata=ADMIN))
 
 
-async def test_deletions_and_exports_are_told(served: Running) -> None:
+async def test_deletions_and_exports_are_audited(served: Running) -> None:
     for session_id in ("case", "hers", "too"):
         await begin(served, CLERK if session_id == "case" else ADA, session_id)
     export = served.sessions.ExportSession(v1.ExportSessionRequest(name=CASE), metadata=ADMIN)
@@ -160,7 +160,7 @@ async def test_an_export_that_is_refused_is_none(served: Running) -> None:
     assert [] == await entries(served)
 
 
-async def test_who_answered_what_is_told(served: Running) -> None:
+async def test_answers_are_audited_with_their_principals(served: Running) -> None:
     """By a command and on a stream; answers to questions are not."""
     await begin(served, CLERK)
     inputs = []
@@ -188,7 +188,7 @@ async def test_who_answered_what_is_told(served: Running) -> None:
     assert inputs == [entry.input_id for entry in reversed(await entries(served))]
 
 
-async def test_who_takes_a_remembered_answer_back_is_told(served: Running) -> None:
+async def test_taking_back_a_remembered_answer_is_audited(served: Running) -> None:
     """Other changes of a session are not, nor is an update that removes no answer. All fields are all but these."""
     await begin(served, CLERK)
     start = v1.StartRun(session=CASE, messages=[said("/call pay {}")])
@@ -221,7 +221,7 @@ async def test_who_takes_a_remembered_answer_back_is_told(served: Running) -> No
     assert [("boss", "SessionService/UpdateSession", CASE, "OK"), *answered] == await lines(served)
 
 
-async def test_refusals_are_told_up_to_a_bound_and_then_counted(served: Running) -> None:
+async def test_refusals_are_audited_up_to_a_limit_and_then_counted(served: Running) -> None:
     for _ in range(refusals.KEPT_A_MINUTE + 5):
         assert "ROLE_MISSING" == await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
     await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=BOSS))
@@ -233,7 +233,7 @@ async def test_refusals_are_told_up_to_a_bound_and_then_counted(served: Running)
     assert ["clerk", "boss", *["clerk"] * refusals.KEPT_A_MINUTE] == subjects
     await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
     await written(served)
-    assert len(found) + 1 == len(await entries(served))  # a minute later they are told again
+    assert len(found) + 1 == len(await entries(served))  # a minute later they have entries again
 
 
 async def test_refusals_of_more_principals_than_are_counted_apart_are_the_operators(
@@ -248,7 +248,7 @@ async def test_refusals_of_more_principals_than_are_counted_apart_are_the_operat
     assert ("", "ROLE_MISSING", 2) == (entry.principal, entry.outcome, entry.call_count)
 
 
-async def test_what_a_stream_refuses_for_want_of_a_role_is_told(served: Running) -> None:
+async def test_refusals_in_a_stream_for_a_missing_role_are_audited(served: Running) -> None:
     await begin(served, ADA, "hers")
     start = v1.StartRun(session="sessions/hers", messages=[said("/call pay {}")])
     stream = served.runs.Run(metadata=ADA)
@@ -279,7 +279,7 @@ async def test_calls_without_a_credential_are_counted_for_operators(served: Runn
     assert 1 == len(await entries(served, OPERATOR))
 
 
-async def test_the_log_says_who_was_refused_for_want_of_a_role(served: Running) -> None:
+async def test_the_log_says_who_was_refused_because_of_the_role(served: Running) -> None:
     with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
         await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
     assert [("ROLE_MISSING", "acme", "clerk")] == [(line["reason"], line["tenant"], line["subject"]) for line in lines]
@@ -315,7 +315,7 @@ async def test_calls_beyond_the_bound_fill_no_log(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_tokens_that_are_not_valid_fill_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log says why of the first ones, and the caller is not told."""
+    """The log has the reason for the first ones, and the caller does not get it."""
     monkeypatch.setattr(refusals, "LOGGED_A_MINUTE", 2)
     judge = Tokens([], Tasks("test"), now, time.monotonic)
     async with running(authenticators=[judge]) as served:
@@ -400,7 +400,7 @@ async def test_pages_and_filters(served: Running) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await entries(served, filter=unknown)
         assert "INVALID_FIELD" == reason_of(refused.value)
-        assert "known are create_time, method, outcome, principal, resource (" in str(refused.value.details())
+        assert "the fields are create_time, method, outcome, principal, resource (" in str(refused.value.details())
 
 
 async def test_what_is_old_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,8 +213,8 @@ async def content(served: Running, by: Words, data: bytes, **fields: Any) -> v1.
     return await served.blobs.UploadBlob(iter([first]), metadata=by)
 
 
-async def test_content_is_there_for_who_uploaded_it_and_whose_session_refers_to_it(served: Running) -> None:
-    """And for nobody else, by whatever request it is named."""
+async def test_content_can_be_read_by_its_uploader_and_by_users_whose_session_refers_to_it(served: Running) -> None:
+    """And for no other user, whatever request names it."""
     blob = await content(served, ADA, b"secret")
     look = v1.GetBlobRequest(name=blob.name)
     assert 6 == (await served.blobs.GetBlob(look, metadata=ADA)).size_bytes

@@ -35,7 +35,7 @@ async def serving(words: ByWord | None = None, **settings: Any) -> AsyncIterator
 
 
 async def reason(call: Awaitable[Any]) -> str:
-    """The reason for which a call is refused, with what is told beside it; empty when it is answered."""
+    """Returns the reason for which a call is refused, with its details; empty when it is answered."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -107,7 +107,7 @@ async def test_without_authenticators_a_caller_is_the_admin_of_one_tenant() -> N
         assert "" == await reason(served.sessions.EraseUser(request, metadata=(("authorization", "Bearer x"),)))
 
 
-async def test_a_refused_upload_is_told_why() -> None:
+async def test_a_refused_upload_gets_the_reason() -> None:
     """Although its caller writes on."""
 
     async def chunks() -> AsyncIterator[v1.UploadBlobRequest]:
@@ -205,7 +205,7 @@ FIELDS: dict[str, tuple[Callable[[Running, Words], Awaitable[Any]], set[str]]] =
         {"update_state.name"},
     ),
 }
-"""What only developers set, with the fields that are told."""
+"""Requests with fields that only developers may set, and the fields in the error."""
 
 
 @pytest.mark.parametrize("case", FIELDS)
@@ -370,7 +370,7 @@ async def test_a_call_that_waits_ends_as_a_stream_does(method: str, monkeypatch:
             assert v1.Run.STATE_SUCCEEDED == (await served.runs.WaitRun(waited, metadata=other)).state
 
 
-async def test_a_caller_is_told_what_its_credential_says() -> None:
+async def test_a_caller_can_read_what_its_credential_says() -> None:
     """So that a program can tell beforehand what it may do; without credentials everybody may do everything."""
     for principal in (who(Role.DEVELOPER), who(Role.USER, user="ada")):
         async with serving() as served:

@@ -81,7 +81,7 @@ async def test_garbage_is_an_invalid_argument_to_every_service(method: str, fram
 
 
 @pytest.mark.parametrize("method", ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"])
-async def test_what_is_too_large_is_told_to_every_service(method: str) -> None:
+async def test_every_service_refuses_requests_that_are_too_large(method: str) -> None:
     frame = health_pb2.HealthCheckRequest(service="x" * (5 << 20)).SerializeToString()
     async with running() as served:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -140,7 +140,7 @@ async def test_health_is_not_serving_while_the_probe_breaks(monkeypatch: pytest.
         watching.cancel()
 
 
-def test_a_caller_is_told_that_the_disk_is_full() -> None:
+def test_a_full_disk_is_reported_to_callers() -> None:
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorname = "SQLITE_FULL"
     with capture_logs() as lines:
@@ -157,7 +157,7 @@ class Refusing:
 
 
 async def test_a_probe_needs_no_credential() -> None:
-    """Health is asked by what knows nothing of this service."""
+    """Health is checked by programs that do not know this service."""
 
     async with running(authenticators=[Refusing()]) as served:
         health: Any = health_pb2_grpc.HealthStub(served.channel)
@@ -239,7 +239,7 @@ that is empty they say themselves when they have begun."""
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_call_that_the_stop_of_the_server_cuts_is_told_so(call: str) -> None:
+async def test_a_call_that_is_cut_by_the_stop_of_the_server_gets_that_reason(call: str) -> None:
     make, method = CALLS[call]
     begun = asyncio.Event()
 
@@ -278,7 +278,7 @@ def require_draining(error: grpc.aio.AioRpcError) -> None:
 
 
 class Waiting:
-    """Methods that wait at a gate and count how they end, one of each shape, behind a doorway of their own."""
+    """Methods that wait at a gate and count how they end, one of each shape, behind a separate interceptor."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -399,7 +399,7 @@ async def test_a_call_that_is_being_refused_when_the_doorway_closes_ends_with_it
 
 
 async def test_a_caller_that_leaves_is_not_taken_for_the_stop() -> None:
-    """Its handler is cancelled as ever, and the log tells of no refusal."""
+    """Its handler is cancelled as usual, and the log has no refusal."""
     waiting = Waiting()
     with capture_logs() as lines:
         async with waiting.serving() as channel:
@@ -425,7 +425,7 @@ async def test_a_waiting_server_does_not_remember_the_paths_that_callers_make_up
 
 
 async def test_a_refusal_whose_caller_is_gone_raises_nothing() -> None:
-    """grpc would log it with its whole traceback, which quotes names, as often as a caller wants."""
+    """grpc would log it with its whole traceback, which quotes names, as often as a caller repeats it."""
     abort = AsyncMock(side_effect=grpc.aio.InternalError("It is gone."))
     await interceptor.abort(SimpleNamespace(abort=abort), errors.not_found("session", "sessions/s"))
     assert 1 == abort.await_count

@@ -83,12 +83,12 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("colour = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
-        ("labels = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
-        ("labels. = red", "unknown field; known are activity, create_time, labels.KEY, user (character 1)"),
+        ("colour = red", "unknown field; the fields are activity, create_time, labels.KEY, user (character 1)"),
+        ("labels = red", "unknown field; the fields are activity, create_time, labels.KEY, user (character 1)"),
+        ("labels. = red", "unknown field; the fields are activity, create_time, labels.KEY, user (character 1)"),
         (
             "user:ada",
-            "unknown field; known are activity, create_time, labels.KEY, user; ':' is not supported, write = "
+            "unknown field; the fields are activity, create_time, labels.KEY, user; ':' is not supported, write = "
             "(character 1)",
         ),
         ("user", "expected one of = != < <= > >= (character 5)"),
@@ -99,7 +99,7 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
         ("user = AND", "expected a value (character 8)"),
         ("user = (a)", "expected a value (character 8)"),
         ("user == a", "expected a value (character 7)"),
-        ("user = a b", "unknown field; known are activity, create_time, labels.KEY, user (character 10)"),
+        ("user = a b", "unknown field; the fields are activity, create_time, labels.KEY, user (character 10)"),
         ("(user = a", "a '(' is never closed (character 1)"),
         ("user = a)", "a ')' without its '(' (character 9)"),
         ("()", "expected a field (character 2)"),
@@ -115,7 +115,7 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
         ("user = " + "é" * 1024, "longer than 2048 bytes"),
     ],
 )
-def test_what_is_no_filter_is_refused_with_its_position(text: str, told: str) -> None:
+def test_an_invalid_filter_is_refused_with_the_position(text: str, told: str) -> None:
     assert told == violation(text)
 
 

@@ -158,7 +158,7 @@ async def test_probes_are_bounded_and_take_no_places_of_callers(monkeypatch: pyt
         assert await third.Watch(request).read()
 
 
-async def test_a_watcher_of_health_that_reads_nothing_keeps_nobody_waiting() -> None:
+async def test_a_watcher_of_health_that_reads_nothing_delays_no_other_caller() -> None:
     """Neither other watchers nor the stop of the server."""
     status = health_pb2.HealthCheckResponse
     async with running(grace=0.1) as served, Deaf(served.address, window=0) as deaf:
@@ -171,7 +171,7 @@ async def test_a_watcher_of_health_that_reads_nothing_keeps_nobody_waiting() -> 
         assert status.NOT_SERVING == (await watching.read()).status
 
 
-async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waiting() -> None:
+async def test_unread_answers_are_limited_and_delay_no_other_caller() -> None:
     """One of a megabyte waits; the others are refused before they do, and the calls after them before they are made."""
     async with running(max_unread_bytes=8 << 20) as served, connection(served) as other:
         await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
@@ -189,7 +189,7 @@ async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waitin
             assert big.ByteSize() < gate.unread < 1 << 20
             answer = await v1.StateServiceStub(other).GetState(get)
             assert big == answer.entries["k"].value
-            # What a write answers is told whatever waits: its caller has to hear of it.
+            # The answer of a write is sent whatever waits: its caller has to receive it.
             append = v1.UpdateStateRequest(name="sessions/s/state")
             append.ops.add(key="list", append=v1.Value(bool_value=True))
             await until(lambda: gate.unread < 1 << 20)
@@ -204,7 +204,7 @@ async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waitin
         assert 2 == len(listed["list"].value.list_value.values), "the second was refused before it did anything"
 
 
-async def test_a_stream_beside_which_too_much_waits_ends_as_too_slow() -> None:
+async def test_a_stream_ends_as_too_slow_when_too_much_waits_on_its_connection() -> None:
     async with running(max_unread_bytes=8 << 20) as served:
         await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
         for _ in range(4):

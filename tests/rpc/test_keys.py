@@ -140,6 +140,7 @@ async def test_an_operator_reads_no_content(scene: Scene) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await scene.look(scene.operator)
     assert ("ROLE_MISSING", "VIEWER") == (reason_of(refused.value), metadata_of(refused.value)["role"])
+    assert "an operator has no tenant" in str(refused.value.details())
 
 
 async def test_another_tenants_key_is_not_found(scene: Scene) -> None:
@@ -206,7 +207,7 @@ async def test_a_tenants_keys_are_bounded() -> None:
 
 
 async def watching(served: Running) -> Any:
-    """A stream that somebody without a credential holds open."""
+    """A stream that a caller without a credential keeps open."""
     await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"))
     request = v1.WatchEventsRequest(name="sessions/case", options=v1.WatchOptions(keep_open=True))
     stream = served.runs.WatchEvents(request)
@@ -221,7 +222,7 @@ async def ended(stream: Any) -> str:
     return reason_of(refused.value)
 
 
-async def test_a_server_without_credentials_wants_them_from_its_first_key_on(
+async def test_a_server_without_credentials_requires_them_from_its_first_key_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the next call on; streams that are open end with the next look."""

@@ -1,4 +1,4 @@
-"""Who did it: every event that a caller caused names its principal, and what else happens names nobody."""
+"""Principals: every event that a caller caused names its principal, and other events name none."""
 
 import asyncio
 import hashlib
@@ -141,7 +141,7 @@ async def test_every_way_to_write_a_log_names_its_caller(served: Running) -> Non
     assert ("summarized", "boss") in written
 
 
-async def test_who_stops_a_run_is_named_and_who_starts_the_next(served: Running) -> None:
+async def test_the_events_name_who_stops_a_run_and_who_starts_the_next(served: Running) -> None:
     await rests(served, await run(served, CLERK, "/call pay {}", "first"))
     await rests(served, await run(served, BOSS, "/call pay {}", "second", on_busy=v1.StartRun.ON_BUSY_INTERRUPT))
     await send(served, CLERK, cancel=v1.CancelCommand(reason="Enough."))
@@ -173,7 +173,7 @@ async def test_what_was_queued_names_its_caller_when_it_is_taken_up(served: Runn
     assert {"/call pay {}": "clerk", "Hurry.": "boss", "/say next": "boss", "first": "clerk", "second": "boss"} == named
 
 
-async def test_a_deadline_is_nobodys(served: Running) -> None:
+async def test_a_deadline_has_no_principal(served: Running) -> None:
     limits = v1.Limits()
     limits.input_timeout.FromMilliseconds(1)
     made = await run(served, CLERK, "/call pay {}", limits=limits)
@@ -184,7 +184,7 @@ async def test_a_deadline_is_nobodys(served: Running) -> None:
     assert [""] == [event.principal for event in await log(served) if event.HasField("input_resolved")]
 
 
-async def test_a_fork_keeps_who_did_it_and_a_file_tells_nobody(served: Running) -> None:
+async def test_a_fork_keeps_principals_and_an_exported_file_has_none(served: Running) -> None:
     await rests(served, await run(served, CLERK, "/say done"))
     events = await log(served)
     await served.sessions.ForkSession(v1.ForkSessionRequest(name=CASE, session_id="fork"), metadata=BOSS)
@@ -256,7 +256,7 @@ async def test_erasing_a_user_leaves_an_id_that_leads_to_nothing(served: Running
     assert "clerk" == (await name(served, (await log(served))[0])).subject
 
 
-async def test_a_caller_without_credentials_is_nobody(url: str) -> None:
+async def test_a_caller_without_credentials_has_no_principal(url: str) -> None:
     async with running(url, authenticators=()) as served:
         request = v1.CreateSessionRequest(session_id="case")
         request.state["note"].string_value = "first"

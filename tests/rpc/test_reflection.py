@@ -66,7 +66,7 @@ def asking(request: pytest.FixtureRequest, served: Running) -> Asking:
 
 
 def pool_of(response: Response) -> DescriptorPool:
-    """The descriptors of one response alone, in a pool of their own; it fails for a file whose imports are missing."""
+    """The descriptors of one response, in a separate pool; it fails for a file whose imports are missing."""
     assert response.WhichOneof("message_response") == "file_descriptor_response", response.error_response
     packed = response.file_descriptor_response.file_descriptor_proto
     waiting = [descriptor_pb2.FileDescriptorProto.FromString(file) for file in packed]
@@ -181,7 +181,7 @@ NOT_FOUND = [
 ]
 
 
-async def test_what_there_is_not_is_an_error_of_its_own_and_the_stream_goes_on(asking: Asking) -> None:
+async def test_a_missing_symbol_is_an_error_in_the_stream_which_continues(asking: Asking) -> None:
     """Each with a sentence and the request that it answers."""
     *responses, last = await asking.all(*NOT_FOUND, Request(list_services=""))
     for request, response in zip(NOT_FOUND, responses, strict=True):

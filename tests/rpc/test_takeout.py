@@ -130,7 +130,7 @@ async def test_it_is_repeatable_and_goes_on_from_any_of_its_tokens(served: Runni
 
 
 async def test_a_session_is_the_file_that_its_own_export_is(served: Running) -> None:
-    """Where a run is under way it is at rest in the file, which can be imported."""
+    """An active run has ended in the file, which can be imported."""
     later = v1.StartRun(session="sessions/case-1", run_id="later", messages=[said("/say done")])
     later.on_busy = v1.StartRun.ON_BUSY_QUEUE
     await served.runs.CreateRun(v1.CreateRunRequest(start=later), metadata=ADMIN)
@@ -187,7 +187,7 @@ async def test_what_is_removed_meanwhile_is_dropped(served: Running, monkeypatch
 async def test_a_tenant_that_is_removed_meanwhile_ends_its_export_with_an_error(
     served: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So nobody takes half of it for all."""
+    """So a part of it is never taken for the whole."""
     store = served.server._store
     lists = store.list_blobs
 
@@ -204,7 +204,7 @@ async def test_a_tenant_that_is_removed_meanwhile_ends_its_export_with_an_error(
     assert "TENANT_NOT_FOUND" == await refusal(served)
 
 
-async def test_the_audits_of_the_tenant_and_of_operators_tell_of_it(served: Running) -> None:
+async def test_the_audits_of_the_tenant_and_of_operators_have_it(served: Running) -> None:
     """Before anything is sent; of an export that is refused they tell nothing."""
     assert "TENANT_NOT_FOUND" == await refusal(served, name="tenants/unknown")
     assert "INVALID_FIELD" == await refusal(served, name="acme")

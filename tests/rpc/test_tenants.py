@@ -22,7 +22,7 @@ ACME = "tenants/acme"
 
 @pytest.fixture(params=["memory", "sqlite"])
 async def scene(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[Scene]:
-    """With an agent, and a session with a run that says something for ever."""
+    """With an agent, and a session with a run that never ends its reply."""
     url = "memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'notecase.db'}"
     async with running(await open_store(url, now), authenticators=(), auth="keys") as served:
         _, admin = await served.server._keys.create("acme", v1.Key(role=ADMIN))

@@ -31,7 +31,7 @@ def values(one: v1.Value, number: int) -> v1.Value:
 
 
 def told(check: Check, look: Any) -> list[str]:
-    """The fields that are told."""
+    """Returns the fields in the error."""
     try:
         look()
         check.done()
@@ -279,7 +279,7 @@ async def refused_or_left_out(channel: grpc.aio.Channel, field: TimeField, secon
         assert field.path[-1].name in MADE_HERE, field
 
 
-def test_a_name_that_is_wrong_is_told_with_what_its_ids_consist_of() -> None:
+def test_the_error_of_an_invalid_name_says_what_ids_consist_of() -> None:
     check = Check()
     check.key_name("name", "keys/wrong-id")
     check.run("run", "sessions/case/runs/First")

@@ -23,7 +23,7 @@ from notecase_server.store.contract import (
 
 
 def session_key(tenant: str, session: str) -> SessionKey:
-    """A session whose uid can be told from its name."""
+    """A session whose uid follows from its name."""
     return SessionKey(tenant, session, str(uuid5(NAMESPACE_OID, session)))
 
 
@@ -47,7 +47,7 @@ LENS = v1.ToolBinding(digest=b"\x01" * 32, function="lens")
 
 
 class ManualClock:
-    """Stands still until it is told to go on."""
+    """Advances only when the test says so."""
 
     def __init__(self) -> None:
         self.now = 1_700_000_000_000_000

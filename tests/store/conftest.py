@@ -1,4 +1,4 @@
-"""`open_store`: the one suite runs over every store there is, PostgreSQL through PgBouncer where that is asked for."""
+"""`open_store`: the one suite runs on every store, on PostgreSQL through PgBouncer on request."""
 
 import os
 import tempfile

@@ -99,7 +99,7 @@ TOLD: dict[str, Callable[[Any], Message]] = {
     "tenant": lambda result: result,
     "erased": lambda result: v1.EraseUserResponse(sessions_deleted=3),
 }
-"""What of each kind must be told, at least."""
+"""The least that an answer of each kind must contain."""
 
 
 async def prepare(store: Store) -> None:
@@ -147,10 +147,8 @@ async def test_names_within_an_answer_are_whole(store: Store) -> None:
 
 
 @pytest.mark.parametrize("owner", ["session", "user", "app"])
-async def test_large_state_is_told_without_values_from_the_end_of_a_page_on_in_the_order_of_keys(
-    store: Store, owner: str
-) -> None:
-    """Whatever order they were written in; the entry that crosses the line is told whole, and all have versions."""
+async def test_large_state_has_no_values_after_the_first_page_in_the_order_of_keys(store: Store, owner: str) -> None:
+    """Whatever order they were written in; the entry that crosses the limit is complete, and all have versions."""
     await create(store)
     ops = [put(f"k{number}", "x" * 400_000) for number in (4, 2, 0, 3, 1)]
     answer = Answer("state", "the/state")
@@ -177,7 +175,7 @@ async def test_large_state_is_told_without_values_from_the_end_of_a_page_on_in_t
     assert all(entry.HasField("value") for entry in kept.entries.values())
 
 
-async def test_a_state_of_a_page_or_less_is_told_whole(store: Store) -> None:
+async def test_a_state_of_a_page_or_less_is_returned_completely(store: Store) -> None:
     ops = [put("a", "x" * (PAGE_BYTES - 100)), put("b", "y")]
     state = answers.of(Answer("state", "app/state"), await store.update_state(APP_STATE, ops))
     assert all(entry.HasField("value") for entry in state.entries.values())
@@ -199,8 +197,8 @@ async def test_requests_of_two_subjects_do_not_meet(store: Store) -> None:
     assert heads == [1, 2]
 
 
-async def test_a_write_that_nobody_can_repeat_leaves_a_record_all_the_same(store: Store) -> None:
-    """Under an id of the engine's own, so that a lost answer can be asked for."""
+async def test_a_write_that_cannot_be_repeated_leaves_a_record_too(store: Store) -> None:
+    """Under an id of the engine, so that a lost answer can be looked up."""
     record, other = (Once.unnamed("acme", each, AGENT) for each in ("u1", "u2"))
     made = await store.create_agent("acme", "sherlock", SHERLOCK, record)
     with pytest.raises(Replayed) as caught:

@@ -1,4 +1,4 @@
-"""Every store: what becomes of calls, of questions to people, and of what has to wait its turn."""
+"""Every store: calls, questions to people, and queued commands."""
 
 import pytest
 from notecase import v1
@@ -53,7 +53,7 @@ async def queue_of(store: Store) -> list[str]:
 
 @pytest.fixture
 async def calling(store: Store) -> Store:
-    """A session whose run r1 has asked for the calls c1 and c2."""
+    """A session whose run r1 has made the calls c1 and c2."""
     await create(store)
     await start(store, "r1")
     await add(store, called("m1", "r1", "c1", "c2"))
@@ -99,7 +99,7 @@ async def test_of_two_results_in_one_commit_neither_is_kept(calling: Store) -> N
 
 
 @pytest.mark.parametrize("call_id", ["nobody", ""])
-async def test_a_call_that_nobody_asked_for_is_not_pending(calling: Store, call_id: str) -> None:
+async def test_a_call_that_was_never_made_is_not_pending(calling: Store, call_id: str) -> None:
     for event in (dispatched(call_id, "r1"), finished(call_id, "r1")):
         with refused("CALL_NOT_PENDING"):
             await add(calling, event)
@@ -126,7 +126,7 @@ async def test_a_call_that_is_run_again_counts_once_and_keeps_its_last_attempt(
     assert (pending.attempt, pending.start_time.ToMicroseconds()) == (2, clock.now)
 
 
-async def test_who_is_asked_is_asked_until_somebody_answers(calling: Store) -> None:
+async def test_a_user_is_asked_until_somebody_answers(calling: Store) -> None:
     first, second = asked("i1", "c1", "r1"), asked("i2", "c2", "r1")
     committed = await add(calling, first, second)
     assert list(committed.runs["r1"].pending_inputs) == [first.input_requested, second.input_requested]
@@ -245,7 +245,7 @@ async def test_only_approvals_are_remembered(calling: Store, kind: v1.InputReque
     assert dict(committed.session.remembered) == {}
 
 
-async def test_a_run_that_waits_is_active_and_its_time_stands_still(store: Store, clock: ManualClock) -> None:
+async def test_a_waiting_run_is_active_and_its_time_is_paused(store: Store, clock: ManualClock) -> None:
     await create(store)
     await start(store, "r1")
     clock.now += 5
@@ -405,7 +405,7 @@ async def test_a_queued_run_does_nothing_but_start_or_end(store: Store) -> None:
 
 
 async def test_a_cancel_that_comes_first_is_the_runs_end(store: Store, clock: ManualClock) -> None:
-    """It leaves a run that has ended, no agent, and an empty digest by which a start is told."""
+    """It leaves a run that has ended, no agent, and an empty digest by which a later start is recognised."""
     await create(store)
     committed = await add(store, ended("r1", CANCELLED), start=RunRecord(b"", v1.Agent()))
     run = committed.runs["r1"]
@@ -420,7 +420,7 @@ async def test_a_cancel_that_comes_first_is_the_runs_end(store: Store, clock: Ma
 
 @pytest.mark.parametrize("queue", [True, False])
 async def test_a_cancel_that_comes_just_after_the_start_changes_nothing(store: Store, queue: bool) -> None:
-    """Whoever cancels a run that is there has to do it by its owner."""
+    """A run that exists has to be cancelled by its owner."""
     await create(store)
     await start(store, "r1")
     if queue:

@@ -115,7 +115,7 @@ async def test_an_upload_goes_on_only_where_it_ends(store: Store) -> None:
 
 
 async def test_content_stored_at_once_lies_in_pieces_too(store: Store) -> None:
-    """So that whoever reads it is never handed more than a frame takes."""
+    """So a reader never gets more than fits into a frame."""
     data = b"a" * CHUNK_BYTES + b"b" * CHUNK_BYTES + b"c"
     sha256 = await stored(store, data)
     assert await store.read_blob("acme", sha256, 1) == data[1:CHUNK_BYTES]
@@ -334,7 +334,7 @@ async def test_each_who_uploads_a_blob_is_recorded_with_it(store: Store, clock: 
 
 
 @looks_inside
-async def test_who_completes_an_upload_of_new_content_is_recorded(store: Store, clock: ManualClock) -> None:
+async def test_the_caller_who_completes_an_upload_of_new_content_is_recorded(store: Store, clock: ManualClock) -> None:
     sha256 = hashlib.sha256(b"new").hexdigest()
     await store.open_upload("acme", "u1", clock.now + 100)
     await store.add_chunk("acme", "u1", 0, b"new")

@@ -88,7 +88,7 @@ async def fork_of(store: Store, source: SessionKey, key: SessionKey, at: int, **
 
 
 async def maker(store: Store, way: Way, key: SessionKey = COPY, record: Once | None = None) -> Make:
-    """What makes a copy of the session KEY, which is at rest."""
+    """Ways to copy the session KEY, which has no active run."""
     session = await store.get_session(KEY)
     assert session is not None
     if way == "fork":
@@ -101,7 +101,7 @@ async def maker(store: Store, way: Way, key: SessionKey = COPY, record: Once | N
 
 
 async def fill(store: Store) -> None:
-    """A session at rest with rows of every kind that copies have."""
+    """A session without an active run, with rows of every kind that copies have."""
     await store.put_blob("acme", "", PORTRAIT, b"a portrait")
     await create(store)
     portrait = v1.Value(blob_value=v1.Blob(name=f"blobs/{PORTRAIT}"))
@@ -158,8 +158,8 @@ async def test_no_transaction_writes_more_than_its_bound_of_rows_and_of_bytes(st
     assert len(written) < 3 * (before.rows // copies.COPY_ROWS + before.size // copies.COPY_BYTES)
 
 
-async def test_an_import_is_replayed_in_small_pieces_that_nobody_holds(store: Store) -> None:
-    """However long the log is; each piece stands on the rows of those before it."""
+async def test_an_import_is_replayed_in_small_pieces_that_are_not_kept(store: Store) -> None:
+    """However long the log is; each piece builds on the rows of the earlier ones."""
     await create(store)
     for number in range(10):
         run = f"r{number}"
@@ -199,7 +199,7 @@ async def test_an_import_takes_an_event_that_changes_more_keys_than_a_statement_
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("key", ["a\0b", "a\0", "\0", "\U0001f50d\0\ud7ff", '"\\'])
 async def test_a_fork_has_every_key_of_the_state(store: Store, way: Way, key: str) -> None:
-    """Also one with a character 0, beside the key that ends there."""
+    """Also one with U+0000, next to the key that ends there."""
     await create(store)
     await add(store, changed(put(key, 1), put(key[:1], 2), put(key[0] + key, 3)))
     await (await maker(store, way))()
@@ -469,7 +469,7 @@ async def test_a_copy_that_is_cut_at_any_transaction_is_all_there_or_swept(
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_transaction_that_comes_after_the_sweep_writes_nothing(store: Store, small: None, way: Way) -> None:
-    """Where nobody spares the copy any more."""
+    """When no process protects the copy any more."""
     await fill(store)
     for number in count(2):
         key = COPY._replace(uid=f"copy {number}")

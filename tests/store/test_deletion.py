@@ -74,8 +74,8 @@ async def fill(store: SqliteStore, key: SessionKey, text: str, rounds: int) -> N
 
 
 def vacuumed(path: Path) -> None:
-    """Leaves nothing in the file but what is in its rows. SQLite overwrites what it deletes, but the copies it made
-    when it moved rows to another page stay until their place is used, or the file is written anew."""
+    """Removes everything from the file that is not in its rows. SQLite overwrites what it deletes, but the copies that
+    it made when it moved rows to another page stay until their place is used, or the file is rewritten."""
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.execute("VACUUM")
@@ -133,7 +133,7 @@ async def test_nothing_of_an_erased_user_is_left(store: SqliteStore, path: Path)
 
 
 async def test_a_reader_holds_the_scrubbing_up_and_no_write(store: SqliteStore, path: Path) -> None:
-    """It is to be asked for again; commits do not wait for it."""
+    """It must be called again; commits do not wait for it."""
     await fill(store, KEY, NEEDLE, 3)
     reader = store._connections.readers[0]
     reader.execute("BEGIN")

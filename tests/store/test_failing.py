@@ -84,7 +84,7 @@ async def test_a_call_that_no_store_has_is_an_error_of_the_test(store: Store) ->
     assert "close" not in METHODS
 
 
-async def test_a_store_is_told_to_fail_again_and_again() -> None:
+async def test_a_store_can_be_made_to_fail_again_and_again() -> None:
     inner: Any = Recorder()
     unreliable = Unreliable(inner)
     store: Any = unreliable.store

@@ -248,7 +248,7 @@ async def test_the_names_of_two_tenants_do_not_meet(store: Store) -> None:
     assert await store.find_session("globex", "case") is not None
 
 
-async def test_a_name_that_nobody_has_or_had_is_not_found(store: Store) -> None:
+async def test_a_name_that_was_never_used_is_not_found(store: Store) -> None:
     await create(store)
     for name in ("", "none", "CASE", KEY.uid):
         assert await store.find_session("acme", name) is None

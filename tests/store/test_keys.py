@@ -113,7 +113,7 @@ async def test_a_tenants_keys_are_bounded(store: Store) -> None:
     await store.add_key(row("more"))
 
 
-async def test_a_store_remembers_for_good_that_it_had_a_key(store: Store) -> None:
+async def test_a_store_remembers_permanently_that_it_had_a_key(store: Store) -> None:
     assert not await store.is_keyed()
     await store.add_key(row("a"))
     await store.delete_key("acme", "a")

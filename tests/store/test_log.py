@@ -441,7 +441,7 @@ async def test_a_deleted_session_leaves_nothing_but_what_others_share(store: Sto
         await add(store, said("m2"))
 
 
-async def test_a_session_of_a_deleted_ones_name_begins_anew(store: Store, clock: ManualClock) -> None:
+async def test_a_session_with_the_name_of_a_deleted_one_starts_empty(store: Store, clock: ManualClock) -> None:
     first = (await create(store)).session
     await start(store, "r1", said("m1", run="r1"), changed(put("draft", "x")))
     await store.delete_session(KEY)
@@ -469,7 +469,7 @@ async def test_deletion_and_commits_at_once_come_in_some_order(store: Store) -> 
     assert await store.read_events(KEY, 0) == []
 
 
-async def test_nobodys_changes_reach_what_is_stored(store: Store) -> None:
+async def test_changes_of_a_callers_message_do_not_change_the_stored_one(store: Store) -> None:
     given = said("m1")
     labels = v1.Session(labels={"k": "v"})
     await store.commit(Commit(key=KEY, create=labels))

@@ -378,7 +378,7 @@ async def test_the_log_says_that_a_conversion_begins(older: Path) -> None:
     assert [("store_migrating", version), ("store_migrated", VERSION)] == told
 
 
-async def test_a_migration_that_was_told_of_is_durable(path: Path) -> None:
+async def test_a_migration_is_durable_when_it_is_logged(path: Path) -> None:
     with migrating(path, 1000) as running:
         assert first_line(running) == "1 0 594 store_migrating"
         assert go_on(running) == f"{VERSION} store_migrated"
@@ -419,7 +419,7 @@ async def test_what_finds_rows_within_a_session_is_made_for_all_of_them(older: P
     assert {0, 1, 2} == {kind for _, _, kind, *_ in expected}
 
 
-async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) -> None:
+async def test_a_damaged_row_is_reported_and_nothing_is_changed(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE runs SET body = x'FFFF' WHERE session = 'queue' AND run = 'r4'")
     connection.close()
@@ -467,7 +467,7 @@ async def test_a_store_of_a_later_schema_keeps_every_row(small: Path, tmp_path: 
     assert facts(small, "SELECT * FROM requests WHERE response IS NOT NULL") == []
 
 
-async def test_a_copy_of_an_older_store_is_of_its_own_schema(path: Path, tmp_path: Path) -> None:
+async def test_a_copy_of_an_older_store_has_the_same_schema(path: Path, tmp_path: Path) -> None:
     before = dumped(path)
     sqlite_file.backup(path, tmp_path / "copy.db", force=False)
     assert dumped(path) == dumped(tmp_path / "copy.db") == before

@@ -149,7 +149,7 @@ async def replayed(store: Store, key: SessionKey) -> dict[str, Any]:
 
 
 async def fed(store: Store, clock: ManualClock, source: Told, at: int, key: SessionKey) -> None:
-    """A session that was told the same up to a sequence, commit by commit."""
+    """A session that got the same commits up to a sequence."""
     await create(store, key)
     log = (await store.read_events(source.key, 0))[:at]
     before = 0
@@ -181,7 +181,8 @@ async def check_past(store: Store, told: Told) -> None:
 
 
 async def check_moved(store: Store, key: SessionKey) -> None:
-    """What is exported of a session at rest becomes the same rows under another name, and the same bytes again."""
+    """The export of a session without an active run becomes the same rows under another name, and the same bytes
+    again."""
     try:
         file = b"".join([piece async for piece in transfer.exported(store, key)])
     except NotecaseError:
@@ -238,8 +239,8 @@ async def scenario(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None, database=None)
 @given(actions=st.lists(ACTIONS, max_size=25))
 def test_the_past_is_what_the_log_says(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
-    """State at every sequence is the fold of the log up to it; a fork is a session that was told the same and then put
-    to rest; rows are the fold, whatever was rewound and forked."""
+    """State at every sequence is the fold of the log up to it; a fork equals a session that got the same commits and
+    whose runs were then ended; rows equal the fold, whatever was rewound and forked."""
     asyncio.run(scenario(open_store, actions))
 
 
@@ -261,7 +262,7 @@ async def test_a_fork_that_its_source_outran_is_right(store: Store) -> None:
     assert statuses == {"m1": v1.Message.STATUS_COMPLETED, "m2": v1.Message.STATUS_COMPLETED}
 
 
-async def test_a_fork_of_what_is_gone_is_not_found(store: Store) -> None:
+async def test_a_fork_of_a_deleted_session_is_not_found(store: Store) -> None:
     """Another session of the same name is not its source either."""
     await create(store)
     await add(store, said("m1"))
@@ -312,8 +313,8 @@ async def test_either_of_a_fork_and_its_source_is_whole_without_the_other(store:
     assert (await store.list_state(STATE, EVERYTHING))[0] == v1.State()
 
 
-async def test_a_second_outcome_wants_a_rewind_right_before_it(store: Store) -> None:
-    """And cancels, in a message that the rewind keeps; else a call has one outcome for good."""
+async def test_a_second_outcome_needs_a_rewind_right_before_it(store: Store) -> None:
+    """A rewind also cancels calls in a message that it keeps; otherwise the one outcome of a call never changes."""
     await create(store)
     await start(store, "r1", called("m1", "r1", "c1"), called("m2", "r1", "c2"))
     mark = v1.Event(rewound=v1.Rewound(to_sequence=2))
@@ -367,7 +368,7 @@ async def test_what_a_fork_drops_of_a_run_is_what_waited_then(store: Store) -> N
         assert list(end.run_state_changed.dropped_commands) == dropped
 
 
-async def test_a_fork_of_what_was_rewound_twice_has_the_calls_of_then(store: Store) -> None:
+async def test_a_fork_at_a_sequence_that_was_rewound_twice_has_the_calls_of_that_time(store: Store) -> None:
     """A call that a rewind cancelled is cancelled still in a fork from before the next rewind."""
     await create(store)
     for events in turn("r1"):

@@ -19,7 +19,7 @@ NAME, ANOTHER = b"notecase_", b"pgpooler_"
 
 
 class Pooler(PostgresProxy):
-    """Has a process number of its own, as poolers have; may give prepared statements names of its own."""
+    """Shows its own process number, as poolers do, and may rename prepared statements."""
 
     renames = False
 

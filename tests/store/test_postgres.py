@@ -82,8 +82,8 @@ async def store(url: str, clock: ManualClock) -> AsyncIterator[PostgresStore]:
 
 
 @pytest.fixture
-async def beside(url: str) -> AsyncIterator[Any]:
-    """A connection of somebody else."""
+async def second_connection(url: str) -> AsyncIterator[Any]:
+    """A second connection."""
     connection = await asyncpg.connect(url)
     yield connection
     await connection.close()
@@ -162,28 +162,28 @@ async def test_a_list_and_a_read_take_as_many_round_trips_however_many_rows_ther
 
 
 async def test_runs_that_have_not_ended_are_found_without_reading_all_others(
-    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+    store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await create(store)
     await start(store, "r1", said("m1", run="r1"))
     columns = (
         'create_time, "user", agent, activity, display_name, update_time, expire_time, labels, epoch, commits, body'
     )
-    await beside.execute(
+    await second_connection.execute(
         f"""INSERT INTO sessions (tenant, session, uid, {columns})
             SELECT tenant, 's' || g, 'w' || g, {columns} FROM sessions, generate_series(1, 1000) g"""
     )
     for state, prefix, count in ((v1.Run.STATE_WAITING, "w", 1000), (v1.Run.STATE_SUCCEEDED, "e", 2000)):
-        await beside.execute(
+        await second_connection.execute(
             f"""INSERT INTO runs SELECT tenant, '{prefix}' || g, run, {state}, agent, create_time + g, labels,
                 first_sequence, last_sequence, digest, body
                 FROM runs, generate_series(1, {count}) g WHERE uid = '{KEY.uid}'"""
         )
-    await beside.execute(
+    await second_connection.execute(
         """INSERT INTO active_runs SELECT tenant, create_time + g, 'w' || g, run, step, deaths, released, revision
             FROM active_runs, generate_series(1, 1000) g"""
     )
-    await beside.execute("ANALYZE runs; ANALYZE active_runs; ANALYZE sessions")
+    await second_connection.execute("ANALYZE runs; ANALYZE active_runs; ANALYZE sessions")
     statements, kept = list[tuple[str, tuple[Any, ...]]](), PostgresTables.rows
 
     def rows(tables: PostgresTables, statement: str, *values: Any) -> Any:
@@ -195,19 +195,19 @@ async def test_runs_that_have_not_ended_are_found_without_reading_all_others(
     assert run == (await store.active_runs(None, 100))[0]
     assert 2 == len(statements)
     for statement, values in statements:
-        plan = "\n".join(row[0] for row in await beside.fetch(f"EXPLAIN {statement}", *values))
+        plan = "\n".join(row[0] for row in await second_connection.fetch(f"EXPLAIN {statement}", *values))
         assert "Scan on runs" not in plan
         assert "Index Scan using runs_" in plan
 
 
-async def test_runs_behind_a_page_of_which_none_decodes_are_found(store: PostgresStore, beside: Any) -> None:
+async def test_runs_behind_a_page_of_which_none_decodes_are_found(store: PostgresStore, second_connection: Any) -> None:
     for number in range(4):
         key = session_key("acme", f"s{number}")
         await create(store, key)
         await start(store, "r1", key=key)
     active = await store.active_runs()
     damaged = [each.key.uid for each in active[:2]]
-    await beside.execute("UPDATE runs SET body = '\\xffff' WHERE uid = ANY($1)", damaged)
+    await second_connection.execute("UPDATE runs SET body = '\\xffff' WHERE uid = ANY($1)", damaged)
     with capture_logs() as logs:
         assert active[2:] == await store.active_runs(None, 2)
         assert active[2:3] == await store.active_runs(None, 1)
@@ -281,7 +281,7 @@ async def test_a_takeover_between_the_reads_and_the_writes_of_a_commit_refuses_i
 
 
 async def test_a_takeover_waits_for_a_write_under_way_and_then_no_other_is_made(
-    url: str, store: PostgresStore, clock: ManualClock, beside: Any
+    url: str, store: PostgresStore, clock: ManualClock, second_connection: Any
 ) -> None:
     held, let_go = asyncio.Event(), asyncio.Event()
 
@@ -293,7 +293,7 @@ async def test_a_takeover_waits_for_a_write_under_way_and_then_no_other_is_made(
     writing = asyncio.create_task(store._write(step))
     await held.wait()
     opening = asyncio.create_task(PostgresStore.open(url, clock))
-    await waits_for_a_lock(beside)
+    await waits_for_a_lock(second_connection)
     let_go.set()
     await writing
     successor = await opening
@@ -312,16 +312,16 @@ async def waits_for_a_lock(connection: Any) -> None:
 # ---- other writers
 
 
-async def test_a_commit_whose_session_has_changed_since_it_was_read_is_made_anew(
-    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+async def test_a_commit_whose_session_has_changed_since_it_was_read_is_repeated(
+    store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await create(store)
     await add(store, said("m1"))
-    with come_between(monkeypatch, beside.execute("UPDATE sessions SET epoch = epoch + 6")) as tries:
+    with come_between(monkeypatch, second_connection.execute("UPDATE sessions SET epoch = epoch + 6")) as tries:
         done = await add(store, said("m2"))
     assert (2, 7) == (len(tries), done.epoch)
     with (
-        come_between(monkeypatch, beside.execute("UPDATE sessions SET epoch = epoch + 1")),
+        come_between(monkeypatch, second_connection.execute("UPDATE sessions SET epoch = epoch + 1")),
         refused("OWNER_LOST"),
     ):
         await add(store, said("m3"), if_epoch=7)
@@ -329,8 +329,8 @@ async def test_a_commit_whose_session_has_changed_since_it_was_read_is_made_anew
 
 
 @pytest.mark.parametrize("scope", [USER_STATE, APP_STATE], ids=lambda scope: scope.kind)
-async def test_a_commit_whose_state_has_changed_since_it_was_read_is_made_anew(
-    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch, scope: Scope
+async def test_a_commit_whose_state_has_changed_since_it_was_read_is_repeated(
+    store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch, scope: Scope
 ) -> None:
     """Also the first time that anybody writes to it."""
     await create(store)
@@ -340,9 +340,9 @@ async def test_a_commit_whose_state_has_changed_since_it_was_read_is_made_anew(
     place, body = f"'acme', '{scope.kind}', '{scope.id}'", entry.SerializeToString().hex()
     raced = f"""INSERT INTO states VALUES ({place}, 1);
         INSERT INTO entries VALUES ({place}, 'n', '\\x{body}')"""
-    with come_between(monkeypatch, beside.execute(raced)) as tries:
+    with come_between(monkeypatch, second_connection.execute(raced)) as tries:
         await add(store, event)
-    with come_between(monkeypatch, beside.execute("UPDATE states SET version = version + 3")) as more:
+    with come_between(monkeypatch, second_connection.execute("UPDATE states SET version = version + 3")) as more:
         await add(store, event)
     assert [2, 2] == [len(tries), len(more)]
     state = await store.get_state(scope, ["n"])
@@ -366,7 +366,7 @@ def come_between(monkeypatch: pytest.MonkeyPatch, act: Any) -> Iterator[list[Com
 
 
 async def test_a_commit_that_others_come_between_every_time_is_given_up(
-    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+    store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await create(store)
     flush, tries = CommitTables.flush, 0
@@ -374,7 +374,7 @@ async def test_a_commit_that_others_come_between_every_time_is_given_up(
     def late(tables: CommitTables) -> None:
         nonlocal tries
         tries += 1
-        awaited(beside.execute("UPDATE sessions SET epoch = epoch + 1"))
+        awaited(second_connection.execute("UPDATE sessions SET epoch = epoch + 1"))
         flush(tables)
 
     monkeypatch.setattr(CommitTables, "flush", late)
@@ -398,7 +398,7 @@ async def test_of_two_commits_with_one_request_id_or_one_name_one_is_made(store:
     assert 2 == len((await store.list_sessions("acme", EVERYTHING)).rows)
 
 
-async def test_a_deadlock_with_somebody_else_is_tried_again(store: PostgresStore, beside: Any) -> None:
+async def test_a_deadlock_with_another_connection_is_tried_again(store: PostgresStore, second_connection: Any) -> None:
     """The store is the one that PostgreSQL ends: it waits last, and the other looks for no deadlock."""
     await store.update_state(APP_STATE, [put("k", 1)])
     held, let_go, tries = asyncio.Event(), asyncio.Event(), 0
@@ -410,34 +410,34 @@ async def test_a_deadlock_with_somebody_else_is_tried_again(store: PostgresStore
         awaited(let_go.wait())
         tables.put_version(APP_STATE, 7)
 
-    await beside.execute("SET deadlock_timeout = '10min'; BEGIN; SELECT FROM states FOR UPDATE")
+    await second_connection.execute("SET deadlock_timeout = '10min'; BEGIN; SELECT FROM states FOR UPDATE")
     writing = asyncio.create_task(store._write(step))
     await held.wait()
-    blocked = asyncio.create_task(beside.execute("SELECT FROM owner FOR UPDATE"))
+    blocked = asyncio.create_task(second_connection.execute("SELECT FROM owner FOR UPDATE"))
     await waits_for_a_lock(store._pool)
     let_go.set()
     await blocked
-    await beside.execute("COMMIT")
+    await second_connection.execute("COMMIT")
     await writing
     assert (await store.get_state(APP_STATE, [])).version == 7
     assert tries > 1  # a try that locks the owner's row before the other does ends in the same deadlock again
 
 
-async def test_a_row_that_somebody_else_holds_is_waited_for_so_long_and_no_longer(
-    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+async def test_the_wait_for_a_locked_row_is_limited(
+    store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres_store, "WRITE_SECONDS", 0.05)
     await store.update_state(APP_STATE, [put("k", 1)])
-    await beside.execute("BEGIN; SELECT FROM states FOR UPDATE")
+    await second_connection.execute("BEGIN; SELECT FROM states FOR UPDATE")
     with refused("STORE_UNAVAILABLE"):
         await store.update_state(APP_STATE, [put("k", 2)])
-    await beside.execute("COMMIT")
+    await second_connection.execute("COMMIT")
     monkeypatch.undo()
     assert 2 == (await store.update_state(APP_STATE, [put("k", 2)])).version
 
 
-async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_and_no_longer(
-    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+async def test_the_lock_of_a_frozen_server_in_a_transaction_is_limited(
+    store: PostgresStore, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres_store, "WRITE_SECONDS", 0.05)
     begun, ended = asyncio.Event(), asyncio.Event()
@@ -451,8 +451,10 @@ async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_a
     writing = asyncio.create_task(store._write(step))
     writing.add_done_callback(lambda _: begun.set())  # where the machine is so slow that its first statement fails
     await begun.wait()
-    await beside.execute("UPDATE notecase_store SET keyed = keyed")
-    while await beside.fetchval("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"):
+    await second_connection.execute("UPDATE notecase_store SET keyed = keyed")
+    while await second_connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
+    ):
         pass
     ended.set()
     with refused("STORE_UNAVAILABLE"):
@@ -468,7 +470,7 @@ async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_a
     "code",
     ["08006", "25006", "40001", "53100", "53300", "55P03", "57014", "57P01", "57P02", "57P03", "42501", "58030"],
 )
-async def test_a_failure_that_passes_is_told_as_one(store: PostgresStore, code: str) -> None:
+async def test_a_transient_failure_is_reported_as_one(store: PostgresStore, code: str) -> None:
     with refused("STORE_UNAVAILABLE") as told:
         await store._write(lambda tables, _: raise_sqlstate(tables, code))
     assert ("disk" in str(told.value)) == (code == "53100")
@@ -476,7 +478,7 @@ async def test_a_failure_that_passes_is_told_as_one(store: PostgresStore, code: 
 
 
 @pytest.mark.parametrize("code", ["22003", "23502", "42601"])
-async def test_a_statement_that_can_never_succeed_is_a_defect_and_says_nothing_of_what_is_stored(
+async def test_a_statement_that_can_never_succeed_is_a_defect_and_its_error_has_no_stored_data(
     store: PostgresStore, code: str
 ) -> None:
     with pytest.raises(Defect) as told:
@@ -615,7 +617,7 @@ async def test_a_commit_that_was_said_not_to_be_made_is_never_made(url: str, clo
         await store.close()
 
 
-async def test_a_raise_of_the_fence_that_arrives_late_deposes_nobody(url: str, clock: ManualClock) -> None:
+async def test_a_raise_of_the_fence_that_arrives_late_replaces_no_owner(url: str, clock: ManualClock) -> None:
     """The store that sent it has gone by a later one since, and writes on."""
     async with PostgresProxy(url) as proxy:
         store = await PostgresStore.open(proxy.url, clock, connections=2)
@@ -698,34 +700,34 @@ async def test_commits_whose_connections_are_cut_at_random_are_made_once(url: st
 
 @pytest.mark.parametrize("kind", ["commit", "transaction"])
 async def test_a_write_that_no_synchronous_standby_has_is_never_said_to_be_made(
-    url: str, beside: Any, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, kind: str
+    url: str, second_connection: Any, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Its statement is given up without being cancelled: then PostgreSQL would keep it, and show it to everybody."""
 
     async def configure(*statements: str) -> None:
         shown = "SELECT count(*) FROM pg_settings WHERE name = 'synchronous_standby_names' AND setting = $1"
         for statement in statements:
-            await beside.execute(statement)
-        await beside.execute("SELECT pg_reload_conf()")
-        while not await beside.fetchval(shown, "" if "RESET" in statements[0] else "nobody"):
+            await second_connection.execute(statement)
+        await second_connection.execute("SELECT pg_reload_conf()")
+        while not await second_connection.fetchval(shown, "" if "RESET" in statements[0] else "nobody"):
             pass
 
-    database = await beside.fetchval("SELECT current_database()")
-    await beside.execute(f"ALTER DATABASE {database} SET synchronous_commit = on")
+    database = await second_connection.fetchval("SELECT current_database()")
+    await second_connection.execute(f"ALTER DATABASE {database} SET synchronous_commit = on")
     store = await PostgresStore.open(url, clock)
     await create(store)
     # What each kind needs is prepared before the time counts.
     await add(store, said("m0"), id="zero")
     await store.update_state(APP_STATE, [put("k", 0)])
     rows = "SELECT (SELECT count(*) FROM events), (SELECT max(version) FROM states)"
-    before = await beside.fetchrow(rows)
+    before = await second_connection.fetchrow(rows)
     other = await asyncpg.connect(url)
     await configure("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
     # Commits wait once the checkpointer has read the setting, too.
     waits = "SELECT wait_event = 'SyncRep' FROM pg_stat_activity WHERE pid = $1"
     write = asyncio.create_task(other.execute("SELECT pg_logical_emit_message(true, '', '')"))
     try:
-        while not await beside.fetchval(waits, other.get_server_pid()):
+        while not await second_connection.fetchval(waits, other.get_server_pid()):
             if write.done():
                 write = asyncio.create_task(other.execute("SELECT pg_logical_emit_message(true, '', '')"))
         monkeypatch.setattr(postgres_wire, "STATEMENT_SECONDS", 2)
@@ -737,7 +739,7 @@ async def test_a_write_that_no_synchronous_standby_has_is_never_said_to_be_made(
         for _ in range(2):
             with refused("STORE_UNAVAILABLE"):
                 await store.find_commit(KEY, "one")
-        assert before == await beside.fetchrow(rows)
+        assert before == await second_connection.fetchrow(rows)
     finally:
         monkeypatch.undo()
         await configure("ALTER SYSTEM RESET synchronous_standby_names", f"ALTER DATABASE {database} RESET ALL")
@@ -748,10 +750,12 @@ async def test_a_write_that_no_synchronous_standby_has_is_never_said_to_be_made(
     await store.close()
 
 
-async def test_connections_that_the_database_has_ended_are_replaced(store: PostgresStore, beside: Any) -> None:
+async def test_connections_that_the_database_has_ended_are_replaced(
+    store: PostgresStore, second_connection: Any
+) -> None:
     await create(store)
     await asyncio.gather(*(store.get_session(KEY) for _ in range(5)))
-    await beside.execute(
+    await second_connection.execute(
         "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid != pg_backend_pid()"
     )
@@ -791,7 +795,7 @@ async def test_a_store_that_is_closed_finishes_what_is_under_way(
 
 
 async def test_a_rewind_in_a_commit_is_seen_in_the_newest_messages_that_it_returns(store: PostgresStore) -> None:
-    """Which are put together of what was there and of what is written."""
+    """Which are combined from the existing rows and the written ones."""
     await create(store)
     await add(store, *(said(f"m{number}") for number in range(4)))
     await start(store, "r1", called("n1", "r1", "c1"), dispatched("c1", "r1"))
@@ -884,9 +888,9 @@ async def test_keys_and_labels_with_nul_are_found_and_kept_in_order(store: Postg
     assert labels == dict((await contents(store))["session"].labels)
 
 
-async def test_every_text_is_compared_by_its_bytes(beside: Any) -> None:
+async def test_every_text_is_compared_by_its_bytes(second_connection: Any) -> None:
     """Whatever collation the database has; `commits` is never compared."""
-    others = await beside.fetch(
+    others = await second_connection.fetch(
         """SELECT c.relname, a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
             JOIN pg_collation o ON o.oid = a.attcollation
             WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r' AND o.collname != 'C'"""
@@ -957,21 +961,21 @@ async def test_two_servers_that_open_an_empty_database_at_once_make_its_tables_o
 
 
 async def test_a_database_that_is_more_than_one_step_newer_is_refused(
-    url: str, beside: Any, clock: ManualClock
+    url: str, second_connection: Any, clock: ManualClock
 ) -> None:
     """A step newer is what another server makes of it when the servers are replaced one by one; it stays."""
-    await beside.execute("UPDATE notecase_store SET schema = schema + 1")
+    await second_connection.execute("UPDATE notecase_store SET schema = schema + 1")
     try:
         opened = await PostgresStore.open(url, clock)
         await opened.close()
-        assert VERSION + 1 == await beside.fetchval(
+        assert VERSION + 1 == await second_connection.fetchval(
             "UPDATE notecase_store SET schema = schema + 1 RETURNING schema - 1"
         )
         newer = rf"written by a newer notecase: its schema is {VERSION + 2}, this one supports up to {VERSION + 1}\."
         with pytest.raises(StoreOpenError, match=newer):
             await PostgresStore.open(url, clock)
     finally:
-        await beside.execute("UPDATE notecase_store SET schema = $1", VERSION)
+        await second_connection.execute("UPDATE notecase_store SET schema = $1", VERSION)
 
 
 UNFIT = {
@@ -1038,7 +1042,7 @@ async def test_an_older_schema_is_refused_or_brought_up_to_date(
     await connection.close()
 
 
-async def test_a_user_who_may_create_nothing_is_told_so(clock: ManualClock) -> None:
+async def test_the_error_says_that_the_user_may_not_create_tables(clock: ManualClock) -> None:
     url = await postgres.shared().new_database()
     connection = await asyncpg.connect(url)
     await connection.execute("DROP ROLE IF EXISTS guest")

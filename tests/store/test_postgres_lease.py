@@ -40,8 +40,8 @@ async def url() -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def beside(url: str) -> AsyncIterator[Any]:
-    """A connection of somebody else."""
+async def second_connection(url: str) -> AsyncIterator[Any]:
+    """A second connection."""
     connection = await asyncpg.connect(url)
     yield connection
     await connection.close()
@@ -152,8 +152,7 @@ def test_an_owner_that_is_silent_is_replaced_within_a_lease_and_three_seconds(aw
 
 
 async def test_a_write_gives_its_rows_back_within_half_a_lease(url: str, clock: ManualClock) -> None:
-    """Whatever becomes of its server: PostgreSQL ends a transaction that stands still, or waits for a lock, for so
-    long."""
+    """Whatever becomes of its server: PostgreSQL ends a transaction that is idle, or waits for a lock, for so long."""
     lease = PostgresLease(partial(asyncpg.connect, url), "this one", time.monotonic, LEASE)
     await lease.take(None)
     store = await PostgresStore.open(url, clock, lease=lease)
@@ -185,7 +184,7 @@ async def test_a_connection_that_hangs_is_asked_nothing_more_and_replaced(url: s
         never.set()
 
 
-async def test_a_wait_for_the_store_outlives_its_database(url: str, beside: Any) -> None:
+async def test_a_wait_for_the_store_outlives_its_database(url: str, second_connection: Any) -> None:
     """Which is renamed, and then named as before."""
     name = url.partition("?")[0].rpartition("/")[2]
     waits, failures = asyncio.Event(), asyncio.Queue[str]()
@@ -197,12 +196,12 @@ async def test_a_wait_for_the_store_outlives_its_database(url: str, beside: Any)
             failures.put_nowait(error.sqlstate)
             raise
 
-    await beside.execute("UPDATE owner SET name = 'another', counter = counter + 1")
+    await second_connection.execute("UPDATE owner SET name = 'another', counter = counter + 1")
     lease = PostgresLease(connect, "this one", time.monotonic, 4 * LEASE)
     taking = asyncio.create_task(lease.take(_setting(waits)))
     await waits.wait()
     elsewhere = await asyncpg.connect(postgres.shared().url())
-    await beside.close()
+    await second_connection.close()
     await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
     await elsewhere.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", name)
     await elsewhere.execute(f"ALTER DATABASE {name} RENAME TO {name}_gone")
@@ -257,7 +256,7 @@ async def test_a_connection_that_is_lost_once_the_lease_is_taken_is_replaced(url
         await server._store.close()
 
 
-async def test_a_store_that_fails_before_it_is_served_is_let_go(url: str, beside: Any) -> None:
+async def test_a_store_that_fails_before_it_is_served_is_let_go(url: str, second_connection: Any) -> None:
     def cut(kind: str, body: bytes) -> None:
         if kind == "P" and b"SELECT keyed FROM" in body:
             proxy.cut()
@@ -268,7 +267,7 @@ async def test_a_store_that_fails_before_it_is_served_is_let_go(url: str, beside
             await serve.make_server(
                 Settings(listen="127.0.0.1:0", store=proxy.url, store_lease=LEASE), Tasks("auth"), _unused
             )
-    assert (False, "") == tuple(await beside.fetchrow("SELECT fence = 0, name FROM owner"))
+    assert (False, "") == tuple(await second_connection.fetchrow("SELECT fence = 0, name FROM owner"))
 
 
 def _unused(make: Callable[[], Provider]) -> Any:
@@ -279,25 +278,25 @@ def _unused(make: Callable[[], Provider]) -> Any:
 
 
 async def depose(connection: Any) -> None:
-    """Becomes the owner in place of whoever is."""
+    """Becomes the owner in place of the current one."""
     await connection.execute("UPDATE owner SET name = 'another', counter = counter + 1, fence = fence + 1")
 
 
 async def test_a_renewal_of_sessions_under_an_old_fence_changes_nothing(
-    url: str, clock: ManualClock, beside: Any
+    url: str, clock: ManualClock, second_connection: Any
 ) -> None:
     """As that of a process that stood still for a lease, while another server became the owner."""
     store = await PostgresStore.open(url, clock)
     await create(store)
-    await depose(beside)
+    await depose(second_connection)
     with pytest.raises(StoreOpenError, match="Another server now owns the store"):
-        await renew(beside, store.fence)
-    assert KEY.uid == await beside.fetchval("SELECT uid FROM sessions")
+        await renew(second_connection, store.fence)
+    assert KEY.uid == await second_connection.fetchval("SELECT uid FROM sessions")
     await store.close()
 
 
-async def test_nobody_becomes_the_owner_while_sessions_are_renewed(
-    url: str, clock: ManualClock, beside: Any, monkeypatch: pytest.MonkeyPatch
+async def test_no_server_becomes_the_owner_while_sessions_are_renewed(
+    url: str, clock: ManualClock, second_connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = await PostgresStore.open(url, clock)
     await create(store)
@@ -314,7 +313,7 @@ async def test_nobody_becomes_the_owner_while_sessions_are_renewed(
     renewing = asyncio.create_task(renew(connection, store.fence))
     await held.wait()
     opening = asyncio.create_task(PostgresStore.open(url, clock))
-    while not await beside.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+    while not await second_connection.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
         assert not opening.done()
     let_go.set()
     assert 1 == await renewing
@@ -327,25 +326,25 @@ async def test_nobody_becomes_the_owner_while_sessions_are_renewed(
     await connection.close()
 
 
-async def test_a_copy_under_an_old_fence_writes_nothing(url: str, beside: Any) -> None:
+async def test_a_copy_under_an_old_fence_writes_nothing(url: str, second_connection: Any) -> None:
     """Neither rows nor its end, although its lease seems to hold."""
     (table,) = (table for table in TABLES if table.name == "tenants")
     rows = cast(Any, await serve_stores.open_rows(url, is_target=True))
     await rows.begin_copy(b"a file")
-    await depose(beside)
+    await depose(second_connection)
     assert rows._lease.holds
     row = tuple(0 if "time" in column else column for column in table.columns)
     for write in (partial(rows.load, table, [row]), partial(rows.finish_copy, Head(b"secret", True))):
         with pytest.raises(StoreOpenError, match="Another server now owns the store"):
             await write()
-    assert 0 == await beside.fetchval("SELECT count(*) FROM tenants")
-    assert b"secret" != await beside.fetchval("SELECT secret FROM notecase_store")
-    assert b"a file" == await beside.fetchval("SELECT source FROM unfinished_copy")
+    assert 0 == await second_connection.fetchval("SELECT count(*) FROM tenants")
+    assert b"secret" != await second_connection.fetchval("SELECT secret FROM notecase_store")
+    assert b"a file" == await second_connection.fetchval("SELECT source FROM unfinished_copy")
     await rows.close()
-    await beside.execute("DROP TABLE unfinished_copy")
+    await second_connection.execute("DROP TABLE unfinished_copy")
 
 
-async def test_a_copy_that_is_complete_is_no_failure_when_it_cannot_be_analyzed(url: str, beside: Any) -> None:
+async def test_a_complete_copy_that_cannot_be_analyzed_is_not_a_failure(url: str, second_connection: Any) -> None:
     def cut(kind: str, body: bytes) -> None:
         if kind == "Q" and b"ANALYZE" in body:
             proxy.cut()
@@ -358,7 +357,7 @@ async def test_a_copy_that_is_complete_is_no_failure_when_it_cannot_be_analyzed(
             await rows.finish_copy(Head(b"secret", False))
         await rows.close()
     assert ["store_not_analyzed"] == [line["event"] for line in lines if line["event"] != "lease_not_renewed"]
-    assert b"secret" == await beside.fetchval("SELECT secret FROM notecase_store")
+    assert b"secret" == await second_connection.fetchval("SELECT secret FROM notecase_store")
 
 
 # ---- a standby

@@ -106,7 +106,7 @@ async def test_a_session_whose_queue_holds_a_run_is_not_idle(store: Store, clock
 
 
 async def test_an_end_that_was_put_off_is_none(store: Store, clock: ManualClock) -> None:
-    """Between the look and the deletion somebody may have come."""
+    """The session may have been used between the check and the deletion."""
     await create(store, idle_ttl=Duration(seconds=60))
     clock.now += 60 * SECOND
     assert await store.expired_sessions(clock.now, 10) == [KEY]
@@ -196,7 +196,7 @@ async def test_an_erased_users_state_refers_to_no_blob_any_more(store: Store, cl
     assert await store.get_blob("acme", held) is None
 
 
-async def test_a_fork_does_not_expire_with_its_source_but_as_it_is_told(store: Store, clock: ManualClock) -> None:
+async def test_a_fork_has_the_expiry_in_its_request_and_not_its_sources(store: Store, clock: ManualClock) -> None:
     await create(store, ttl=Duration(seconds=60))
     await add(store, said("m1"))
     past = await store.read_past(KEY, 1)

@@ -1,4 +1,4 @@
-"""Every store: which runs have not ended, which of them somebody should be at work on, and what is known of each."""
+"""Every store: which runs have not ended, which of them should have a worker, and what is known of each."""
 
 import asyncio
 from pathlib import Path
@@ -44,7 +44,7 @@ async def idle(store: Store) -> set[tuple[SessionKey, str]]:
 
 
 async def test_idle_runs_are_those_that_run_and_those_whose_turn_has_come(store: Store) -> None:
-    """A waiting run needs nobody, and what is queued behind it, or behind one that runs, has to wait."""
+    """A waiting run needs no worker, and runs that are queued behind it, or behind a running one, wait."""
     assert await idle(store) == set()
     running, waiting, rested, done, elsewhere = (
         session_key("globex" if name == "elsewhere" else "acme", name)

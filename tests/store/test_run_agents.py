@@ -1,4 +1,4 @@
-"""A run has the agent that it was started with until it ends, and then nothing is left of it beside its revision."""
+"""A run keeps the agent that it was started with until it ends; then only the revision remains."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -130,7 +130,7 @@ async def test_what_is_kept_goes_in_another_process_too(tmp_path: Path, store: S
     await again.close()
 
 
-async def test_a_session_made_anew_under_the_name_has_none_of_it(store: SqliteStore) -> None:
+async def test_a_session_created_again_under_the_name_has_none_of_it(store: SqliteStore) -> None:
     await begin(store, "r1", v1.Agent(name="agents/gone", revision=4))
     await store.delete_session(KEY)
     await create(store, reborn(KEY))

@@ -93,7 +93,7 @@ async def test_a_run_id_is_used_once(store: Store) -> None:
         await add(store, replied("m1", "nobody"))
 
 
-async def test_a_run_wants_its_record(store: Store) -> None:
+async def test_a_run_needs_its_record(store: Store) -> None:
     await create(store)
     before = await contents(store)
     with pytest.raises(ValueError, match="start"):

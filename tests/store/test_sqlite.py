@@ -154,7 +154,8 @@ async def test_two_files_have_different_secrets(tmp_path: Path, clock: ManualClo
 
 
 async def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
-    """A writer is killed again and again in the middle of its work; nothing it told of is lost, nothing is half."""
+    """A writer is killed again and again in the middle of its work; nothing that it reported is lost, and nothing is
+    half written."""
     chance = random.Random(7)
     acknowledged: dict[str, int] = {}
     for _ in range(5):
@@ -250,14 +251,14 @@ async def test_a_database_of_another_program_is_refused_and_left_alone(path: Pat
     assert path.read_bytes() == before
 
 
-async def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+async def test_a_file_that_is_not_a_database_is_refused_and_not_changed(path: Path) -> None:
     path.write_text("Dear diary, " * 1000)
     before = path.read_bytes()
     assert "not a SQLite database" in await refusal(path)
     assert path.read_bytes() == before
 
 
-async def test_a_directory_is_no_store_and_a_missing_one_is_named(tmp_path: Path) -> None:
+async def test_a_directory_is_not_a_store_and_a_missing_one_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path} cannot be opened for writing" in await refusal(tmp_path)
     assert f"The directory {tmp_path / 'none'} does not exist" in await refusal(tmp_path / "none" / "store.db")
 
@@ -456,7 +457,7 @@ async def test_a_file_of_an_unknown_schema_is_refused(path: Path, clock: ManualC
 
 
 async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
-    """Each page is found in an index, first or later, filtered by what is often asked for or not."""
+    """Each page is found in an index, first or later, filtered by common fields or not."""
     await create(store)
     await store.create_agent("acme", "sherlock", v1.Agent())
     await start(store, "r1", ended("r1"), said("m1"), changed(put("k", 1)))
@@ -494,7 +495,7 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
     assert len(plans) > 20
     assert [sql for sql in plans if "unended = 1" in sql]
     for sql, plan in plans.items():
-        # What is asked for by a list of names has that list for a table.
+        # A read by a list of names uses that list as a table.
         scans = [step for step in plan if "SCAN" in step and "VIRTUAL TABLE" not in step]
         assert [] == scans + [step for step in plan if "TEMP B-TREE" in step], sql
     for sql, plan in plans.items():
@@ -535,8 +536,8 @@ async def test_a_fork_of_the_beginning_needs_no_more_of_the_file_when_the_log_is
 
 
 async def _steps(store: SqliteStore, ask: Callable[[], Awaitable[None]]) -> int:
-    """What an answer takes of the readers' connections, the fewest of several tries: a reader that is asked for the
-    first time reads the schema, too."""
+    """The steps of an answer on the readers' connections, the fewest of several tries: a reader's first statement reads
+    the schema, too."""
     return min([await _steps_once(store, ask) for _ in range(8)])
 
 
@@ -557,7 +558,7 @@ async def _steps_once(store: SqliteStore, ask: Callable[[], Awaitable[None]]) ->
 
 
 async def test_eight_writers_and_readers_at_once(store: SqliteStore) -> None:
-    """Readers beside the writer see whole commits only, and what has returned always."""
+    """Readers that run during writes see only complete commits, and always those that have returned."""
     keys = [session_key("acme", f"s{number}") for number in range(8)]
     for key in keys:
         await create(store, key)
@@ -659,7 +660,7 @@ async def test_the_log_does_not_grow_with_what_is_written(store: SqliteStore, pa
 
 
 async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store: SqliteStore, path: Path) -> None:
-    """The log has become long as somebody read. Callers have their answer before; the next write begins the log again,
+    """The log has become long during a read. Callers have their answer before; the next write begins the log again,
     although the checkpointer has not had another turn."""
     seen: list[str] = []
     writer, tell = store._connections.writer, store._tell

@@ -123,7 +123,7 @@ async def test_an_agent_that_changes_while_it_is_read_is_not_kept(store: SqliteS
     await create(store)
     reading = asyncio.create_task(store.read_start(TENANT, KEY.session, "agents/sherlock"))
     await asyncio.sleep(0)
-    store._starts.forget()  # as a write does whose outcome is told meanwhile
+    store._starts.forget()  # as a write does whose outcome is reported meanwhile
     await reading
     assert not kept(store)
 
@@ -216,7 +216,7 @@ async def test_a_session_that_was_not_idle_is_read_again(store: SqliteStore) -> 
     assert kept(store)
 
 
-async def test_a_transaction_that_is_lost_for_want_of_memory_fails_all_of_its_writes(store: SqliteStore) -> None:
+async def test_a_transaction_that_is_lost_without_memory_fails_all_of_its_writes(store: SqliteStore) -> None:
     """SQLite has rolled it back then, and Python raises MemoryError, whatever the statement was."""
     await create(store)
     began, held = threading.Event(), threading.Event()

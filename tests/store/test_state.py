@@ -32,7 +32,7 @@ from tests.support.values import INT64_MAX, KEYS, VALUES, exactly
 PUT = Answer("state", "users/ada/state")
 
 
-async def test_a_state_nobody_wrote_to_is_empty_at_version_0(store: Store) -> None:
+async def test_a_state_without_writes_is_empty_at_version_0(store: Store) -> None:
     assert await store.get_state(USER_STATE, ["name"]) == v1.State()
     state, page = await store.list_state(USER_STATE, EVERYTHING)
     assert (state, page.rows, page.next) == (v1.State(), [], None)
@@ -170,7 +170,7 @@ async def test_a_value_comes_back_as_it_went_in(store: Store, name: str) -> None
 
 
 @pytest.mark.parametrize("key", KEYS)
-async def test_every_key_is_a_key_of_its_own(store: Store, key: str) -> None:
+async def test_every_key_is_different(store: Store, key: str) -> None:
     await store.update_state(APP_STATE, [put(key, 1), put("k", 2)])
     assert (await store.get_state(APP_STATE, [key])).entries[key].value.int_value == 1
     await store.update_state(APP_STATE, [remove(key)])

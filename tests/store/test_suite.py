@@ -1,4 +1,4 @@
-"""The suite of a store's promises runs on a store of somebody else, in their directory, and finds what it breaks."""
+"""The suite of a store's promises runs on a third party's store, in its directory, and finds what it breaks."""
 
 import os
 import re
@@ -28,7 +28,7 @@ FORGETFUL = """
 """
 
 
-def held_to_the_suite(directory: Path, store: str, *options: str) -> subprocess.CompletedProcess[str]:
+def passes_the_suite(directory: Path, store: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Runs the suite there, without this repository's settings and conftests, on a store with that source."""
     (directory / "my_store.py").write_text(store)
     (directory / "test_my_store.py").write_text(EXAMPLE)
@@ -58,8 +58,8 @@ def test_the_file_that_is_shown_is_short() -> None:
     assert 10 >= sum(bool(line) and "import" not in line for line in EXAMPLE.splitlines())
 
 
-def test_a_store_by_somebody_else_is_held_to_every_promise(tmp_path: Path) -> None:
-    done = held_to_the_suite(tmp_path, STORE)
+def test_the_suite_checks_every_promise_on_a_third_partys_store(tmp_path: Path) -> None:
+    done = passes_the_suite(tmp_path, STORE)
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout
     assert 0 == done.returncode, done.stdout
@@ -68,7 +68,7 @@ def test_a_store_by_somebody_else_is_held_to_every_promise(tmp_path: Path) -> No
 
 def test_a_store_that_breaks_a_promise_fails_by_its_name(tmp_path: Path) -> None:
     """Of those about what is repeated, the ones about commands, and no others."""
-    done = held_to_the_suite(tmp_path, STORE + FORGETFUL, "-k", "recall or repeat or command")
+    done = passes_the_suite(tmp_path, STORE + FORGETFUL, "-k", "recall or repeat or command")
     assert 1 == done.returncode, done.stdout
     failed = set(re.findall(r"FAILED test_my_store\.py::(\w+)", done.stdout))
     assert "test_recall_tells_a_repeat_and_else_nothing" in failed

@@ -66,7 +66,7 @@ async def test_what_is_said_meanwhile_does_not_matter_to_a_summary(store: Store)
     assert await in_effect(store) == 3
 
 
-async def test_a_summary_of_what_was_rewound_meanwhile_is_refused(store: Store) -> None:
+async def test_a_summary_of_messages_that_were_rewound_meanwhile_is_refused(store: Store) -> None:
     """Although none was in effect before or after."""
     await create(store)
     await add(store, said("m1"), said("m2"), said("m3"))

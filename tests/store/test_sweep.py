@@ -197,7 +197,7 @@ async def test_a_sweep_that_fails_goes_on_where_it_was(
     await store.sweep_sessions()
 
 
-async def test_only_the_sessions_of_one_user_are_swept_where_it_is_asked_for(store: Store) -> None:
+async def test_only_the_sessions_of_one_user_are_swept_on_request(store: Store) -> None:
     mine, other, elsewhere = KEY, session_key("acme", "other"), KEY._replace(tenant="globex", uid=NEXT.uid)
     await create(store, mine)
     await create(store, other, user="users/eve")

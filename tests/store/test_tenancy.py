@@ -1,4 +1,4 @@
-"""Every store: the tenants that an operator has to do with, and the removal of one with everything."""
+"""Every store: the tenants that operators manage, and the removal of one with all its data."""
 
 import hashlib
 from collections.abc import Awaitable, Callable
@@ -47,7 +47,7 @@ async def test_tenants_are_listed_by_name(store: Store) -> None:
     assert (["tenants/c"], None) == (names(second.rows), second.next)
 
 
-async def test_a_state_is_set_and_a_removal_is_for_good(store: Store) -> None:
+async def test_a_state_is_set_and_a_removal_is_permanent(store: Store) -> None:
     for state in (ACTIVE, DELETING, SUSPENDED):
         with refused("TENANT_NOT_FOUND"):
             await store.set_tenant_state("acme", state)

@@ -1,5 +1,5 @@
-"""SQLite: what is done to many sessions, runs or records at once is done in small transactions, and what somebody waits
-for comes between them."""
+"""SQLite: what is done to many sessions, runs or records at once is done in small transactions, and writes with a
+waiting caller come between them."""
 
 import asyncio
 import itertools

@@ -176,7 +176,7 @@ class Stopped(Exception):
 async def test_a_copy_that_is_interrupted_anywhere_goes_on(
     path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each of its transactions. Until it is whole no server opens it, and nobody copies or renews it."""
+    """After each of its transactions. Until it is complete, no server opens it, and it cannot be copied or renewed."""
     monkeypatch.setattr(store_copy, "BATCH_ROWS", 100)
     expected, whole = await rows_of(path), False
 
@@ -412,7 +412,7 @@ async def exports(served: Running, tenant: str) -> dict[str, bytes]:
     return found
 
 
-async def test_callers_of_a_renewed_store_begin_anew(path: Path) -> None:
+async def test_callers_of_a_renewed_store_read_sessions_again(path: Path) -> None:
     """Every session exports as the bytes it was. A cursor and an etag from before are refused, and a request that is
     repeated is answered with the new uid."""
     metadata = ((TENANT, "acme"),)

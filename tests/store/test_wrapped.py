@@ -1,4 +1,4 @@
-"""A wrapper that tests put around a store keeps every promise of the store, as long as it is not told to break one."""
+"""A wrapper that tests put around a store keeps every promise of the store unless it is set to break one."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

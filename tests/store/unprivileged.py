@@ -1,4 +1,4 @@
-"""Opens a store as somebody for whom the modes of files count, root or not, and prints why it was refused."""
+"""Opens a store as a user for whom file modes apply, and prints why it was refused."""
 
 import asyncio
 import ctypes

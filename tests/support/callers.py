@@ -21,7 +21,7 @@ def who(role: Role, tenant: str = "acme", subject: str = "", user: str = "") -> 
 
 
 class ByWord:
-    """Takes a caller's word, unless it is revoked, or stands for somebody else by now."""
+    """Accepts a caller's word, unless it is revoked or belongs to another principal by now."""
 
     def __init__(self) -> None:
         self.revoked: set[str] = set()

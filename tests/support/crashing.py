@@ -1,10 +1,10 @@
 """A server that kills itself at a chosen commit, with tools whose effects are counted outside it.
 
-`main` with `--store sqlite:PATH --before 3` is `notecase serve` with these tools, up to the moment at which a run's
-third commit is about to be made; with `--after 3`, that at which it is durable and nobody has been told. With
-`--deletions 3` that is the third transaction of a deletion, counted from the one that begins it, and each removes two
-rows; with `--copies 3` the third of a fork or an import, each of which writes `--copy-rows` rows. Without any of these
-it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
+`main` with `--store sqlite:PATH --before 3` is `notecase serve` with these tools, and kills itself right before a run's
+third commit; with `--after 3`, when it is durable and not yet announced. With `--deletions 3` that is the third
+transaction of a deletion, counted from the one that begins it, and each removes two rows; with `--copies 3` the third
+of a fork or an import, each of which writes `--copy-rows` rows. Without any of these it keeps running. The process
+sends itself SIGKILL: nothing is flushed, closed or announced.
 """
 
 import argparse

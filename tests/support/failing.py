@@ -5,7 +5,7 @@
         ...
         await failing.failed.wait()
 
-A test whose Failing has not failed as often as it was told to fails (`unfired`). `FAULTS` parametrises one test over
+A test fails if its Failing has not failed the given number of times (`unfired`). `FAULTS` parametrises one test over
 every method and mode, and `faults("commit", "update_state")` over some methods.
 """
 
@@ -128,8 +128,8 @@ class Failing:
 
 
 class Unreliable:
-    """A store that does not fail until it is told how, and may be told anew. Whether it has failed is its user's
-    matter: what chance makes need not come to the call."""
+    """A store that fails only after `fail` was called, which may happen again. Its user checks whether it has failed:
+    with random work the call may never come."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -141,7 +141,7 @@ class Unreliable:
         return cast(Store, self)
 
     def fail(self, method: str, mode: Mode, *, nth: int = 1, times: int = 1) -> None:
-        """Fails as Failing does, from now on, if it comes to that; how it was told to fail before is forgotten."""
+        """From now on fails as Failing does, if the call comes; earlier settings are forgotten."""
         self._now = Failing(self._store, method, mode, nth=nth, times=times)
         unfired.discard(self._now)
 

@@ -1,5 +1,5 @@
-"""Processes without the price of their imports, which for a server is two seconds of a processor: forked from one that
-has made them once. Each is a process like any other, with memory, files and a death of its own."""
+"""Starts processes without the cost of their imports, which take a server two seconds of CPU time: they are forked from
+one that has made them once. Each is a separate process, with its own memory and files."""
 
 import asyncio
 import importlib

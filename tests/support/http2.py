@@ -1,4 +1,4 @@
-"""As much HTTP/2 as it takes to call: frames as bytes, and a client that reads only when it is told to."""
+"""As much HTTP/2 as a call needs: frames as bytes, and a client that reads only on request."""
 
 import asyncio
 import struct
@@ -9,7 +9,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 ACK, END_STREAM, END_HEADERS = 1, 1, 4
 INITIAL_WINDOW_SIZE = 4
-"""A setting: how many bytes the other end may send on a stream before it is asked for more."""
+"""A setting: how many bytes the other end may send on a stream before it gets more window."""
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:

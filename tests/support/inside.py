@@ -1,4 +1,4 @@
-"""What lies in the tables of a store, for tests of what a deletion leaves."""
+"""Reads the tables of a store, for tests of what a deletion leaves."""
 
 from typing import Any, cast
 

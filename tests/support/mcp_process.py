@@ -22,7 +22,8 @@ TRANSPORTS = ["stdio", "stdio 2026-07-28", "http", "http 2026-07-28"]
 
 
 def over(transport: str, served: "Http") -> McpServerSettings:
-    """One of TRANSPORTS: a process of its own, or the one that is served; with a version where it is to be spoken."""
+    """One of TRANSPORTS: a separate process, or the URL of a running server; with a version of the protocol if it is to
+    be used."""
     kind, _, version = transport.partition(" ")
     protocol: Literal["2026-07-28"] | None = "2026-07-28" if version else None
     return stdio(protocol=protocol) if kind == "stdio" else McpServerSettings(url=served.url, protocol=protocol)

@@ -36,7 +36,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class Counting(MCPServer):
-    """Knows how often its tools were asked for."""
+    """Counts the requests for its tools."""
 
     listings = 0
 
@@ -66,7 +66,7 @@ def echo(text: str) -> str:
 
 @plain
 def listings() -> str:
-    """How often the tools of this server were asked for."""
+    """How often the tools of this server were listed."""
     return str(server.listings)
 
 
@@ -115,7 +115,7 @@ def crash() -> str:
 
 @plain
 def babble() -> str:
-    """Writes what is no message to where messages go, and to standard error."""
+    """Writes other text than messages to standard output, and to standard error."""
     for pipe in pipes:
         os.write(pipe, b"Traceback: this is no JSON\n")
     sys.stderr.write("to standard error\n")
@@ -200,7 +200,7 @@ async def prime_and_paint(context: Context) -> str:
 
 @plain
 async def doubt(context: Context, witness: str) -> str:
-    """Asks, and does not want to know any more once a unix socket is closed."""
+    """Asks, and cancels its question when a unix socket is closed."""
     reader, writer = await asyncio.open_unix_connection(witness)
     asking = asyncio.create_task(context.elicit("Which colour?", schema=Coat))
     await reader.read()

@@ -4,8 +4,8 @@ async with OpenAIServer() as server: server.script(reply("Good evening."), error
 provider = OpenAIProvider("key", server.url, "model-1") ... assert server.requests[0]["messages"] == [{"role": "user",
 "content": "Hello"}]
 
-Answers are given in the order scripted, to whoever asks; `OpenAIServer(answer=…)` decides by the request where runs go
-on side by side. `python -m tests.support.openai_server` serves one fixed reply and prints its URL.
+Answers are given in the scripted order, to any caller; `OpenAIServer(answer=…)` decides by the request, for concurrent
+runs. `python -m tests.support.openai_server` serves one fixed reply and prints its URL.
 """
 
 import argparse

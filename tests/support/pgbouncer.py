@@ -49,7 +49,7 @@ STARTS_WITHIN = 60
 
 
 class PgBouncer:
-    """A pooler that listens on a socket in a folder of its own."""
+    """A pooler that listens on a socket in a separate folder."""
 
     def __init__(self, program: str, server: Path) -> None:
         """Starts it before the server whose socket is in the folder `server`."""

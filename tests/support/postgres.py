@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests: one server for each process of the tests, started when it is first asked for.
+"""A real PostgreSQL for tests: one server for each process of the tests, started when it is first needed.
 
     async with shared().empty_store() as url:
         store = await PostgresStore.open(url, clock)
@@ -57,7 +57,7 @@ DURABLE = {**SETTINGS, "fsync": "on", "synchronous_commit": "on", "full_page_wri
 
 
 class Postgres:
-    """A server of its own, that listens on a socket in a directory of its own."""
+    """A separate server, which listens on a socket in a separate directory."""
 
     _prefix = ""
 

@@ -24,7 +24,7 @@ SSL_REQUEST = struct.pack("!i", 80877103)
 
 
 class PostgresProxy:
-    """Listens on a socket of its own, and passes on what comes between clients and the server of `url`. With `tls` it
+    """Listens on a separate socket, and passes data on between clients and the server of `url`. With `tls` it
     listens on 127.0.0.1 instead, and speaks TLS with clients that ask for it."""
 
     def __init__(self, url: str, tls: ssl.SSLContext | None = None) -> None:
@@ -34,7 +34,7 @@ class PostgresProxy:
         """Messages of ASKS that clients have sent."""
         self.asked: Callable[[str, bytes], asyncio.Event | None] = lambda kind, body: None
         """Is called with each message of a client, its kind and its body, before it is passed on. Where it returns an
-        event, the client's connection is cut, and the message is passed on all the same once the event is set."""
+        event, the client's connection is cut, and the message is still passed on when the event is set."""
         self.stalls: Callable[[str, bytes], asyncio.Event | None] = lambda kind, body: None
         """Is called likewise. Where it returns an event, the connection stays, and this message and those behind it are
         passed on once the event is set."""

@@ -102,7 +102,7 @@ async def running(
 
 
 class Spawned:
-    """`notecase serve` as a process of its own."""
+    """`notecase serve` as a separate process."""
 
     def __init__(self, process: asyncio.subprocess.Process | Forked, log: Path, address: str) -> None:
         self.process = process
@@ -169,5 +169,5 @@ class Spawned:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without the settings that whoever runs the tests may have."""
+    """The variables of this process, without settings of the user who runs the tests."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}

@@ -1,4 +1,4 @@
-"""A database, or the write-ahead log of a server, on a disk of its own that is soon full.
+"""A database, or the write-ahead log of a server, on a separate small disk.
 
     async with small_disk(server) as disk:
         url = disk.url
@@ -108,7 +108,7 @@ class Log:
 @contextmanager
 def small_log() -> Iterator[Log]:
     """Yields the log of a new server on such a disk. PostgreSQL ends all connections when it finds no room for its log,
-    and starts anew. Where this user may not mount a disk it is stopped instead."""
+    and starts again. Where this user may not mount a disk it is stopped instead."""
     server = Postgres({**SETTINGS, "synchronous_commit": "on"})  # what was answered outlives the server
     try:
         with _mounted(server.uid) as folder:

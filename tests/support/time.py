@@ -33,6 +33,6 @@ class _Loop(asyncio.SelectorEventLoop):
 
 
 def in_no_time(work: Coroutine[Any, Any, T]) -> T:
-    """Runs `work` by such a loop, which begins at 0."""
+    """Runs `work` on such a loop, whose time begins at 0."""
     with asyncio.Runner(loop_factory=_Loop) as runner:
         return runner.run(work)

@@ -9,9 +9,8 @@ from itertools import groupby
 class Trace:
     """The statements of connections, while it is on.
 
-    It is installed once and never removed. Whoever replaces a callback waits for SQLite with the interpreter's lock
-    held, and a statement of another thread, such as a checkpoint of the writer, would wait for that lock in the
-    callback.
+    It is installed once and never removed. Replacing a callback waits for SQLite with the interpreter's lock held, and
+    a statement of another thread, such as a checkpoint of the writer, would wait for that lock in the callback.
     """
 
     def __init__(

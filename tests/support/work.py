@@ -59,7 +59,7 @@ class Work(dict[str, int]):
 
 
 _STEPPING: dict[int, Work] = {}
-"""For whom the store takes a step, by the thread in which it does."""
+"""The caller for which the store takes a step, by the thread of the step."""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ blocked: "queue.SimpleQueue[threading.Event]" = queue.SimpleQueue()
 """One event for each call of `block`, by which it is let go."""
 
 held: "queue.SimpleQueue[str]" = queue.SimpleQueue()
-"""What `hold` tells of itself."""
+"""What `hold` reports about itself."""
 
 
 class Place(BaseModel):

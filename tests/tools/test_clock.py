@@ -1,4 +1,4 @@
-"""A call's time-out that stands still while its tool waits for a person."""
+"""A call's time-out is paused while its tool waits for a person."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ async def test_what_takes_longer_than_its_time_is_cancelled() -> None:
     assert clock.expired
 
 
-async def test_it_stands_still_while_anybody_waits_and_goes_on_afterwards() -> None:
+async def test_it_is_paused_while_a_tool_waits_and_continues_afterwards() -> None:
     clock = Clock(SECONDS)
     longer = asyncio.Event()
     asyncio.get_running_loop().call_later(2 * SECONDS, longer.set)
@@ -31,7 +31,7 @@ async def test_it_stands_still_while_anybody_waits_and_goes_on_afterwards() -> N
 
 
 @pytest.mark.parametrize("seconds", [None, SECONDS])
-async def test_who_waits_longer_than_the_call_does_no_harm(seconds: float | None) -> None:
+async def test_a_pause_that_ends_after_the_call_is_harmless(seconds: float | None) -> None:
     clock = Clock(seconds)
     async with clock:
         pause = clock.paused()

@@ -1,4 +1,4 @@
-"""Python functions as tools: what the model is told, what becomes of what it writes, and of what they give back."""
+"""Python functions as tools: what the model gets, how its arguments are read, and how results are returned."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def text(said: str) -> Outcome:
     return Outcome([v1.Part(text=said)])
 
 
-def test_the_model_is_told_the_docstring_and_a_schema_of_the_annotations() -> None:
+def test_the_model_gets_the_docstring_and_a_schema_of_the_annotations() -> None:
     """And nothing else: no context, no titles that repeat a name, no place for arguments that are not there."""
     assert "Looks for a thing.\n\nIn every drawer." == TOOLS["find"].description
     place = {
@@ -96,9 +96,7 @@ async def test_any_parameter_name_is_allowed() -> None:
         ({"what": "", "place": {"name": ""}, "kind": "x"}, 'kind must be one of ["letter", "key"], not "x"'),
     ],
 )
-async def test_arguments_that_do_not_fit_are_told_to_the_model_in_a_sentence(
-    arguments: dict[str, Any], told: str
-) -> None:
+async def test_the_model_reads_in_a_sentence_which_arguments_do_not_fit(arguments: dict[str, Any], told: str) -> None:
     assert Outcome(error=f"The arguments do not fit: {told}.") == await TOOLS["find"].call(arguments, context())
 
 
@@ -114,7 +112,7 @@ async def test_a_call_reads_the_state_and_collects_operations_on_it() -> None:
     assert expected == made.ops
 
 
-async def test_a_function_of_a_client_is_a_tool_as_it_stands() -> None:
+async def test_a_function_of_a_client_is_a_tool_unchanged() -> None:
     """Its context is the client's class, which the server's extends."""
 
     def pay(cents: int, call: notecase.CallContext) -> str:
@@ -167,8 +165,9 @@ async def test_media_may_be_larger_than_text() -> None:
 
 
 @pytest.mark.parametrize("name", ["fail", "fail_in_thread"])
-async def test_a_failure_is_told_to_the_model_and_any_other_exception_is_a_defect(name: str) -> None:
-    """Also what would end the loop, or the call as nobody asked: SystemExit, StopIteration, a cancellation."""
+async def test_the_model_reads_a_failure_and_any_other_exception_is_a_defect(name: str) -> None:
+    """Also exceptions that would end the loop, or cancel the call without a request: SystemExit, StopIteration, a
+    cancellation."""
     assert Outcome(error="The drawer is locked.") == await call(name, kind="failure")
     assert MAX_ERROR + 1 == len((await call(name, kind="novel")).error)
     assert Outcome(error="The tool failed.") == await call(name, kind="empty")
@@ -267,7 +266,7 @@ def test_a_function_that_no_model_could_call_is_refused_at_the_start(function: A
         PythonTool(function)
 
 
-def test_modules_that_cannot_be_had_or_have_no_tools_are_refused(
+def test_modules_that_cannot_be_imported_or_have_no_tools_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)

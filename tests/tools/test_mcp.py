@@ -75,7 +75,7 @@ async def box(request: pytest.FixtureRequest, http: Http) -> AsyncIterator[Toolb
 
 @pytest.fixture
 def facts() -> Iterator[asyncio.Queue[str]]:
-    """The names of what is logged, as it is logged."""
+    """The names of log events, as they are logged."""
     heard: asyncio.Queue[str] = asyncio.Queue()
 
     def hear(logger: object, method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:
@@ -165,18 +165,18 @@ async def test_calls_run_side_by_side_and_each_gets_its_own_answer(box: Toolbox,
     await asyncio.wait([waiting])
 
 
-async def test_the_list_of_tools_is_asked_for_once(box: Toolbox) -> None:
+async def test_the_list_of_tools_is_requested_once(box: Toolbox) -> None:
     before = await call(box, "listings")
     await resolved(box)
     assert before == await call(box, "listings")
 
 
-async def test_a_tool_that_comes_later_is_found_at_once_where_the_server_tells_of_it(box: Toolbox) -> None:
-    """The list is kept, and asked for again on the server's notice."""
+async def test_a_tool_that_is_added_later_is_found_at_once_if_the_server_announces_it(box: Toolbox) -> None:
+    """The list is cached, and requested again on the server's notice."""
     name = f"grown_{uuid.uuid4().hex}"
     assert name not in await resolved(box)
     assert Outcome([v1.Part(text="grown")]) == await call(box, "grow", name=name)
-    # By HTTP the notice has a stream of its own, so it may come a moment later than the answer.
+    # By HTTP the notice comes on a separate stream, so it may come a moment later than the answer.
     while name not in await resolved(box):
         await call(box, "echo", text="")
     assert Outcome([v1.Part(text="here")]) == await call(box, name, text="here")
@@ -244,7 +244,7 @@ async def test_a_url_that_dies_in_mid_call_is_an_error_and_serves_again_once_it_
 
 
 async def test_a_session_that_the_server_forgot_is_opened_again(facts: asyncio.Queue[str]) -> None:
-    """A server of the protocol's earlier versions answers 404 once it was started anew."""
+    """A server of the protocol's earlier versions answers 404 after a restart."""
     served = Http("--sessions")
     async with tools(McpServerSettings(url=served.url)) as box:
         echo = (await resolved(box, "echo"))["echo"]
@@ -257,7 +257,7 @@ async def test_a_session_that_the_server_forgot_is_opened_again(facts: asyncio.Q
     served.kill()
 
 
-async def test_a_list_is_asked_for_again_where_the_connection_proves_to_be_lost(
+async def test_a_list_is_requested_again_when_the_connection_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("notecase_server.tools.mcp.LIST_SECONDS", 0)
@@ -292,7 +292,7 @@ async def test_a_process_has_what_the_operator_gave_it_and_none_of_this_ones_sec
     assert set() == set(held) - basics - python - {"TOKEN"}
 
 
-async def test_what_a_process_prints_beside_its_messages_reaches_no_log(
+async def test_other_output_of_a_process_is_not_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The protocol's library would quote it; the operator may have it in a file."""
@@ -369,7 +369,7 @@ async def test_a_question_that_cannot_be_asked_is_an_error_for_its_tool(http: Ht
 
 
 @pytest.mark.parametrize("transport", ["http", "stdio"])
-async def test_the_time_for_a_call_stands_still_while_its_tool_asks(
+async def test_the_time_for_a_call_is_paused_while_its_tool_asks(
     http: Http, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks: list[Clock] = []
@@ -431,7 +431,7 @@ async def test_over_pipes_that_tell_nothing_only_the_calls_of_one_run_may_ask(wi
         assert Outcome([v1.Part(text="accept red")]) == await box.call(paint, {}, replace(other, pose=pose))
 
 
-async def test_a_question_that_was_taken_for_another_calls_is_asked_anew_when_that_has_ended(witness: Witness) -> None:
+async def test_a_question_that_was_taken_for_another_calls_is_asked_again_when_that_has_ended(witness: Witness) -> None:
     async def pose(question: str, schema: str) -> v1.InputResponse:
         return ANSWERS["accept red"]
 
@@ -458,7 +458,7 @@ async def test_a_question_that_was_taken_for_another_calls_is_asked_anew_when_th
     ],
     ids=["no command", "no protocol", "no answer", "no folder", "no file"],
 )
-async def test_a_process_that_cannot_be_had_is_a_tool_error_and_says_nothing_of_why(
+async def test_a_process_that_cannot_be_started_is_a_tool_error_without_the_cause(
     settings: McpServerSettings,
 ) -> None:
     async with tools(settings) as box:
@@ -490,8 +490,17 @@ async def test_the_log_says_that_a_program_ended_and_with_which_exit_code(
     assert expected | told == line
 
 
+async def test_the_log_says_that_there_is_no_such_program() -> None:
+    with capture_logs() as lines:
+        async with tools(McpServerSettings(command="./clock-mcp", connect_timeout=60)) as box:
+            with pytest.raises(NotecaseError, match="cannot be reached"):
+                await resolved(box)
+    (line,) = [line for line in lines if line["event"] == "mcp_unreachable"]
+    assert (["FileNotFoundError"], "There is no program ./clock-mcp.") == (line["errors"], line["problem"])
+
+
 @pytest.mark.parametrize("answers", [True, False], ids=["silent", "refused"])
-async def test_a_url_that_cannot_be_had_is_a_tool_error(answers: bool) -> None:
+async def test_a_url_that_cannot_be_reached_is_a_tool_error(answers: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         if not answers:
             listening.close()
@@ -515,7 +524,7 @@ async def test_a_call_that_takes_longer_than_its_server_is_given_fails_and_is_ca
     assert began.done()
 
 
-async def test_closing_ends_the_process_and_the_calls_and_whoever_comes_later(witness: Witness) -> None:
+async def test_closing_ends_the_process_and_the_calls_and_refuses_later_ones(witness: Witness) -> None:
     async with tools(stdio()) as box:
         waiting = asyncio.create_task(call(box, "wait", witness=witness.path))
         pid = int((await witness.heard()).removeprefix("started "))
@@ -530,7 +539,7 @@ async def test_closing_ends_the_process_and_the_calls_and_whoever_comes_later(wi
 async def test_closing_does_not_wait_for_a_server_that_never_answers() -> None:
     async with tools(McpServerSettings(command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))) as box:
         waiting = asyncio.create_task(resolved(box))
-        await asyncio.sleep(0)  # it has asked for a connection
+        await asyncio.sleep(0)  # it has requested a connection
         await box.close()
         with pytest.raises(NotecaseError, match="cannot be reached"):
             await waiting
@@ -551,7 +560,7 @@ async def test_closing_while_its_program_is_started_leaves_no_process(monkeypatc
         waiting = asyncio.create_task(resolved(box))
         await begun.wait()
         closing = asyncio.create_task(box.close())
-        for _ in range(3):  # who closes has asked for the end by then
+        for _ in range(3):  # the caller of close has requested the end by then
             await asyncio.sleep(0)
         go.set()
         await closing

@@ -1,4 +1,5 @@
-"""MCP servers that do not keep to the protocol: what they say of use is used, and nobody waits for what never comes."""
+"""MCP servers that deviate from the protocol: their usable data is used, and no call waits for data that never
+comes."""
 
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -102,7 +103,7 @@ async def test_a_run_has_a_bounded_number_of_tools_of_a_server_that_lists_more(m
 
 
 @pytest.mark.parametrize("code", [-32000, -32001, -32700])
-async def test_an_error_of_the_server_is_told_in_its_words_whatever_its_code(code: int) -> None:
+async def test_an_error_of_the_server_is_reported_in_its_words_whatever_its_code(code: int) -> None:
     """The library uses the first two itself, for what is lost and what takes too long."""
     body = b'{"jsonrpc":"2.0","id":ASKED,"error":{"code":%d,"message":"There is no such city."}}' % code
     async with Lists(lambda cursor: {"tools": [T]}, body).box() as box:
@@ -296,7 +297,7 @@ NO_SESSION = '{"jsonrpc":"2.0","id":ASKED,"error":{"code":-32000,"message":"%s"}
 async def test_a_session_that_a_server_no_longer_knows_is_opened_again_however_it_says_so(
     status: str, told: str
 ) -> None:
-    """404 is what the protocol has; the examples of its own libraries, and servers made after them, say 400 or 401."""
+    """The protocol says 404; the examples of its own libraries, and servers made after them, say 400 or 401."""
 
     class Forgetful(Lists):
         forgotten = False
@@ -387,7 +388,7 @@ async def test_a_server_that_has_no_stream_keeps_its_session() -> None:
 
 
 async def test_a_tool_that_is_missing_or_has_no_name_leaves_the_others() -> None:
-    """What is left out is told, with the ones that can be used."""
+    """The error names what was left out, with the tools that can be used."""
     async with Lists(lambda cursor: {"tools": [T, {**U, "name": "u" * 300}]}).box() as box:
         with pytest.raises(Incomplete, match="longer than 256") as left_out:
             await listed(box)

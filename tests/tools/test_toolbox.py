@@ -164,7 +164,7 @@ def test_a_file_that_is_wrong_is_refused_with_a_sentence(tmp_path: Path, content
         read_mcp_servers(path)
 
 
-def test_a_file_that_is_not_there_or_is_no_text_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_not_text_is_refused_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ToolSettingsError, match="cannot be read: No such file or directory"):
         read_mcp_servers(tmp_path / "absent.json")
     path = tmp_path / "mcp.toml"

@@ -41,7 +41,7 @@ def _split(address: str) -> tuple[str, str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether what is sent to that address stays on this machine."""
+    """Whether data sent to that address stays on this machine."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

@@ -1,4 +1,4 @@
-"""What a program says of an agent: some is for the server; functions and types stay in the program."""
+"""A program's definition of an agent: settings for the server, and functions and types that stay in the program."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

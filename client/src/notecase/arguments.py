@@ -1,4 +1,4 @@
-"""Makes the API's messages of what a caller wrote. What does not fit is refused before anything is sent, by the name of
+"""Makes the API's messages of a caller's arguments. Invalid ones are refused before anything is sent, with the name of
 the argument."""
 
 from collections.abc import Mapping, MutableMapping, MutableSequence
@@ -22,9 +22,8 @@ _WORDS = {
 
 
 def made(kind: type[M], /, prefix: str = "", **fields: Any) -> M:
-    """Makes a message of its fields; None stands for a field that is not set. Raises TypeError or ValueError, which
-    names the field behind `prefix` and what it takes; for text that UTF-8 cannot encode, the ValueError is a
-    UnicodeError."""
+    """Makes a message of its fields; None means a field that is not set. Raises TypeError or ValueError, which names
+    the field after `prefix` and its type; for text that UTF-8 cannot encode, the ValueError is a UnicodeError."""
     try:
         return kind(**fields)
     except (TypeError, ValueError):
@@ -76,7 +75,7 @@ def duration(argument: str, seconds: Any) -> Duration | None:
 
 
 def shown(value: Any) -> str:
-    """Shows what a caller wrote, and its type, in a message of an error."""
+    """Describes a caller's argument and its type for an error message."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:60] + '…'} ({type(value).__name__})"
 

@@ -1,4 +1,4 @@
-"""Executes the calls that a run dispatches to its caller, each once and several at once, in tasks beside the stream."""
+"""Executes the calls that a run dispatches to its caller, each once and several concurrently, in separate tasks."""
 
 import asyncio
 from collections.abc import Callable

@@ -121,8 +121,8 @@ class Commands:
         return await self.send(name, v1.RunRequest(cancel=stop))
 
     async def send_result(self, name: str | Named, told: v1.ToolResult) -> int:
-        """Sends a tool's result with a command_id made from the call's id, so that any repeat is a duplicate. Where the
-        server has too many calls, it waits: the result is there, and nobody has it yet."""
+        """Sends a tool's result with a command_id made from the call's id, so that any repeat is a duplicate. If the
+        server has too many calls, it waits and tries again, so that the result is not lost."""
         return await self._send(name, v1.RunRequest(command_id=f"result.{told.call_id}", tool_result=told), True)
 
     async def send(self, name: str | Named, command: v1.RunRequest) -> int:

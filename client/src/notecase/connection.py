@@ -47,8 +47,8 @@ class Connection:
         plaintext: bool = False,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        """See Client. Raises ValueError for what is not an address, and for a token that cannot be sent, or only in
-        plain text; TypeError for arguments of other types; OSError for a file of `ca` that cannot be read."""
+        """See Client. Raises ValueError for an invalid address, and for a token that cannot be sent, or only in plain
+        text; TypeError for arguments of other types; OSError for a file of `ca` that cannot be read."""
         _judge(address, token, credentials)
         if address is None:
             address = os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
@@ -65,7 +65,7 @@ class Connection:
         self._token = token or found
         if isinstance(self._token, str):
             _bearer(self._token)  # refused here rather than by every call
-        # A proxy of the environment's would see the plain text of what is meant to stay on this machine.
+        # A proxy from the environment would see the plain text of calls that should stay on this machine.
         own = {**_OPTIONS, "grpc.enable_http_proxy": 0} if here else _OPTIONS
         merged = [*{**own, **dict(options)}.items()]
 

@@ -70,7 +70,7 @@ class Contents:
                     begun = True
                     return await self._blobs.UploadBlob(_frames(first, source))
                 except NotecaseError as error:
-                    # What an earlier call had sent may have been stored only after the server was asked for it.
+                    # Bytes of an earlier call may have been stored only after the server had reported its offset.
                     late = error.reason == "UPLOAD_OFFSET_MISMATCH" and tries > 0
                     tries -= 1
                     if not late:

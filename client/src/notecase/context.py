@@ -1,4 +1,4 @@
-"""What a tool's function may learn of the call that it answers."""
+"""The context of a call for a tool's function."""
 
 import types
 import typing
@@ -37,8 +37,8 @@ class CallContext:
 
     @property
     def idempotency_key(self) -> str:
-        """{session_uid}/{call_id}: the same on every attempt of this call, in every process, and never that of another
-        call. An outside effect is made once by it."""
+        """{session_uid}/{call_id}: the same on every attempt of this call, in every process, and different for every
+        other call. Use it to make an outside effect only once."""
         return f"{self.session_uid}/{self.call_id}"
 
 
@@ -58,7 +58,7 @@ def context_parameters(function: Callable[..., Any], context: type[CallContext])
 
 
 def _unwrapped(hint: Any) -> Any:
-    """Returns a hint without `Annotated` and `| None`, and what a `type` alias stands for."""
+    """Returns a hint without `Annotated` and `| None`, and the value of a `type` alias."""
     hint = getattr(hint, "__value__", hint)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:

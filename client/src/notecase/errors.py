@@ -97,7 +97,7 @@ class NotecaseError(Exception):
         Details that are absent, of an unknown type or do not decode are left out; this never fails. With `address`, the
         message of a server that cannot be reached names it."""
         decoded = cls(error.code(), "", error.details() or "")
-        # What stands between us and the service may rewrite a status: then its code and words are all there is.
+        # A proxy may rewrite a status: then only its code and message are known.
         with contextlib.suppress(ValueError, DecodeError):
             # Typed for calls, it takes their errors too.
             status: status_pb2.Status | None = rpc_status.from_call(error)  # type: ignore[arg-type]
@@ -139,8 +139,8 @@ class NotecaseError(Exception):
 
 @contextlib.contextmanager
 def as_written(*prefixes: str) -> Iterator[None]:
-    """Names the fields of a request as its caller wrote them: without the first of `prefixes` that fits. A caller of
-    a method with arguments does not see where in the request they stand."""
+    """Names the fields of a request as its caller wrote them: without the first of `prefixes` that fits. A caller of a
+    method with arguments does not see their paths in the request."""
     try:
         yield
     except NotecaseError as error:

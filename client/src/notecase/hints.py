@@ -1,5 +1,5 @@
-"""Converts type hints to JSON Schema, and reads JSON into what the hints say. Client and server declare a function by
-this module, so that both give it one schema, and call it with the same values."""
+"""Converts type hints to JSON Schema, and JSON to values of these types. Client and server declare functions with this
+module, so that a function has one schema and gets the same values in both."""
 
 import dataclasses
 import inspect
@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 
     schema: Schema
     read: Callable[[Any, str], Any]
-    """Gives the Python value of a JSON value; the text says where it stands. Raises Mismatch."""
+    """Returns the Python value of a JSON value; the text is its place. Raises Mismatch."""
 
 
 class Field(NamedTuple):
@@ -75,7 +75,7 @@ def of_output(hint: Any) -> Kind:
     """Describes what an agent replies: a TypedDict, a dataclass or a pydantic model. Raises TypeError for a hint that
     `of_arguments` would not take, and for one whose JSON is not an object."""
     kind = _rooted(_kind(hint, ()))
-    if reference := kind.schema.get("$ref"):  # providers want the object itself at the root
+    if reference := kind.schema.get("$ref"):  # providers require the object itself at the root
         kind = kind._replace(
             schema={**kind.schema["$defs"][reference.rpartition("/")[2]], "$defs": kind.schema["$defs"]}
         )
@@ -136,7 +136,7 @@ def _no_constant(text: str) -> None:
 
 
 def _kind(hint: Any, within: tuple[Any, ...]) -> Kind:
-    """`within` are the classes that the hint stands in."""
+    """`within` are the classes that contain the hint."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         words = " ".join(word for word in inner[1:] if isinstance(word, str))
@@ -250,7 +250,7 @@ def _mismatch(problems: Sequence[str]) -> Mismatch:
 
 
 def _default(field: Field) -> Schema:
-    with suppress(TypeError, ValueError):  # a default that JSON cannot say holds all the same
+    with suppress(TypeError, ValueError):  # a default that JSON cannot express applies, too
         if field.default is not _MISSING:
             return {"default": json.loads(dump(field.default))}
     return {}
@@ -286,7 +286,7 @@ def _any_of(kinds: Sequence[Kind]) -> Kind:
 
 
 def _one_of(choices: Sequence[tuple[Any, Any]], hint: Any) -> Kind:
-    """One of these values in JSON, each with what it stands for."""
+    """One of these values in JSON, each with its Python value."""
     if any(not isinstance(value, str | int | float | None) for value, _ in choices):
         raise TypeError(f"{hint} has values that JSON cannot say")
     values = [value for value, _ in choices]

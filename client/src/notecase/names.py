@@ -1,4 +1,4 @@
-"""What a caller writes for a resource or a choice, as the API has it."""
+"""Converts a caller's names of resources and choices to those of the API."""
 
 from typing import Any, Literal, Protocol, TypeAlias, cast
 

@@ -14,7 +14,7 @@ PAGE = 200
 
 
 async def each(retry: Retry, method: Callable[..., Awaitable[Any]], request: Any) -> AsyncIterator[Any]:
-    """Yields the entries of a list method, page by page; each page is asked for again while the connection is broken.
+    """Yields the entries of a list method, page by page; each page is requested again while the connection is broken.
 
     Raises NotecaseError as the method does."""
     request.page_size = request.page_size or PAGE

@@ -18,7 +18,7 @@ class Invalid(ValueError):
         super().__init__(str(error))
         found = error.errors(include_url=False, include_context=False, include_input=False)
         self.problems = [(".".join(map(str, one["loc"])), one["msg"]) for one in found]
-        """For each mistake its place within the value, and what is wrong there."""
+        """Returns for each mistake its place within the value, and a description."""
 
 
 class _Schema(GenerateJsonSchema):

@@ -43,7 +43,7 @@ class Retry:
     max_delay: float = 5.0
 
     def __post_init__(self) -> None:
-        """Raises TypeError or ValueError for what is not a number of repeats or of seconds."""
+        """Raises TypeError or ValueError for an invalid number of tries or seconds."""
         if isinstance(self.tries, bool) or not isinstance(self.tries, int):
             raise TypeError(f"tries must be an integer, not {shown(self.tries)}")
         duration("first_delay", self.first_delay)

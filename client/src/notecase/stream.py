@@ -321,7 +321,7 @@ class RunStream(Generic[Parsed]):
 
     @property
     def _target(self) -> str:
-        """Commands are calls of their own, so that their results arrive even while nobody iterates the stream."""
+        """Commands are separate calls, so that their results arrive even while the stream is not iterated."""
         return self.name or self.session
 
     def _follow_calls(self, event: v1.Event) -> None:
@@ -370,7 +370,7 @@ class RunStream(Generic[Parsed]):
             self._close()  # grpc cancelled the call together with the read; the next one attaches again
             task = asyncio.current_task()
             if self._failure is not None and task is not None and not task.cancelling():
-                raise self._failure from None  # nobody but _fail cancelled the call
+                raise self._failure from None  # only _fail has cancelled the call
             raise
         # A go_away needs no answer: until the server cuts the stream, what is under way may well come to its end.
         match frame.WhichOneof("frame"):

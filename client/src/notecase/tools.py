@@ -18,7 +18,7 @@ from notecase.hints import Mismatch, dump, of_arguments, parse
 from notecase.names import Approver, choice
 
 RESULT_BYTES = 512 << 10
-"""The longest text of a result; a longer one is an error. It is in the log for good and in every further request to the
+"""The longest text of a result; a longer one is an error. It stays in the log, and is in every later request to the
 model."""
 
 DATA_BYTES = 3 << 20

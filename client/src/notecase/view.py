@@ -23,7 +23,7 @@ class Gap(Exception):
 
 @dataclass
 class Block:
-    """One part of an unfinished message, as far as it has arrived."""
+    """The received beginning of one part of an unfinished message."""
 
     kind: str
     """"text", "json", "reasoning", "arguments" or "refusal"."""
@@ -200,7 +200,7 @@ class SessionView:
         queued = event.command_queued
         if run is None:
             # A run that is cancelled before its start begins with its end. In a view that may have missed the start, an
-            # end does not tell where the run began.
+            # end does not show where the run began.
             sealed = self._whole and event.HasField("run_state_changed")
             if not (event.HasField("run_started") or queued.HasField("start") or sealed):
                 return
@@ -208,7 +208,7 @@ class SessionView:
                 name=event.run, first_sequence=event.sequence, create_time=event.create_time
             )
         elif event.sequence <= run.last_sequence:
-            return  # passing, or already in what `attach` was told
+            return  # passing, or already in the frame that `attach` received
         run.last_sequence = event.sequence
         match event.WhichOneof("payload"):
             case "command_queued" if queued.HasField("start"):

@@ -63,7 +63,7 @@ class Settings:
     listen_mtls: str = ""
     """HOST:PORT for callers with a certificate that `tls_client_ca` signed; empty for none."""
     tls_cert: Path | None = None
-    """The certificate of the server, followed by those that lead to one that callers know."""
+    """The certificate of the server, followed by the chain to a CA that callers trust."""
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     """All three are PEM, and read again when they change."""

@@ -60,7 +60,7 @@ SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigFile:
-    """What a configuration file says, as far as it is right."""
+    """The valid part of a configuration file."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """The values of options by name, as the file has them."""

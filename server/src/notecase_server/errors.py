@@ -204,6 +204,15 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
     )
 
 
+def tenant_needed(role: str) -> NotecaseError:
+    """As `role_missing`, for an operator, who has no tenant and therefore none of the rights of its roles."""
+    return NotecaseError(
+        v1.ERROR_REASON_ROLE_MISSING,
+        f"This call needs a credential of a tenant with at least the role {role.lower()}; an operator has no tenant.",
+        metadata={"role": role},
+    )
+
+
 def issuer_unavailable() -> NotecaseError:
     """The token cannot be verified without keys of its issuer."""
     return NotecaseError(
@@ -495,6 +504,14 @@ def store_unavailable(full: bool = False) -> NotecaseError:
     """The store's own words are only in the server's log. `full` says that its disk is full."""
     problem = "The disk of the store is full" if full else "The store is unavailable at present"
     return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; {UNCHANGED}")
+
+
+def on_standby() -> NotecaseError:
+    """Another server owns the store, and this one waits for it."""
+    return NotecaseError(
+        v1.ERROR_REASON_STORE_UNAVAILABLE,
+        f"This server is on standby: another one owns the store. Call that one; {UNCHANGED}",
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A time limit that moves: what waits for one thing after another sets it at each, which costs next to nothing."""
+"""A time limit that moves: code that waits for one thing after another sets it for each, which costs almost nothing."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""Tells addresses of this machine alone from those that others reach."""
+"""Distinguishes addresses that only this machine can reach from others."""
 
 import ipaddress
 

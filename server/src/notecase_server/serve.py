@@ -81,7 +81,7 @@ interpreter again after each of its statements, so while a thread replays an imp
 
 TRIM_SECONDS = 10.0
 """How often free memory is returned to the system. Otherwise glibc keeps the memory of a burst of answers or
-connections for ever. Takes about 2 ms of a thread."""
+connections forever. Takes about 2 ms of a thread."""
 
 PROBE_SECONDS = 5.0
 """How often a small write checks whether the store accepts writes. Health depends on it."""
@@ -161,8 +161,8 @@ def _made(given: ProviderSettings, later: Later) -> Provider:
 
 
 def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
-    """Wraps a provider in its limits if it has any. Without limits there is no wrapper, so that no piece of a reply
-    takes another step."""
+    """Wraps a provider in its limits if it has any. Without limits there is no wrapper, which would cost a step for
+    each piece of a reply."""
     name, failures = given.name, given.breaker_failures
     breaker = Breaker(name, failures, given.breaker_seconds, time.monotonic) if failures else None
     return Guarded(provider, given.max_concurrent, breaker) if breaker or given.max_concurrent else provider

@@ -1,4 +1,4 @@
-"""Takes the addresses on which a server listens."""
+"""Binds the addresses on which a server listens."""
 
 import socket
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def _add(option: str, address: str, add: Callable[[], int]) -> int:
 
 
 def _problem(address: str) -> str:
-    """Returns why none of the sockets that an address stands for can be bound. Empty if one can, and for an address
+    """Returns why none of the sockets of an address can be bound. Empty if one can, and for an address
     that only gRPC understands."""
     host, _, port = address.rpartition(":")
     if port == "0":

@@ -1,4 +1,4 @@
-"""A server while another one owns its store: it listens, and says that it does not serve."""
+"""Runs a server while another one owns its store: it listens, and its health is NOT_SERVING."""
 
 from collections.abc import Callable
 from typing import Any

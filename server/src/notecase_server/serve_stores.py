@@ -1,4 +1,4 @@
-"""Which store a URL means, and what an operator does with a whole store."""
+"""Opens the store of a URL; backs up, copies, migrates and renews whole stores."""
 
 import importlib.util
 import os

@@ -72,7 +72,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def wake(waiter: asyncio.Future[None]) -> None:
-    """Sets the result of a future that somebody waits for, unless it is done."""
+    """Sets the result of a future unless it is done."""
     if not waiter.done():
         waiter.set_result(None)
 

@@ -29,9 +29,9 @@ class Served:
     address: str
     """HOST:PORT, for `Client`."""
     replies: list[str] = field(default_factory=list)
-    """What the model does in its next calls, in order, as directives of the offline model: "/say Good morning." or
-    '/call search {"what": "violin"}'. Each is removed when it is used. When there is none, the model answers what it is
-    asked, as the offline model does."""
+    """The model's replies to its next calls, in order, as directives of the offline model: "/say Good morning." or
+    '/call search {"what": "violin"}'. Each is removed when it is used. When the list is empty, the model answers the
+    user's text, as the offline model does."""
 
 
 class _Scripted(OfflineProvider):
@@ -47,8 +47,8 @@ class _Scripted(OfflineProvider):
 
 @contextmanager
 def serve(provider: str = "offline") -> Iterator[Served]:
-    """Serves until the block is left, on a thread of its own. The offline model answers as the only provider, under the
-    name `provider`, whatever model an agent names. There are no credentials; nothing outlives the block."""
+    """Serves until the block is left, on a separate thread. The offline model answers as the only provider, under the
+    name `provider`, whatever model an agent names. Callers need no credentials. Everything ends with the block."""
     served = Served("")
 
     async def start() -> Server:

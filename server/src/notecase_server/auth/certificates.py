@@ -1,4 +1,4 @@
-"""Client certificates as credentials: the names that they hold, by a table of the operator's."""
+"""Authenticates callers by client certificates: a table of the operator maps their names to principals."""
 
 from collections.abc import Callable, Mapping
 
@@ -29,7 +29,7 @@ class Certificates:
         self._expires = expires
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
-        """Returns who calls: that of the one name in the table; None on a connection without a certificate. Raises
+        """Returns the principal of the one name in the table; None on a connection without a certificate. Raises
         NotecaseError UNAUTHENTICATED when the certificate has expired, and when the table has none of its names, or
         more than one."""
         context = transport()

@@ -1,4 +1,4 @@
-"""Finds the principal of a call: every authenticator of the server is asked, and exactly one may know the caller."""
+"""Finds the principal of a call: exactly one authenticator of the server must recognise the caller."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Reads files of the operator's again when they change, without a restart."""
+"""Reads the operator's files again when they change, without a restart."""
 
 import asyncio
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The keys of an identity provider: fetched when needed, and kept while the provider cannot be reached."""
+"""Fetches the keys of an identity provider when they are needed, and keeps them while the provider is unavailable."""
 
 import asyncio
 import json

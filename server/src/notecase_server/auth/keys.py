@@ -112,8 +112,8 @@ class Keys:
         return judged.principal
 
     async def _judge(self, token: str, digest: bytes) -> _Judged:
-        """Looks a key up and remembers what came of it. Raises NotecaseError UNAUTHENTICATED, without a look, for what
-        is not a key of this store."""
+        """Looks a key up and caches the result. Raises NotecaseError UNAUTHENTICATED, without reading the store, for a
+        text that is not a key of this store."""
         body, tag = token[:-TAG_CHARACTERS], token[-TAG_CHARACTERS:]
         if not hmac.compare_digest(self._tag(body).encode(), tag.encode()):
             raise errors.unauthenticated()
@@ -135,8 +135,8 @@ class Keys:
 
     async def create(self, tenant: str, key: v1.Key, once: Once | None = None) -> tuple[v1.Key, str]:
         """Creates a key with the display name, role, user and expiry of `key`, and returns it with the text to send in
-        calls. Raises NotecaseError INVALID_FIELD for an expiry that has passed, and what the store raises; Replayed for
-        a repeat."""
+        calls. Raises NotecaseError INVALID_FIELD for an expiry that has passed, and the errors of the store; Replayed
+        for a repeat."""
         if key.HasField("expire_time") and key.expire_time.ToMicroseconds() <= self._clock():
             raise errors.invalid([Violation("key.expire_time", "has passed")])
         key_id = self._new_id()

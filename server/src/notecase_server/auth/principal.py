@@ -1,4 +1,4 @@
-"""Who calls: a principal, and what makes one of a credential."""
+"""Defines the principal of a call, and the interface that finds it from a credential."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -129,5 +129,8 @@ def refusal(principal: Principal, method: str) -> NotecaseError | None:
     right = METHODS.get(method, UNKNOWN)
     if principal.user and (method not in METHODS or method.startswith(UNBOUND)):
         return errors.bound_to_user(right.least.name)
-    besides = (right.operators and principal.role is OPERATOR) or (right.bound and bool(principal.user))
-    return None if has(principal.role, right.least) or besides else errors.role_missing(right.least.name)
+    if has(principal.role, right.least) or (right.bound and principal.user):
+        return None
+    if principal.role is OPERATOR:
+        return None if right.operators else errors.tenant_needed(right.least.name)
+    return errors.role_missing(right.least.name)

@@ -1,4 +1,4 @@
-"""What an operator says of credentials: the files of TLS, of client certificates and of identity providers."""
+"""The operator's settings for credentials: the files for TLS, client certificates and identity providers."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -116,7 +116,7 @@ def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[s
 
 
 def is_safe(url: str) -> bool:
-    """Whether what is read at that address is safe from changes on the way."""
+    """Whether data from that address cannot be changed on the way."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""

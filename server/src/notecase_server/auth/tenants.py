@@ -1,4 +1,4 @@
-"""Says whose calls are taken: all but those of a tenant that an operator has suspended, or is removing."""
+"""Refuses the calls of tenants that an operator has suspended or is deleting."""
 
 from collections.abc import Callable
 

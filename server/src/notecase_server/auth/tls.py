@@ -26,8 +26,7 @@ CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the files of TLS hold, as PEM: a key, its certificate and those that lead from it to an authority, and the
-    authorities of clients."""
+    """The contents of the TLS files, as PEM: a key, its certificate with the chain to a CA, and the CAs of clients."""
 
     key: bytes
     chain: bytes
@@ -83,8 +82,8 @@ def _parsed(option: str, path: Path, parse: Callable[[bytes], T], mistakes: list
 
 
 def credentials(identity: Watched[Identity], *, require_client: bool = False) -> grpc.ServerCredentials:
-    """Makes the credentials of one port. A connection that is made after the identity has changed gets the new one;
-    those that are open stay. With `require_client` only clients with a certificate that `client_ca` signed connect."""
+    """Makes the credentials of one port. A connection that is made after a change gets the new identity; open ones are
+    not affected. With `require_client` only clients with a certificate that `client_ca` signed connect."""
     given = identity.value
 
     def configuration(of: Identity) -> grpc.ServerCertificateConfiguration:

@@ -1,4 +1,4 @@
-"""`notecase agents`: who answers, one by one or as files."""
+"""`notecase agents`: commands for agents, one by one or as files."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Asks the user at the terminal what a run waits for, and sends the answer."""
+"""Asks the user at the terminal for the answer that a run waits for, and sends it."""
 
 import json
 from collections.abc import Awaitable, Callable, Mapping
@@ -53,7 +53,7 @@ async def answer(commands: Commands, wait: Wait, sending: Callable[[bool], None]
 
 
 def _show(wait: Wait) -> None:
-    """Shows everything that the answer is about, in full: a user must see what is approved."""
+    """Shows everything that the answer is about, in full: users must see what they approve."""
     if wait.kind == QUESTION and wait.asked is not None:
         click.secho(screen.harmless(wait.question), bold=True)
         return
@@ -63,7 +63,7 @@ def _show(wait: Wait) -> None:
 
 
 async def _choose(wait: Wait) -> "_Way | None":
-    """Returns how the user wants to answer, or None."""
+    """Returns the user's answer, or None."""
     if wait.kind == QUESTION and not wait.of_tool:
         screen.aside("Enter sends your answer, Ctrl-C leaves the question waiting.")
         return _say
@@ -173,7 +173,7 @@ def _json(text: str) -> str:
 
 
 _PLAIN = ("string", "integer", "number", "boolean")
-"""Types of members that are asked for one by one."""
+"""Types of members for which there is a separate prompt."""
 
 
 def _fields(schema: str) -> list[tuple[str, dict[str, Any], bool]] | None:

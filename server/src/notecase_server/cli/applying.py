@@ -1,4 +1,4 @@
-"""Makes the server's agents what files say, and compares the two."""
+"""Makes the server's agents match files, and compares the two."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The answers to approvals that a session remembers: shown in a conversation, and taken back."""
+"""Shows the remembered answers to approvals of a session, and takes them back."""
 
 import contextlib
 import sys
@@ -16,8 +16,8 @@ KEEP = "Leave it so"
 
 
 async def review(client: Client, name: str) -> None:
-    """Shows which tools of a session run without being asked for, or are denied, and at a terminal lets the user take
-    such an answer back. `name` is the session's, empty for one that is not made yet. Raises NotecaseError."""
+    """Shows which tools of a session run without an approval, or are denied, and at a terminal lets the user take such
+    an answer back. `name` is the session's, empty before it is created. Raises NotecaseError."""
     session = await client.sessions.GetSession(v1.GetSessionRequest(name=name)) if name else v1.Session()
     answers = {_label(one): one for one in sorted(session.remembered.values(), key=lambda one: one.sequence)}
     if not answers:

@@ -1,4 +1,4 @@
-"""How a command talks to a server, and how it ends."""
+"""Connects a command to its server, and ends it with the right exit code."""
 
 import asyncio
 import io

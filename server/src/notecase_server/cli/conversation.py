@@ -44,8 +44,8 @@ SHOWN_CHARACTERS = 600
 
 async def converse(client: Client, agent: str, session: str, new: bool, patience: float | None) -> int:
     """Talks until the user leaves or the input ends, and returns the exit code: 1 when a message from a pipe had no
-    reply, since nobody saw why. `agent` and `session` are ids or names, or empty; see the command's help. A run may
-    wait for `patience` seconds; see Follower. Raises Refusal when it waits longer and there is no terminal, and
+    reply, since no user saw the reason. `agent` and `session` are ids or names, or empty; see the command's help. A run
+    may wait for `patience` seconds; see Follower. Raises Refusal when it waits longer and there is no terminal, and
     NotecaseError when no conversation can begin."""
     # asyncio's own handler would wait for the task to yield, which a read from a pipe does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,7 +119,7 @@ class _Chat:
 
     async def _attempt(self, deed: Awaitable[None]) -> None:
         """Prints the service's errors in its own sentences. Raises NotecaseError when the server is lost and there is
-        no terminal, since nobody could repeat the message."""
+        no terminal, since no user could repeat the message."""
         try:
             await deed
         except NotecaseError as error:

@@ -1,4 +1,4 @@
-"""Follows a run to its end: shows it, and asks the user for what it waits for."""
+"""Follows a run to its end: shows it, and asks the user for the answers that it waits for."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""What the Tab key offers where a command takes an id."""
+"""Completes ids in commands with the Tab key."""
 
 from collections.abc import Callable
 

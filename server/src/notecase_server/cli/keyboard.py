@@ -1,4 +1,4 @@
-"""The keyboard while a reply comes: Ctrl-C, and keys that are not to be seen."""
+"""Handles the keyboard during a reply: Ctrl-C, and keys that must not be shown."""
 
 import asyncio
 import contextlib

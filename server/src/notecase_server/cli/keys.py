@@ -1,4 +1,4 @@
-"""`notecase keys`: the keys by which programs call a server."""
+"""`notecase keys`: the API keys of a server."""
 
 import re
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""Loads commands when they are asked for, so that one command does not pay for the imports of all."""
+"""Loads a command's module only when the command is used, so that it does not pay for the imports of all."""
 
 import gc
 import pkgutil

@@ -1,4 +1,4 @@
-"""A run that was left waiting, while the conversation goes on."""
+"""Watches a run that was left waiting while the conversation continues."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,17 @@ from notecase_server.cli.waits import Wait, waits_of
 
 
 class LeftRun:
-    """Remembers what the run was left waiting for, and how far it was shown."""
+    """Keeps what the run was left waiting for, and the last event that was shown."""
 
     def __init__(self, client: Client, waits: Sequence[Wait], sequence: int | None) -> None:
-        """`waits` are at least one, all of one run. `sequence` is that of the last event that was shown, None when
-        there was none."""
+        """`waits` has at least one, all of one run. `sequence` is that of the last shown event, or None."""
         self._client = client
         self._run = waits[0].run
         self._ids = {wait.id for wait in waits}
         self._sequence = sequence
 
     def stream(self) -> RunStream:
-        """Returns the stream of what happened since."""
+        """Returns the stream of later events."""
         return self._client.attach(self._run, self._sequence)
 
     async def goes_on(self) -> bool:

@@ -1,4 +1,4 @@
-"""A run at a terminal: Markdown as it comes, tools while they run."""
+"""Draws a run at a terminal: Markdown while it streams, tools while they run."""
 
 import re
 import time
@@ -85,7 +85,7 @@ class LiveReply(Reply):
             self._print(finished)
 
     def close_block(self) -> None:
-        tail, self._tail = self._tail, ""  # first, so that it is not drawn below what is printed
+        tail, self._tail = self._tail, ""  # first, so that it is not drawn below the output
         self._next_split = 0
         self._print(tail)
         if self._kind == "reasoning":
@@ -128,7 +128,7 @@ class Bottom:
     what has left it."""
 
     def __init__(self, parts: Callable[[], Iterable[RenderableType]]) -> None:
-        """`parts` is asked for what moves each time."""
+        """`parts` returns the moving parts each time."""
         self._parts = parts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

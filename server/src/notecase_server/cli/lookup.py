@@ -15,7 +15,7 @@ from notecase_server.cli.ask import name_of
 from notecase_server.cli.connection import connection
 
 SECONDS = 1.0
-"""How long the server may take: somebody waits at a prompt."""
+"""How long the server may take: a user waits at a prompt."""
 
 READ = 1000
 """How many resources are searched for ids that begin as typed: the newest ones, or the first by name."""
@@ -30,8 +30,8 @@ Found = AsyncIterator[tuple[str, str]]
 
 
 def offered(context: click.Context, collection: str, incomplete: str) -> list[CompletionItem]:
-    """Returns the ids that begin with the typed text. `collection` is that of the resources, such as "sessions". Raises
-    nothing: an error must not disturb the prompt."""
+    """Returns the ids that begin with the typed text. `collection` is the resources' collection, such as "sessions".
+    Raises nothing: an error must not disturb the prompt."""
     logging.disable()  # the client logs that a server is away
     root = "sessions/" if collection in {"runs", "messages", "states"} else f"{collection}/"
     prefix = root if incomplete.startswith(root) else ""
@@ -82,7 +82,7 @@ async def _tenants(client: Client, typed: str, tenant: str) -> Found:
 
 
 async def _runs(client: Client, typed: str, tenant: str) -> Found:
-    """Returns sessions, which stand for their newest runs, and the runs of one session: SESSION/RUN."""
+    """Returns sessions, whose ids mean their newest runs, and the runs of one session: SESSION/RUN."""
     sessions = [one async for one in _sessions(client, typed, tenant)]
     for one in sessions:
         yield one

@@ -65,7 +65,7 @@ class Declared(NamedTuple):
     """The line of each field, by its path, such as "llm.tools[0].name"; of the agent itself by ""."""
 
     def at(self, path: str, text: str) -> Mistake:
-        """Returns what is wrong at a path of this agent, such as "agent.llm.tools[0].name"."""
+        """Returns the mistake at a path of this agent, such as "agent.llm.tools[0].name"."""
         path = path.removeprefix("agent.").removeprefix("agent")
         known = path
         while known and known not in self.lines:
@@ -97,7 +97,7 @@ def read(file: str, text: str) -> list[Declared]:
 
 
 def data_of(agent: v1.Agent) -> dict[str, Any]:
-    """Returns an agent as JSON has it, with JSON texts as what they hold."""
+    """Returns an agent in the form of its JSON, with JSON texts as values."""
     data: dict[str, Any] = output.as_data(agent)
     llm = data.get("llm", {})
     _unfold(llm, "output_schema")

@@ -19,8 +19,8 @@ from notecase_server.cli import attaching, named, output, screen
 from notecase_server.cli.connection import renews_token
 
 CANNOT = (OverflowError, ValueError, RecursionError, DecodeError)
-"""What is raised for a key or a value that state cannot hold: ValueError, of which UnicodeError is a kind, for text
-that is not Unicode, and DecodeError for what is deeper than protobuf copies."""
+"""The exceptions for a key or a value that state cannot hold: ValueError, including UnicodeError for text that is not
+Unicode, and DecodeError for a value that is nested too deep for protobuf."""
 
 CANNOT_HOLD = "State cannot hold this value: integers have 64 bits, text is Unicode, lists are at most 16 levels deep."
 
@@ -116,7 +116,7 @@ async def put(
 
 
 async def delete(client: Client, owner: str, keys: Sequence[str]) -> None:
-    """Removes keys, all in one change; those that are not there are passed over."""
+    """Removes keys, all in one change; missing ones are ignored."""
     ops = [v1.StateOp(key=key, remove=Empty()) for key in keys]
     request = v1.UpdateStateRequest(
         name=f"{await named.owner(client, owner)}/state", ops=ops, request_id=uuid.uuid4().hex
@@ -130,7 +130,7 @@ async def watch(client: Client, session: str) -> None:
 
     Raises NotecaseError when the session does not exist, or not any more."""
     found = await client.sessions.GetSession(v1.GetSessionRequest(name=await named.session(client, session)))
-    others = {f"{owner}/state": _Beside(client, owner) for owner in filter(None, (found.user, "app"))}
+    others = {f"{owner}/state": _Outside(client, owner) for owner in filter(None, (found.user, "app"))}
     request = v1.WatchEventsRequest(name=found.name, if_session_uid=found.uid, options=v1.WatchOptions(keep_open=True))
     backoff = Backoff(PATIENT, renews_token())
     while True:
@@ -155,7 +155,7 @@ async def watch(client: Client, session: str) -> None:
             await backoff.wait(error, limited=True)
 
 
-class _Beside:
+class _Outside:
     """The state of a user or of the app. It is not part of the session's log, so no stream repeats its changes; it is
     read again when a version is missing."""
 

@@ -131,7 +131,7 @@ OUTPUT = click.option(
     default="table",
     help="A table, or all fields as JSON or YAML.",
 )
-"""The format in which a command prints what it reads."""
+"""The output format of a command."""
 
 LIMIT = click.option("--limit", type=click.IntRange(1), default=50, help="The most entries to list.")
 

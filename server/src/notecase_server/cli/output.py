@@ -1,4 +1,4 @@
-"""What a command prints of the service's resources: a table, JSON or YAML."""
+"""Prints the service's resources as a table, JSON or YAML."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""`notecase profiles`: servers by name, and how each is called."""
+"""`notecase profiles`: named servers with their addresses, tokens and CA certificates."""
 
 import os
 import sys
@@ -45,7 +45,7 @@ def list_profiles(profile: str, form: str) -> None:
         ("*" if name == used else "", name, one.address, _source(one), one.ca)
         for name, one in sorted(held.profiles.items())
     ]
-    click.echo(output.table(("", "PROFILE", "SERVER", "TOKEN", "AUTHORITIES"), rows))
+    click.echo(output.table(("", "PROFILE", "SERVER", "TOKEN", "CA FILE"), rows))
     click.secho(f"In {profiles_file.path()}.", err=True, dim=True)
 
 

@@ -1,4 +1,4 @@
-"""The file of profiles: servers by name, each with how it is called."""
+"""Reads and writes the file of profiles: named servers with their addresses, tokens and CA certificates."""
 
 import base64
 import json
@@ -82,8 +82,8 @@ def path() -> Path:
 
 
 def read(strict: bool = True) -> Profiles:
-    """Returns what the file holds; nothing when there is no file. Raises ProfilesError for a file that cannot be read,
-    is not of this form, or, if `strict`, holds a token that other users of the machine can read."""
+    """Returns the contents of the file; empty when there is no file. Raises ProfilesError for a file that cannot be
+    read, is not of this form, or, if `strict`, holds a token that other users of the machine can read."""
     file = path()
     try:
         with file.open(encoding="utf-8") as opened:

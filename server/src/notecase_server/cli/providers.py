@@ -1,4 +1,4 @@
-"""`notecase providers`: whether the providers of models answer."""
+"""`notecase providers`: tests model providers."""
 
 import asyncio
 import time

@@ -95,7 +95,7 @@ def cancel_run(run: str, reason: str, after_turn: bool) -> None:
 
 
 async def _named(client: Client, given: str) -> str:
-    """Returns a run's name; of a session alone that of its newest run. Raises Refusal when that has none."""
+    """Returns a run's name; for a session alone, the name of its newest run. Raises Refusal when it has none."""
     session, run = await named.run(client, given)
     if run:
         return run
@@ -106,7 +106,7 @@ async def _named(client: Client, given: str) -> str:
 
 
 def _show(found: v1.Run, reason: str) -> None:
-    """`reason` is that of its last change of state, such as of a cancel."""
+    """`reason` is from its last change of state, such as a cancel."""
     used = found.usage
     tokens = f"{used.input_tokens} input tokens, {used.output_tokens} output tokens, {used.model_calls} model calls"
     output.print_settings(

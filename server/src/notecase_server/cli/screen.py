@@ -64,7 +64,7 @@ def one_line(text: str, most: int = 60) -> str:
 
 
 def aside(text: str) -> None:
-    """Says something about the conversation, apart from what is said in it."""
+    """Prints a line about the conversation that is not part of it."""
     click.secho(folded(text), err=True, dim=True)
 
 
@@ -138,7 +138,7 @@ def author(found: v1.Message) -> str:
 
 
 def model_of(agent: v1.Agent) -> str:
-    """Returns an agent's provider and model as far as it names them; the rest is the server's default."""
+    """Returns an agent's provider and model if it names them; otherwise the server's defaults apply."""
     return harmless("/".join(filter(None, (agent.llm.provider, agent.llm.model)))) or "default"
 
 

@@ -142,7 +142,7 @@ def providers(command: click.Command, path: Path | None) -> tuple[ProviderSettin
 
 
 def complaint(command: click.Command, name: str, value: object) -> str:
-    """Returns what is wrong with a value that a file has for an option, or ""."""
+    """Returns the mistake in a file's value for an option, or ""."""
     option = next(one for one in command.params if one.name == name)
     assert isinstance(option, click.Option)
     if option.is_flag:

@@ -68,7 +68,7 @@ class _Files:
         """Bytes of the index before the line of that record."""
 
     def rewind(self) -> None:
-        """Removes what a stream that begins at `page_token` sends again."""
+        """Removes the records that a stream from `page_token` sends again."""
         self._index.seek(self._safe)
         self._index.truncate()
 

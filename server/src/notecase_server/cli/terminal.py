@@ -85,7 +85,7 @@ def _drop_earlier(app: Application[Any]) -> None:
 
 async def choose(question: str, labels: Sequence[str], start: int = 0) -> int:
     """Returns the index of the label chosen with the arrow keys or its number, and Enter; it begins at `start`. Other
-    keys do nothing, nor do those that were pressed before the menu is drawn: they were not meant for it.
+    keys do nothing, and neither do keys that were pressed before the menu was drawn.
 
     Raises EOFError at Ctrl-C and Ctrl-D."""
     at = start

@@ -1,4 +1,4 @@
-"""Files, and standard input and output for `-`, in pieces."""
+"""Reads and writes files in pieces, and standard input and output for `-`."""
 
 import os
 import sys

@@ -22,8 +22,8 @@ from notecase_server.errors import NotecaseError
 log = structlog.get_logger()
 
 MOST_WITHIN = 20_000
-"""Messages within one record, and other items of its lists and maps: twice what the largest result of a tool has. Those
-of values of state are not counted, which are bounded by their bytes."""
+"""Messages within one record, and other items of its lists and maps: twice as many as in the largest result of a tool.
+Those in values of state do not count, since their bytes are limited."""
 
 VALUE = v1.Value.DESCRIPTOR.full_name
 

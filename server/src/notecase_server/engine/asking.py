@@ -1,4 +1,4 @@
-"""Asks the models that an agent may be answered by: one after the other, each again while what went wrong may pass."""
+"""Calls an agent's model and then its fallbacks, each with retries after transient failures."""
 
 import asyncio
 import itertools
@@ -26,7 +26,7 @@ DEFAULT_MODEL_CALLS = 10
 
 
 class Budget:
-    """Counts what the model calls of a run have used up, and keeps what was found out about its model."""
+    """Counts the model calls of a run, and keeps what is known about its model."""
 
     def __init__(self, run: v1.Run, agent: v1.Agent) -> None:
         limit = agent.llm.max_model_calls or DEFAULT_MODEL_CALLS
@@ -88,8 +88,8 @@ def sources(services: Services, llm: v1.LlmAgent) -> Sequence[Source]:
 
 
 async def ask_at_rest(models: Sequence[Source], once: Callable[[Source], Awaitable[T]]) -> T:
-    """Returns what `once` does of the first model that answers, where no run is at work: each is asked again and the
-    next one after it as in a run. Raises what the last one that was asked raises."""
+    """Returns the result of `once` for the first model that answers, without a run: retries and fallbacks are as in a
+    run. Raises the error of the last model."""
     for number, source in enumerate(models):
         most, seconds = source.named.repeats
         for repeat in itertools.count():
@@ -127,9 +127,9 @@ class Asking:
         self._sources = sources(run_log.services, run_log.agent.llm)
 
     async def ask(self, once: Callable[[Source], Coroutine[Any, Any, T]]) -> T:
-        """Returns what `once` does of the first model that answers. The next one is asked when one has failed with
-        MODEL_UNAVAILABLE for all of its repeats and the run may still make a call; what had come of its reply is
-        discarded. Raises Halted, and what the last one that was asked raises."""
+        """Returns the result of `once` for the first model that answers. The next one is called when one has failed
+        with MODEL_UNAVAILABLE after all retries and the run may still make a call; a partial reply is discarded. Raises
+        Halted, and the error of the last model."""
         for number, source in enumerate(self._sources):
             try:
                 return await self._repeated(source, once)
@@ -142,8 +142,8 @@ class Asking:
         raise AssertionError("the last source returns or raises")
 
     async def _repeated(self, source: Source, once: Callable[[Source], Coroutine[Any, Any, T]]) -> T:
-        """Asks a model, and again while what went wrong may pass, before its first piece or after it. A try from which
-        nothing came does not count as a model call; what one took, as far as its provider told, is counted."""
+        """Calls a model, and retries after transient failures, before its first piece or after it. A try that returned
+        nothing does not count as a model call; its usage is counted if the provider reported it."""
         most, seconds = source.named.repeats
         for repeat in itertools.count():
             if self._halts.pending:

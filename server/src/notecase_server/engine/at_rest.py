@@ -1,4 +1,4 @@
-"""Rewinds, forks and compacts a session while no run is at work in it."""
+"""Rewinds, forks and compacts a session without an active run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 class AtRest:
-    """Does what callers ask of a session at rest; nothing here goes on in the background."""
+    """Rewinds, forks and compacts a session without an active run; nothing here continues in the background."""
 
     def __init__(self, sessions: Sessions, services: Services, admission: Admission) -> None:
         self._sessions = sessions
@@ -110,7 +110,7 @@ class AtRest:
     async def _kept(
         self, live: LiveSession, events: Sequence[v1.Event], usage: Sequence[v1.Event], caused: Caused
     ) -> Committed:
-        """Commits the summary and what it took, and the latter also where the summary is refused."""
+        """Commits the summary and its usage; the usage even if the summary is refused."""
         both = [*events, *usage]
         for event in both:
             event.cause_id = caused.cause_id
@@ -122,7 +122,7 @@ class AtRest:
             raise
 
     async def _counted(self, live: LiveSession, usage: Sequence[v1.Event], caused: Caused) -> None:
-        """Commits what was used for nothing, if the session is still there."""
+        """Commits the usage of a failed summary, if the session still exists."""
         if usage:
             for event in usage:
                 event.cause_id = caused.cause_id
@@ -132,8 +132,8 @@ class AtRest:
                 log.warning("usage_lost", session=live.key.session, reason=errors.reason_name(error.reason))
 
     async def _summarized(self, plan: summary.Plan, llm: v1.LlmAgent, usage: list[v1.Event]) -> list[v1.Event]:
-        """Returns the summary's event; it covers fewer messages where the plan is more than the model takes. Adds to
-        `usage` what each call of a model took, also where there is no summary."""
+        """Returns the summary's event; it covers fewer messages if the model does not accept all of the plan. Adds the
+        usage of each model call to `usage`, even if there is no summary."""
         request = await plan.request(llm)
 
         async def once(source: Source) -> list[v1.Event]:

@@ -1,4 +1,4 @@
-"""Runs the calls of a run in this process: begins, times and stops them, and puts their results on record."""
+"""Runs the calls of a run in this process: starts, times and stops them, and records their results."""
 
 import asyncio
 import traceback
@@ -66,7 +66,7 @@ class Calls:
             self.stop(call_id)
 
     async def close(self) -> None:
-        """Stops all calls and waits until their tools have let go, except for those that do not."""
+        """Stops all calls and waits until their tools have ended, except for those that do not stop."""
         self.stop_all()
         await self._owned.close()
         await self._supervisor.end(self._tools.values())

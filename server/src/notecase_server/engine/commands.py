@@ -1,4 +1,4 @@
-"""Carries out what callers send to a run under way: results, answers, input, cancels. And waits for its end."""
+"""Carries out callers' commands to an active run: results, answers, input, cancels. Also waits for the run's end."""
 
 import asyncio
 from collections.abc import Iterable, Sequence
@@ -55,8 +55,8 @@ class Commands:
     async def respond(
         self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, approver: Approver
     ) -> Committed:
-        """Answers an approval or a question. Raises INPUT_NOT_PENDING when nobody asks (any more), whatever the run
-        does by now, and ROLE_MISSING for what needs another approver than the caller counts as."""
+        """Answers an approval or a question. Raises INPUT_NOT_PENDING when the input is not open (any more), whatever
+        the state of the run, and ROLE_MISSING when the caller may not answer it."""
         return await self._whole(self._respond(key, run_id, response, caused, approver))
 
     async def _respond(
@@ -96,8 +96,8 @@ class Commands:
     async def say(
         self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, approver: Approver
     ) -> tuple[Committed, bool]:
-        """Commits what a user says to a run under way. Returns the commit, and whether it only queued the input. While
-        the run asks for what needs another approver than the caller counts as, it denies nothing and waits behind that.
+        """Commits a user's input to an active run. Returns the commit, and whether it only queued the input. While an
+        approval is open that the caller may not answer, the input denies nothing and is queued behind it.
 
         Raises RUN_ENDED and QUEUE_FULL, and ROLE_MISSING for an interrupt that would withdraw such an approval."""
         return await self._whole(self._say(key, run_id, said, caused, approver))
@@ -296,7 +296,7 @@ def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.Input
 
 
 def words(said: Iterable[v1.UserInput]) -> str:
-    """Returns how the text of what users say begins, as the reason for what they deny with it."""
+    """Returns the beginning of the users' text, as the reason for the approvals that it denies."""
     most = ledger.MAX_REASON_BYTES
     texts = (part.text[:most] for each in said for message in each.messages for part in message.parts if part.text)
     return " ".join(islice(texts, most))

@@ -43,7 +43,7 @@ MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
 """Of parts that become blobs when they are large."""
 
 UPLOAD_MICROSECONDS = 24 * 60 * 60 * 1_000_000
-"""How long an upload waits to be gone on with, and a blob for somebody to refer to it."""
+"""How long an unfinished upload is kept, and a blob without a reference."""
 
 BINARY = "application/octet-stream"
 
@@ -314,7 +314,7 @@ class Contents:
 
 
 async def digest_of(data: bytes) -> bytes:
-    """Its SHA-256; that of much data is made in a thread."""
+    """Its SHA-256, computed in a thread for much data."""
     made = hashlib.sha256(data) if len(data) <= CHUNK_BYTES else await asyncio.to_thread(hashlib.sha256, data)
     return made.digest()
 

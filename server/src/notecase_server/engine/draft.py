@@ -64,7 +64,7 @@ class Block:
 
 
 class Draft:
-    """Holds one reply in the making; a block's index is that of the part it will be. It is fed until its Finish."""
+    """Holds one unfinished reply; a block's index is the index of its future part. It is fed until its Finish."""
 
     __slots__ = ("_calls", "_media_bytes", "_new_id", "_size", "_unfenced", "blocks", "name", "run", "settled")
 

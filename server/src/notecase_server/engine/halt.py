@@ -54,7 +54,7 @@ class Halt:
     def refuse(self, error: Exception) -> None:
         if not self.done.done():
             self.done.set_exception(error)
-            self.done.exception()  # nobody waits for the halt of a timer
+            self.done.exception()  # no caller waits for the halt of a timer
 
 
 class Halted(Exception):
@@ -62,11 +62,11 @@ class Halted(Exception):
 
 
 class Halts:
-    """Holds the halts that a worker has not carried out, and what they cut."""
+    """Holds the halts that a worker has not carried out, and the work that they stop."""
 
     def __init__(self) -> None:
         self.pending: list[Halt] = []
-        """In the order in which they were asked for."""
+        """In the order of the requests."""
         self._cutting: asyncio.Task[Any] | None = None
         self._cuts = 0
         """How many of its cancellations came from the halt in `cut`."""

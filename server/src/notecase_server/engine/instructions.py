@@ -1,5 +1,5 @@
-"""Instructions: most are plain text. The language of the others is loaded when the first of them comes, since it has a
-hundred modules and takes 5 MiB."""
+"""Instructions: most are plain text. The template language is loaded with the first template, since it has a hundred
+modules and takes 5 MiB."""
 
 import asyncio
 import gc
@@ -24,9 +24,9 @@ class _Language:
 
 
 async def parsed(source: str, field: str = "agent.llm.instruction") -> "Template | None":
-    """Returns the template of an instruction; None for plain text, which is its own result. What takes long is done in
-    a thread. Raises NotecaseError TEMPLATE_ERROR, which names `field` and says where, when `source` is no template or
-    is beyond a limit."""
+    """Returns the template of an instruction; None for plain text, which is its own result. Long work is done in a
+    thread. Raises NotecaseError TEMPLATE_ERROR, which names `field` and the position, when `source` is not a valid
+    template or exceeds a limit."""
     if "{" not in source:
         if is_long(source):
             raise errors.template_error(LONG, field)
@@ -44,5 +44,5 @@ def is_long(source: str) -> bool:
 
 def _load() -> Any:
     loaded = import_module("notecase_server.engine.template")
-    gc.freeze()  # what is loaded stays for good, and need not be looked at each time that garbage is collected
+    gc.freeze()  # loaded modules stay, so that collections of garbage need not visit them
     return loaded

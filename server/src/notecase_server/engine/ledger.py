@@ -1,6 +1,5 @@
-"""Decides about the calls of a run: which may run, which wait for whom, and how each comes to its one outcome.
-
-Pure: from what is known of a run to the events that say what becomes of its calls. The worker commits them.
+"""Decides about the calls of a run: which may run, which wait for a person or a caller, and the one outcome of each.
+Pure: it turns the state of a run into the events for its calls, which the worker commits.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ RANKS = {
     v1.Tool.APPROVER_DEVELOPER: 2,
     v1.Tool.APPROVER_ADMIN: 3,
 }
-"""Approvers by what they may answer: each also all that those before it may."""
+"""Approvers in the order of their rights: each may also answer for those before it."""
 
 
 MAX_REASON_BYTES = 1024
@@ -42,7 +41,7 @@ all of them still fits into an answer."""
 
 
 class Bound(NamedTuple):
-    """A name that the model may call, and what it stands for."""
+    """A name that the model may call, and its tool."""
 
     tool: v1.Tool
     name: str
@@ -113,8 +112,8 @@ def is_client(call: v1.ToolCall) -> bool:
 
 
 def remembered(session: v1.Session, run: v1.Run) -> dict[bytes, bool]:
-    """Returns the answers that hold for calls of this run: by digest of what a call is bound to, whether it is
-    approved. The newest answer counts."""
+    """Returns the remembered answers for calls of this run: by the digest of a call's binding, whether it is approved.
+    The newest answer counts."""
     answers = sorted((*session.remembered.values(), *run.remembered.values()), key=lambda answer: answer.sequence)
     return {answer.digest: answer.approved for answer in answers if answer.agent == run.agent and answer.digest}
 
@@ -145,8 +144,8 @@ def triage(
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
-    """Returns what becomes of calls that a model has just asked for: dispatched, waiting for a person, or already
-    ended. `answers` are the remembered ones, by digest of what a call is bound to."""
+    """Returns the events for new calls of a model: dispatched, waiting for a person, or already ended. `answers` are
+    the remembered ones, by the digest of a call's binding."""
     events = []
     for call in calls:
         target = bound.get(call.tool)
@@ -163,7 +162,7 @@ def triage(
         elif answers.get(target.binding.digest) is False:
             events.append(denied(call, "This tool was denied before."))
         else:
-            prompt = f"May {call.tool} run?"
+            prompt = f"Run {call.tool} with these arguments?"
             events.append(_request(call, v1.InputRequest.KIND_APPROVAL, prompt, new_id, expire, target.tool))
     return events
 
@@ -228,8 +227,8 @@ def _ended(
 
 
 def asked_by_tool(request: v1.InputRequest) -> bool:
-    """Returns whether the tool of a call at work asks: it is given the answer and goes on, so that the answer is no
-    outcome of the call."""
+    """Returns whether the tool of a running call asks: it continues with the answer, so the answer is not an outcome of
+    the call."""
     return request.kind == v1.InputRequest.KIND_QUESTION and request.call.outcome == v1.ToolCall.OUTCOME_RUNNING
 
 
@@ -257,7 +256,7 @@ _ROLES = {
 def answered(
     request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall, answer: Outcome | None = None
 ) -> list[v1.Event]:
-    """Returns what an answer makes of its call; `answer` is what it says, where that is the call's result."""
+    """Returns the events of an answer for its call; `answer` is its text if that is the call's result."""
     events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
     if asked_by_tool(request):
         return events
@@ -289,20 +288,20 @@ def withdrawn(run: v1.Run, message: v1.Message | None, reason: str, deny: bool =
 
 
 def dropped(run: v1.Run, call: v1.ToolCall, reason: str) -> list[v1.Event]:
-    """Returns the events that cancel one call, wherever it runs, and withdraw what is asked about it."""
+    """Returns the events that cancel one call, wherever it runs, and withdraw its inputs."""
     asked = [request for request in run.pending_inputs if request.call.call_id == call.call_id]
     return [*unasked(asked, reason), cancelled(call, reason)]
 
 
 def unasked(requests: Iterable[v1.InputRequest], reason: str) -> list[v1.Event]:
-    """Returns the events that withdraw what is asked, and leave its calls alone."""
+    """Returns the events that withdraw inputs without changing their calls."""
     told = brief(reason)
     responses = (v1.InputResponse(input_id=each.input_id, decision=WITHDRAWN, reason=told) for each in requests)
     return [v1.Event(input_resolved=v1.InputResolved(response=response)) for response in responses]
 
 
 def lost(run: v1.Run) -> list[v1.InputRequest]:
-    """Returns what is asked by tools of a run whose worker is gone: no tool waits for those answers."""
+    """Returns the questions from tools of a run whose worker is lost: no tool waits for those answers."""
     return [request for request in run.pending_inputs if asked_by_tool(request)]
 
 
@@ -321,7 +320,7 @@ def interrupted(
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
-    """Returns what a takeover makes of calls that had started in the process that was lost."""
+    """Returns the events of a takeover for calls that had started in the lost process."""
     events = []
     for call in calls:
         tool = of(call)

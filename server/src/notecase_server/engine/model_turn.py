@@ -1,6 +1,5 @@
-"""Takes one turn of a model: makes a request from what is known, and tries until there is a reply.
-
-A ModelTurn is made anew for each turn. What holds for all turns of a run in this process is its Budget.
+"""Makes one turn of a model: builds the request, and calls the model until there is a reply. Each turn has a new
+ModelTurn; the Budget is that of all turns of a run in this process.
 """
 
 import asyncio
@@ -30,8 +29,8 @@ from notecase_server.store import bindings
 from notecase_server.tools.contract import Function, Incomplete, Outcome, Toolbox
 
 OUTPUT_REPEATS = 1
-"""How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
-is wrong either knows better at once, or not at all."""
+"""How often the model is called again after a reply that does not match the agent's output_schema: with a description
+of the problem it either succeeds at once, or not at all."""
 
 
 NOTE_AT_ONCE = 64 << 10
@@ -189,7 +188,7 @@ class ModelTurn:
                     return delta
                 begun = draft.feed(delta)
                 live.written(begun)
-                if begun:  # who watches is told of it before what follows, which may be the reply's commit
+                if begun:  # watchers receive it before what follows, which may be the reply's commit
                     await asyncio.sleep(0)
         raise errors.model_unavailable("The model's reply ended before it was complete.")
 
@@ -344,6 +343,6 @@ async def _resolved(toolbox: Toolbox, tools: Sequence[v1.Tool]) -> Sequence[Sequ
 
 
 def _complaint(problem: str, schema: str) -> str:
-    """What a model is told of a reply that is not valid. With the schema: not every provider has shown it."""
+    """The message to a model about an invalid reply. It has the schema, since not every provider has passed it on."""
     wanted = "Reply again, only with JSON that matches this JSON Schema:"
     return f"That reply is not valid: {problem}.\n{wanted}\n{schema}"

@@ -16,7 +16,7 @@ INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBAC
 
 
 class Meant(msgspec.Struct, frozen=True):
-    """What a start is about, as it was at one moment."""
+    """The data that a start needs, as of one moment."""
 
     key: SessionKey
     session: v1.Session

@@ -1,4 +1,4 @@
-"""Starts the runs that were queued in sessions, each once its session is idle and there is a place for it."""
+"""Starts queued runs, each when its session is idle and a slot is free."""
 
 from functools import partial
 

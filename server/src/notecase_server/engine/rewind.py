@@ -1,4 +1,4 @@
-"""Makes the events that rewind a session, or that bring a copy of it to rest.
+"""Makes the events that rewind a session, or that end the runs of a copy.
 
 The log is not cut. A mark supersedes the messages after the sequence, the calls that were open then are cancelled, and
 operations restore the state, so that a reader folds the log with the existing rules.
@@ -124,7 +124,7 @@ def _back(past: Past, to_sequence: int, run: str = "") -> Rewind:
 
 
 def ended(past: Past, reason: str) -> list[v1.Event]:
-    """Returns the events that end the runs of a session as it was, so that a copy of it is at rest."""
+    """Returns the events that end the runs of a session as it was, so that its copy has no active run."""
     events = []
     for run in past.runs:
         dropped = [

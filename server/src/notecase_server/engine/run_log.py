@@ -1,7 +1,6 @@
-"""Commits for a run: knows what this process knows of the run, and is the one way to write its part of the log.
-
-What decides for a run holds its session's lock, looks at what is known, and commits with what follows from that. A
-commit whose answer was lost is asked about before anything is decided again.
+"""Commits for a run: knows the run's state after the last commit, and is the only writer of its part of the log. Code
+that decides for a run holds its session's lock, reads that state, and commits the consequences. The outcome of a commit
+whose answer was lost is looked up before anything else is decided.
 """
 
 import asyncio
@@ -42,7 +41,7 @@ LOST = frozenset({v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SESSION_NOT_FOUND}
 
 
 class RunLog:
-    """Holds one run as this process knows it. `run`, `message` and the rest are what the last commit left."""
+    """Holds one run as this process knows it. `run`, `message` and the rest are as of the last commit."""
 
     def __init__(
         self,
@@ -53,8 +52,8 @@ class RunLog:
         message: v1.Message | None = None,
         said: Sequence[v1.Event] = (),
     ) -> None:
-        """`message` is the reply whose calls are under way, if there is one, and `said` the command_queued events of
-        what waits to be taken up."""
+        """`message` is the reply with open calls, if there is one, and `said` has the command_queued events of queued
+        input."""
         self.live = live
         self.services = services
         self.agent = active.agent
@@ -68,7 +67,7 @@ class RunLog:
         self.resolved: dict[str, v1.InputResponse] = {}
         """What was answered, by input_id, until `Questions.hand_out` has given it to the tools that asked."""
         self.spent: v1.Usage | None = None
-        """What the last call of a model took, as far as its provider told and no commit has counted."""
+        """The usage of the last model call that its provider reported and that no commit has counted."""
         self.log = log.bind(tenant=live.key.tenant, session=live.key.session, run=active.run.name)
         self._know(session, ())
 
@@ -143,7 +142,7 @@ class RunLog:
         return v1.Event(cause_id=cause_id, run_state_changed=change)
 
     def cut(self) -> list[v1.Event]:
-        """The reply being written, as far as it came, and what it took, as far as its provider told."""
+        """The reply being written so far, and its usage if its provider reported it."""
         message = self.draft.cut(self.run.agent) if self.draft is not None else None
         if message is None:
             self.live.discard(self.step)
@@ -151,7 +150,7 @@ class RunLog:
         return [v1.Event(message_added=message), *self.used()]
 
     def spend(self, usage: v1.Usage) -> None:
-        """Notes what the call of a model that is under way has taken so far."""
+        """Records the usage so far of the current model call."""
         self.spent = usage
 
     def used(self) -> list[v1.Event]:
@@ -159,7 +158,7 @@ class RunLog:
         return [v1.Event(usage=self.spent)] if self.spent is not None else []
 
     def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
-        """Returns the command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of
+        """Returns the command_queued events of users' input, in order: steering input, and with WHEN_FOLLOW_UP all of
         it."""
         late = v1.UserInput.WHEN_FOLLOW_UP
         return [event for event in self.said if latest == late or event.command_queued.input.when != late]
@@ -245,7 +244,7 @@ class RunLog:
         return too_large and self.draft is not None and self.draft.forget_made()
 
     async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
-        """Does something again for as long as the store is away: what a run has made is worth more than its place."""
+        """Repeats work as long as the store is unavailable: the work of a run is worth more than its slot."""
         waits: Iterator[float] | None = None
         while True:
             try:
@@ -277,7 +276,7 @@ class RunLog:
                 then(committed)
 
         if deaths is None and self.deaths and start is None:
-            deaths = 0  # the run got somewhere: what kills its process, if anything, is not what it died of before
+            deaths = 0  # the run made progress: a later death of its process has another cause
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,
@@ -298,7 +297,7 @@ class RunLog:
         return committed
 
     def _learn(self, committed: Committed) -> None:
-        """Takes in what a commit has made."""
+        """Updates the run from a commit."""
         name = self.run.name
         self.run.CopyFrom(committed.runs.get(name, self.run))
         self._know(committed.session, committed.events)

@@ -1,4 +1,4 @@
-"""Puts the runs of one process together from their rooms."""
+"""Connects the modules that make up the runs of one process."""
 
 import asyncio
 

@@ -75,8 +75,8 @@ class Schemas:
             self._waiting -= 1
 
     async def problem(self, schema: str, reply: str | None) -> str:
-        """Returns what is wrong with a reply (for None: with the schema itself) in words for its author: at most about
-        a kilobyte, without values. Empty when it is valid. Waits while the server cannot check it."""
+        """Describes the mistakes in a reply (for None: in the schema itself) for its author: in at most about a
+        kilobyte, without values. Empty when it is valid. Waits while the server cannot check it."""
         if reply == "":
             return "it is empty"
         question = {"schema": schema} if reply is None else {"schema": schema, "reply": reply}
@@ -97,7 +97,7 @@ class Schemas:
     async def _ask(self, question: Mapping[str, str]) -> str:
         async with self._room:
             worker = self._idle.pop() if self._idle else await self._started()
-            if worker.dead:  # killed by somebody meanwhile
+            if worker.dead:  # killed from outside meanwhile
                 await worker.end()
                 worker = await self._started()
             answer = await worker.ask(question, SECONDS)

@@ -1,6 +1,6 @@
-"""The process that judges: questions about JSON Schemas on standard input, a line of JSON each, a line for each answer.
-
-Run by `schema` alone. It imports little, so that it starts fast and holds no secret of the server's.
+"""The process that validates: it reads requests about JSON Schemas from standard input, a line of JSON each, and writes
+a line for each answer. Only `schema` starts it. It imports little, so that it starts fast and has no secrets of the
+server.
 """
 
 import functools

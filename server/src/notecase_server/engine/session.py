@@ -61,7 +61,7 @@ class Bell(dict[asyncio.Future[None], None]):
 
 
 class Registry(Protocol):
-    """The sessions that a live one belongs to, as far as it needs them."""
+    """The part of `Sessions` that a live session uses."""
 
     new_id: Callable[[], str]
     content_limit: int | None
@@ -95,7 +95,7 @@ class LiveSession:
         self.company = Bell()
         """Rung when that number changes, when a run of the session changes its state, and once it is deleted."""
         self.soon = Bell()
-        """Rung for what is sent at once: a commit, the beginning of a block, a notice, the end."""
+        """Rung for events that are sent at once: a commit, the beginning of a block, a notice, the end."""
         self.later = Bell()
         """Rung for everything. Text, for which only this rings, is sent in batches."""
         self.noticed = 0

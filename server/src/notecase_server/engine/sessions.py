@@ -1,4 +1,5 @@
-"""Holds the sessions alive in this process, and makes every write to one that no run makes."""
+"""Holds the sessions that are active in this process, and makes every write to a session that does not come from a
+run."""
 
 import asyncio
 from collections import deque
@@ -39,7 +40,7 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 BATCH = 100
-"""Sessions deleted one after another before it is asked for more."""
+"""Sessions that are deleted before the next page is read."""
 
 REFUSALS = 10
 """Sessions that one call leaves to the next because the store refuses them: a few may be damaged."""
@@ -71,7 +72,7 @@ class Sessions:
         self.new_id = new_id
         self.content_limit = content_limit
         self.unsure: Callable[[LiveSession], None] = lambda _: None
-        """Called with a session when nobody knows whether a commit of it was made: see Upkeep.settle_commits."""
+        """Called with a session when the outcome of one of its commits is not known: see Upkeep.settle_commits."""
         self.gone: Callable[[SessionKey], None] = lambda _: None
         """Called with a session that is deleted: see Timers.disarm."""
         self.transcripts = Transcripts()
@@ -267,7 +268,7 @@ class Sessions:
         return gone
 
     async def delete_if_there(self, key: SessionKey, audit: AuditRow | None = None) -> bool:
-        """Deletes a session; returns whether it was not somebody else who did. `audit` says what led to it."""
+        """Deletes a session; returns whether this call deleted it. `audit` is the entry for the audit."""
         if audit is not None:
             entry = v1.AuditEntry()
             entry.CopyFrom(audit.entry)

@@ -159,8 +159,8 @@ def too_long(error: NotecaseError) -> bool:
 
 
 def _declared(llm: v1.LlmAgent, messages: Sequence[v1.Message]) -> list[Tool]:
-    """The tools that were called, as far as the agent itself declares them: what else a server of tools would tell of
-    them is of no use here."""
+    """The tools that were called, if the agent itself declares them: further descriptions from an MCP server are not
+    needed here."""
     declared = {tool.name: tool for tool in llm.tools}
     called = dict.fromkeys(part.tool_call.tool for message in messages for part in message.parts)
     known = ((name, declared.get(name) or v1.Tool()) for name in called if name)

@@ -1,15 +1,16 @@
-"""Instructions are Liquid templates over state, written by strangers: none can reach, stall or flood the server.
+"""Renders instructions: Liquid templates over state from untrusted users. No template can reach, stall or flood the
+server.
 
-`{{ draft }}` reads the session's state, `{{ user.name }}` the user's, `{{ app.policy }}` the tenant's; a key that is no
-Liquid name is written `{{ ["last seen"] }}` or `{{ user["last seen"] }}` (a key that holds both kinds of quotes, or
-`}}`, cannot be written). Nothing is HTML-escaped. What is missing, null or bytes is empty; a list or a map by itself is
-written as JSON. What state holds is only ever text, never a template.
+`{{ draft }}` reads the session's state, `{{ user.name }}` the user's, `{{ app.policy }}` the tenant's; a key that is
+not a Liquid name is written `{{ ["last seen"] }}` or `{{ user["last seen"] }}` (a key that holds both kinds of quotes,
+or `}}`, cannot be written). Nothing is HTML-escaped. A missing value, null and bytes are empty; a list or a map by
+itself is written as JSON. State is only text, never a template.
 
-The language is python-liquid's, cut down: no tag or filter that loads, dates or tables anything. Everything a render
-does is charged to one budget of work, in units of about a character copied, so that the worst template takes about as
-long as the budget says, whatever it does. Two parts of the library are not used as they come, because they can be
-stalled: its lexer (its regular expressions backtrack over unclosed tags for minutes) and its resource limits (they see
-neither loops one after another, nor what filters make).
+The language is python-liquid's, without the tags and filters that load files, format dates or make tables. Everything
+in a render uses one work budget, in units of about a copied character, so that the budget limits the time of the worst
+template. Two parts of the library are replaced because they can be stalled: its lexer (its regular
+expressions backtrack over unclosed tags for minutes) and its resource limits (they see neither loops one after another,
+nor what filters make).
 """
 
 import asyncio
@@ -53,7 +54,7 @@ from notecase_server.errors import NotecaseError
 
 MAX_MARKUP: Final = 2000
 """Words and signs within the tags and outputs of a template, with MARKUP_PRICE for each of these: about 10 µs each to
-parse, during which nobody else is served. 400 times `{{ user.name }}` fit."""
+parse, during which no other call is served. 400 times `{{ user.name }}` fit."""
 MARKUP_PRICE: Final = 2
 """What a tag or output itself costs to parse, in words of it."""
 MAX_EXPRESSION: Final = 4096
@@ -72,9 +73,9 @@ MAX_ITERATIONS: Final = 50_000
 MAX_WORK: Final = 4 << 20
 """Units of work of a render. At 0.02 to 0.05 µs each it is at most about a fifth of a second, and some 50 MB."""
 LOOP_WORK: Final = MAX_WORK >> 5
-"""Units of work that are done while nobody else is served, about 5 ms: hundreds of times what most templates take."""
+"""Units of work that may block the loop, about 5 ms: hundreds of times the need of most templates."""
 SHORT: Final = 1 << 10
-"""Bytes of a template that is parsed while nobody else is served."""
+"""Bytes of a template that is parsed on the loop."""
 
 _TAGS = frozenset(
     {
@@ -101,15 +102,15 @@ _FILTERS = _TEXT_FILTERS | {
 }
 
 _ELEMENT = 8
-"""Units of an element of a list or map beside its content: about what visiting and holding it costs."""
+"""Units of an element of a list or map without its content: about the cost of visiting and holding it."""
 
 
 class Template:
     """A parsed template, immutable and free to share."""
 
     keys: Mapping[str, frozenset[str] | None]
-    """By "session", "user" and "app": the state keys that a render may read, perhaps with some it will not. None where
-    they cannot be told from the source: `user[key]`, or `user` as a whole."""
+    """By "session", "user" and "app": the state keys that a render may read, perhaps with some it will not. None if the
+    source does not determine them: `user[key]`, or `user` as a whole."""
 
     def __init__(self, bound: BoundTemplate, source: str, keys: Mapping[str, frozenset[str] | None]) -> None:
         self._bound = bound
@@ -117,7 +118,7 @@ class Template:
         self.keys = keys
 
     async def rendered(self, state: Mapping[str, Mapping[str, v1.Value]]) -> str:
-        """As `render`; what takes long is done in a thread, begun anew."""
+        """Like `render`; long work is started again in a thread."""
         try:
             return self.render(state, LOOP_WORK)
         except _LongError:
@@ -158,7 +159,7 @@ _PARSED: WeakValueDictionary[str, Template] = WeakValueDictionary()
 
 
 async def parsed(source: str, field: str = "agent.llm.instruction") -> Template:
-    """As `parse`; a long one is parsed in a thread. `field` is what is refused."""
+    """Like `parse`; a long one is parsed in a thread. `field` is the field in errors."""
     try:
         if len(source) <= SHORT or source in _PARSED:
             return parse(source)
@@ -170,7 +171,7 @@ async def parsed(source: str, field: str = "agent.llm.instruction") -> Template:
 @lru_cache(maxsize=128)  # A template holds 3 MB at the worst, usually 20 KB.
 def parse(source: str) -> Template:
     """The template, the same object for the same source as long as it is cached. Raises NotecaseError TEMPLATE_ERROR,
-    saying where, when `source` is no template or is beyond a limit."""
+    saying where, when `source` is not a valid template or exceeds a limit."""
     if is_long(source):
         raise errors.template_error(LONG)
     try:
@@ -227,7 +228,7 @@ def _sentence(error: LiquidError, source: str, problem: str) -> str:
     return f"The template {problem}{where}: {told if len(told) <= 200 else told[:200] + ' …'}."
 
 
-# The language: python-liquid's parser and tree, behind a lexer of its own.
+# The language: python-liquid's parser and tree, with our lexer.
 
 
 class _Liquid(Environment):
@@ -413,7 +414,7 @@ class _RangeEnd(Expression):
 
 
 def _integer(value: Any) -> int:
-    """As ranges read it: 0 for what is no integer."""
+    """As ranges read it: 0 if it is not an integer."""
     try:
         return to_int(value)
     except (ValueError, TypeError):
@@ -462,7 +463,7 @@ def _keys(analysis: TemplateAnalysis) -> dict[str, frozenset[str] | None]:
 
 
 class _State(dict[str, object]):
-    """The names a template starts with, each turned into plain values when first asked for."""
+    """The names that a template can read, each converted to plain values at its first use."""
 
     def __init__(self, state: Mapping[str, Mapping[str, v1.Value]], charge: Callable[[int], None]) -> None:
         super().__init__()
@@ -534,7 +535,7 @@ class _Context(RenderContext):
             result = function(left, *args, **kwargs)
         except _ExceededError:
             raise
-        except Exception as error:  # Whatever a filter cannot do with its values is told in the same words.
+        except Exception as error:  # Every failure of a filter with its values has the same message.
             raise FilterArgumentError(f"the filter '{name}' does not accept these values", token=None) from error
         if isinstance(result, int) and not -(1 << 63) <= result < 1 << 63:
             raise _ExceededError("a number has more than 64 bits")
@@ -561,7 +562,7 @@ def _surcharge(name: str, left: Any, args: tuple[Any, ...], size: Callable[[obje
 
 
 def _join(left: object, separator: object = " ") -> str:
-    """The library's `join` writes what is no text as Python would."""
+    """The library's `join` writes other values than text as Python would."""
     items = flatten(left) if isinstance(left, list | tuple | range) else [left]
     return _text(separator).join(map(_text, items))
 

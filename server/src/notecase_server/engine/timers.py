@@ -1,4 +1,4 @@
-"""Acts on deadlines in the rows, and cancels runs that nobody follows.
+"""Acts on deadlines in the rows, and cancels runs that no stream follows.
 
 A deadline is a time of the wall clock. It is checked when it is due and at least every LOOK_SECONDS, so that a clock
 that jumps, as after a suspension of the machine, delays nothing for long. A deadline that is due becomes a duty, which

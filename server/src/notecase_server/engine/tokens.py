@@ -2,7 +2,7 @@
 
 Tokenizers download their tables at run time, which a server must not do. But a provider reports how many tokens each
 reply had: that is exact for the reply, and shows how many bytes a token has in this conversation, for its language and
-its model. Only what has no such measure is a rough figure.
+its model. Only content is roughly estimated.
 """
 
 import math
@@ -82,7 +82,7 @@ class Gauge:
 
 
 def tokens_of(messages: Sequence[v1.Message]) -> int:
-    """Returns the tokens of messages together, counted by what they tell."""
+    """Returns the tokens of messages together, from the reports in them if possible."""
     return sum(map(Gauge(messages).tokens, messages))
 
 

@@ -185,7 +185,7 @@ def _framed(record: v1.ExportRecord) -> bytes:
 
 async def read(file: BinaryIO, key: SessionKey) -> Restore:
     """Returns the session `key` to be stored from a complete file. The log is read again when it is stored, and
-    replayed then. Raises NotecaseError IMPORT_INVALID with a sentence that says what is wrong."""
+    replayed then. Raises NotecaseError IMPORT_INVALID with a sentence about the mistake."""
     check = await asyncio.to_thread(_Check, file)
     while await asyncio.to_thread(check.more):
         pass

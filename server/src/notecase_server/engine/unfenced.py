@@ -1,4 +1,4 @@
-"""Takes from a reply that is to be JSON what models put around it, while it comes. Pure."""
+"""Removes what models put around a reply that is to be JSON, while it streams. Pure."""
 
 import re
 
@@ -81,8 +81,8 @@ class Unfenced:
     """A reply's JSON without what models put around it, piece by piece: a fence, "```json" before it and "```" behind,
     and words before and behind.
 
-    What may turn out to be around it is held back until more comes, so that what was given out is never taken back, and
-    all of it together is the reply. Words without any JSON stay, which the model is then told."""
+    Text that may be around it is held back until more comes, so that no slice is ever withdrawn, and all slices
+    together are the reply. Words without any JSON stay, and the model is asked again."""
 
     def __init__(self) -> None:
         self.held = 0
@@ -186,7 +186,7 @@ class Unfenced:
         return words + text if begins or enough or len(rest) > _HELD_BLANKS else None
 
     def words(self) -> str:
-        """What was held back, once a call shows that it was said beside that."""
+        """Returns the text that was held back, when a call follows it."""
         if self._begun:
             return ""
         words = self._taken()

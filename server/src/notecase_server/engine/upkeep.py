@@ -191,7 +191,7 @@ class Upkeep:
             self.start_next(key)
 
     def tending(self, worker: Worker) -> None:
-        """Arms the timers of what a run waits for, whether its tools run or not. If the run waits only for approvals or
+        """Arms the timers of a waiting run, whether its tools run or not. If the run waits only for approvals or
         answers, and a user who may answer has sent new input, that replaces the answers."""
         run_log = worker.log
         key, run = run_log.live.key, run_log.run
@@ -235,8 +235,8 @@ class Upkeep:
     # ---- the queue
 
     def start_next(self, key: SessionKey) -> None:
-        """Starts the first queued run of a session once it is idle and there is a place. A start that is refused for
-        good ends as a failed run, and the next one gets its turn."""
+        """Starts the first queued run of a session when it is idle and a slot is free. A start that is permanently
+        refused ends as a failed run, and the next one follows."""
 
         async def refused(error: NotecaseError) -> None:
             if error.reason not in MOVED_ON:  # a defect that shows every time
@@ -270,13 +270,13 @@ class Upkeep:
         self._duty("deadline", key, run, expire)
 
     def employed(self, worker: Worker) -> None:
-        """Records that a run is active: deadlines of what it waited for no longer apply."""
+        """Records that a run is active: the deadlines of its wait no longer apply."""
         self._timers.arm(worker.log.live.key, worker.log.run.name, None)
         self._accompany(worker)
 
     def _accompany(self, worker: Worker) -> None:
-        """Cancels a run that nobody has followed for as long as its `disconnect` allows. One task watches it from its
-        first worker to its end."""
+        """Cancels a run that no stream has followed for as long as its `disconnect` allows. One task watches it from
+        its first worker to its end."""
         key, run = worker.log.live.key, worker.log.run.name
         bounded = worker.log.run.disconnect.HasField("cancel_after") and not worker.log.ended
         if not bounded or self._services.supervisor.is_at("company", (key, run)):

@@ -1,7 +1,6 @@
-"""Works on one run: finds where the run is, and takes its next step.
-
-What is durable is decided by commits alone. Between two of them the worker can be lost at any moment, and the next one,
-here or after a restart, goes on from the last: it looks at the rows, not at what this object remembers.
+"""Works on one run: finds its next step from the rows and takes it. Only commits make anything durable. Between two of
+them the worker can be lost at any moment, and the next one, here or after a restart, continues from the last: it reads
+the rows, not the memory of this object.
 """
 
 import asyncio

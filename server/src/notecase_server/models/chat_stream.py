@@ -1,8 +1,8 @@
-"""The bytes of a Chat Completions answer in, the pieces of a reply out; strict about what a reply is, lenient about how
-servers say it.
+"""Turns the bytes of a Chat Completions answer into the pieces of a reply; strict about what a complete reply is,
+lenient about the form.
 
 There is no I/O here, so that every way to cut the bytes can be tried. The events are split and decoded here and not by
-the SDK because its chunk objects cost ten times as much as everything else done for a token.
+the SDK, whose chunk objects cost ten times as much as the rest of the work for a token.
 """
 
 import re
@@ -70,7 +70,7 @@ _WORDS = {
     End.TOO_LONG: "length",
     End.FILTERED: "content_filter",
 }
-"""OpenAI's word for each end, for a reply whose server gave none, or one that is not fit to be told."""
+"""OpenAI's word for each end, for a reply whose server sent none, or one that must not be shown."""
 
 
 Piece = Delta | Encoded
@@ -153,12 +153,10 @@ class ChatReply:
         return pieces
 
     def end(self, cut: NotecaseError | None = None) -> list[Piece]:
-        """Returns the last pieces, Finish being the very last. `cut` is raised where the connection broke before the
-        reply was whole.
-
-        Raises what an error within the answer means; MODEL_UNAVAILABLE when the reply is not whole, was cut by a
-        failure or is empty; MODEL_ERROR when it is no reply, or empty for a reason that a repeat would meet again;
-        CONTENT_UNSUPPORTED when it holds nothing but images of no known shape."""
+        """Returns the last pieces, Finish being the very last. `cut` is raised if the connection broke before the reply
+        was complete. Raises the error that an error within the answer means; MODEL_UNAVAILABLE when the reply is not
+        complete, was cut by a failure or is empty; MODEL_ERROR when it is not a reply, or is empty for a reason that a
+        repeat would meet again; CONTENT_UNSUPPORTED when it has only images of an unknown shape."""
         pieces: list[Piece] = []
         try:
             if self._failure is None:
@@ -319,9 +317,9 @@ class ChatReply:
             self._bound_text(pieces, before)
 
     def _take_words(self, data: bytes, name: str, pieces: list[Piece]) -> None:
-        """Takes data that is no JSON. What keeps the connection says nothing. Of a chunk that was cut on its way some
-        of the reply is lost. Other words count where the reply does not go on to its end, and those of a failure in any
-        case."""
+        """Takes data that is not JSON. Comments that keep the connection open are ignored. A chunk that was cut on its
+        way means that a part of the reply is lost. Other words count if the reply does not continue to its end, and
+        those of a failure in any case."""
         text = data.strip(_AROUND_WORDS)
         if text.startswith(b"data:"):  # some proxies frame what is framed
             text = text[5:].lstrip()
@@ -494,7 +492,7 @@ class ChatReply:
                 self._spoken = True
 
     def _typed(self, found: Encoded) -> Encoded:
-        """Content with a media type that can be told."""
+        """Content with a known media type."""
         return found._replace(media_type=self._redactor.name(found.media_type))
 
     def _cited(self, citations: Citations) -> list[Cited]:
@@ -522,7 +520,8 @@ class ChatReply:
             pieces.append(Call(call.key, mended(call.tool), self._mended(call.key, call.arguments)))
 
     def _judge(self, pieces: list[Piece], cut: NotecaseError | None) -> None:
-        """Adds what was held back, and the end of the reply. Raises what is no reply."""
+        """Adds the text that was held back, and the end of the reply. Raises the error of an answer that is not a
+        reply."""
         if self._think is not None:
             pieces += self._think.end()
             self._spoken = self._spoken or self._think.begun
@@ -567,8 +566,8 @@ class ChatReply:
         pieces.append(Finish(word, self._counts.usage(self._model), is_cut(end)))
 
     def _judge_empty(self, end: End, word: str) -> None:
-        """Raises what an empty reply means, unless the model had been given what it asked for and says that it is
-        done."""
+        """Raises the error of an empty reply, unless the request ended with the outcomes of calls and the model says
+        that it is done."""
         told = f"(finish reason {word!r})" if self._reason else "(no finish reason)"
         match end:
             case End.TOO_LONG:

@@ -1,4 +1,5 @@
-"""What a model is to the engine: a request in, an ordered stream of small pieces out, a typed failure otherwise."""
+"""The contract between the engine and models: a request in, an ordered stream of small pieces out, or a typed
+failure."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol

@@ -1,4 +1,4 @@
-"""A provider whose library takes long to load: the server serves before it is there."""
+"""A provider whose library is loaded while the server already serves."""
 
 import asyncio
 from collections.abc import AsyncGenerator

@@ -1,4 +1,4 @@
-"""What is asked of the settings of a provider before anything is loaded or connected."""
+"""Checks the settings of a provider before anything is loaded or connected."""
 
 import re
 from collections.abc import Mapping

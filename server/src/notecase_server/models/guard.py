@@ -1,4 +1,4 @@
-"""Keeps a provider from more calls at once than it takes, and from calls while it is down."""
+"""Limits the concurrent calls of a provider, and refuses calls while it fails."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable

@@ -1,8 +1,6 @@
-"""A model without a network, a key or a mind: it answers with what it was given, the same each time, and can be asked
-for every kind of reply a client must cope with.
-
-To plain text it answers what it heard, what its instruction told it and how much it was shown. The last user message
-may hold directives, on lines of their own or one after another; what else it says is then not answered:
+"""A model without a network or a key: its replies repeat its input, are the same each time, and can be of every kind
+that a client must handle. Its reply to plain text has that text, its instruction and the number of messages. The last
+user message may hold directives, on lines of their own or one after another; what else it says is then not answered:
 
     /say TEXT        say TEXT, up to the end of the line or the next directive
     /reason TEXT     reason TEXT before or between what is said
@@ -20,9 +18,9 @@ may hold directives, on lines of their own or one after another; what else it sa
 
 They take effect in their order; /cite, /dialect, /stop, /pause and /fail apply to the whole reply, and alone to the
 usual one.
-Once its calls have outcomes it replies with those. Where JSON by a schema is asked for, it makes up the least that will
-do, with what it heard for text; of `pattern`, `format`, `not` and `if` it knows nothing. Tokens in its usage are words.
-Of `generation` it heeds only `max_output_tokens`.
+Once its calls have outcomes it replies with those. If JSON by a schema is requested, it makes up the smallest valid
+value, with the user's text as text; it ignores `pattern`, `format`, `not` and `if`. Tokens in its usage are words. Of
+`generation` it uses only `max_output_tokens`.
 """
 
 import asyncio
@@ -60,8 +58,7 @@ ECHO = 2000
 """Characters of a text that a reply repeats: enough for an instruction as people write them."""
 
 DIRECTED = 16 << 10
-"""Characters of a message in which directives are looked for: whoever writes more of them wants to keep the server
-busy."""
+"""Characters of a message in which directives are searched for; a limit on the work for hostile messages."""
 
 ENOUGH = 10_000
 """Pieces of a reply after which no further directive is begun, for the same reason."""
@@ -80,7 +77,7 @@ _FAILURES = ("error", "unavailable", "midway")
 
 
 class _Dialect(NamedTuple):
-    """What a provider sends beside a reply, and gets back."""
+    """Data that a provider sends with a reply, and gets back."""
 
     call_id: str = "call_{n}"
     of_call: str = ""
@@ -210,7 +207,7 @@ def _made_up(request: ModelRequest, last: v1.Message) -> str:
 
 
 def _instance(schema: Any, whole: Any, heard: str, levels: int) -> Any:
-    """The least that is valid by a schema, as far as its plain keywords tell."""
+    """Returns the smallest value that is valid by the plain keywords of a schema."""
     if not isinstance(schema, dict) or not levels:
         return None
     for name in ("const", "default"):
@@ -323,11 +320,11 @@ def _echo(request: ModelRequest, last: v1.Message) -> str:
     said = _cut(_text(last)) if last.role != v1.Message.ROLE_ASSISTANT else "nothing new"
     lines = [f"You said: {said}"]
     lines.extend(f"You showed me: {_medium(part)}" for part in _unanswered_media(request.messages))
-    lines.append(f"I was told: {_cut(request.instruction)}")
+    lines.append(f"My instruction is: {_cut(request.instruction)}")
     count = len(request.messages)
-    lines.append(f"I was shown: {count} message{'' if count == 1 else 's'}.")
+    lines.append(f"This request had {count} message{'' if count == 1 else 's'}.")
     if all(message.role != v1.Message.ROLE_ASSISTANT for message in request.messages):
-        lines.insert(0, "I am the offline model. I do not think; I repeat what I was given. Try /help.\n")
+        lines.insert(0, "I am the offline model. I repeat my input and follow directives: /help lists all of them.\n")
     return "\n".join(lines)
 
 

@@ -223,7 +223,7 @@ class OpenAIProvider:
             return provider_errors.told_by("")
 
     def _broken(self, error: BaseException, message: str) -> NotecaseError:
-        """The client is told that, the log why."""
+        """The caller gets this message, and the log the cause."""
         root = error
         while root.__cause__ is not None:
             root = root.__cause__

@@ -1,5 +1,5 @@
-"""The bytes of a request in pieces: what holds the interpreter or the loop holds it for one of them, and not for all of
-a request's content."""
+"""The bytes of a request in pieces, so that no step of a request with much content blocks the interpreter or the loop
+for long."""
 
 import asyncio
 import base64

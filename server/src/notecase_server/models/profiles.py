@@ -1,8 +1,6 @@
-"""What each server takes, as data: a request is the same conversation everywhere, and servers refuse each other's shape
-of it.
-
-The defaults are what the strictest of the common servers take, wherever nobody loses by it. A row says where a server
-or a family of models differs, and who reported it. Nothing here was tried against the services themselves.
+"""Describes as data the form of a conversation that each server accepts. The defaults are what the strictest of the
+common servers accept, if no other server loses by it. A row says where a server or a family of models differs, and who
+reported it. Nothing here was tested with the services themselves.
 """
 
 import re
@@ -33,7 +31,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     empty_content: Literal["null", "empty", "absent"] = "null"
     """The `content` of an assistant's message that only calls tools."""
     empty_result: str = "(no output)"
-    """What stands for a tool's result without any text."""
+    """The text in place of a tool's empty result."""
     after_tool: Literal["assistant", "user"] = "assistant"
     """What may follow a tool's message. With "assistant" a short one is put before a user's."""
     first: Literal["user", "any"] = "user"
@@ -41,7 +39,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     last: Literal["user", "any"] = "user"
     """With "user" a request that would end with a reply, or without any message, ends with a request to go on."""
     refusal: Literal["text", "member"] = "text"
-    """Whether an assistant's refusal is sent as its content, or as a member of its own."""
+    """Whether an assistant's refusal is sent as its content, or as a separate member."""
     call_ids: Literal["own", "nine"] = "own"
     """Which of its own call ids the provider gets back: each, or only those of 9 letters and digits."""
     calls: Literal["many", "one"] = "many"
@@ -58,17 +56,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Where `max_output_tokens` is put."""
     stream_options: bool = True
-    """Whether the usage is asked for."""
+    """Whether the usage is requested."""
     schemas: Literal["open", "strict"] = "open"
     """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
     schema_without: tuple[str, ...] = ()
     """Keywords that are left out of schemas."""
     output: Literal["json_schema", "json_object", "words"] = "json_schema"
-    """How a reply by a schema is asked for. All but "json_schema" tell the schema in the system message."""
+    """How a reply by a schema is requested. All but "json_schema" put the schema into the system message."""
     output_with_tools: Literal["same", "words"] = "same"
-    """How it is asked for where tools are declared."""
+    """How it is requested if tools are declared."""
     think_tags: bool = False
-    """Whether a reply may begin with reasoning in tags, such as <think>, which is then told apart from its text."""
+    """Whether a reply may begin with reasoning in tags, such as <think>, which is then separated from its text."""
 
 
 class Row(NamedTuple):
@@ -93,7 +91,7 @@ _AZURE = rf"{_AZURE_OPENAI}|.+\.services\.ai\.azure\.(com|us|cn)"
 _MISTRAL = r"(api|codestral)\.mistral\.ai"
 _PRIVATE = r"(127|10)(\.\d+){3}|192\.168(\.\d+){2}|172\.(1[6-9]|2\d|3[01])(\.\d+){2}"
 _OWN = rf"[^.]+|{_PRIVATE}|.+\.(local|localdomain|lan|internal)"
-"""Hosts of one's own network: names without a dot, IPv6 addresses and private ones."""
+"""Hosts of the local network: names without a dot, IPv6 addresses and private ones."""
 _GEMINI = r"(generativelanguage|.*aiplatform)\.googleapis\.com"
 
 ROWS: Sequence[Row] = (
@@ -339,9 +337,8 @@ class Profiles:
 
 def read(choice: str) -> dict[str, Any]:
     """Reads an operator's choice: the name of a built-in profile, a JSON object of members to override (`profile` in it
-    names a built-in one), or the path of a file with such an object. Empty is no choice.
-
-    Raises ValueError with a sentence that says what is wrong."""
+    names a built-in one), or the path of a file with such an object. Empty means no choice. Raises ValueError with a
+    sentence about the mistake."""
     if not choice:
         return {}
     if choice in NAMES:

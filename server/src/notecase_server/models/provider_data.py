@@ -1,5 +1,5 @@
-"""What a provider gets back with a later request, picked out of a reply: each keeps its own signatures and encrypted
-thoughts in members of its own."""
+"""Takes out of a reply the data that its provider gets back with a later request: signatures and encrypted reasoning,
+in different members for each provider."""
 
 import json
 from typing import Any
@@ -25,7 +25,7 @@ _TEXTS = ("text", "summary", "thinking")
 
 
 class ProviderData:
-    """Collects what the provider gets back with one reply."""
+    """Collects the data that the provider gets back with one reply."""
 
     def __init__(self) -> None:
         self._text_member = ""

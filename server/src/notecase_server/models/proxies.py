@@ -1,4 +1,4 @@
-"""Reads from the environment which proxy stands before an address, as the HTTP client of the openai SDK does."""
+"""Reads the proxy for an address from the environment, as the HTTP client of the openai SDK does."""
 
 import ipaddress
 import urllib.parse

@@ -167,7 +167,7 @@ class _Conversation:
         self._made: list[Json] = []
         self._system: list[str] = []
         self._taken: set[str] = set()
-        """Ids of calls so far: some servers begin anew with each reply."""
+        """Ids of calls so far: some servers begin again with each reply."""
 
     def written(self, first: Iterable[str], messages: Sequence[v1.Message], *, only_text: bool = False) -> list[Json]:
         """Returns the conversation as Chat Completions has it. A message without content is left out, since providers

@@ -1,4 +1,4 @@
-"""Tools, their calls and JSON Schemas in the shapes that Chat Completions servers take."""
+"""Writes tools, their calls and JSON Schemas in the forms that Chat Completions servers accept."""
 
 import hashlib
 import json
@@ -43,8 +43,8 @@ def declared(tool: Tool, schemas: str, without: tuple[str, ...]) -> Json:
 
 @lru_cache(1024)
 def shaped(text: str, schemas: str, without: tuple[str, ...], parameters: bool = False) -> msgspec.Raw:
-    """Returns a schema in the shape that servers take: parameters are an object with `properties`, a list says of what.
-    One with a number that no double holds, or nested by the hundred, stays as it is written."""
+    """Returns a schema in the shape that servers take: parameters are an object with `properties`, and a list names its
+    items. A schema with a number that no double can hold, or with hundreds of levels, is not changed."""
     try:
         schema = _decoded(text)
         if parameters and isinstance(schema, dict):
@@ -69,8 +69,7 @@ def _decoded(text: str) -> Any:
 
 
 def _is_meant(keyword: str, value: Any) -> bool:
-    """Whether a keyword has a value that can be its own. Servers in Go and PHP write null or a list for what is empty
-    in them."""
+    """Whether a keyword has a value of a valid type. Servers in Go and PHP write null or a list for empty values."""
     if value is None:
         return keyword in {"default", "const"}
     if keyword in _MAPS_OF_SCHEMAS:

@@ -1,8 +1,8 @@
-"""HTTP to the endpoint of a model: each call is one POST over pooled connections, and its answer is read in bounded
-pieces.
+"""Sends HTTP requests to the endpoint of a model: each call is one POST over pooled connections, and its answer is read
+in bounded pieces.
 
-The request goes out with aiohttp itself. URLs, certificates and the size of the pool are httpx2's, so that they mean
-what they mean to the openai SDK.
+The request goes out with aiohttp itself. URLs, certificates and the size of the pool are httpx2's, so that they are
+interpreted as by the openai SDK.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ class Wire:
     async def close(self) -> None:
         """Closes the connections. What is being read or sent fails with one of BROKEN. Idempotent."""
         self._closed = True
-        # Closing the session alone would leave the readers of its connections waiting for ever.
+        # Closing the session alone would leave the readers of its connections waiting forever.
         for answer in tuple(self._open):
             answer.close()
         session, self._session = self._session, None

@@ -1,4 +1,4 @@
-"""Content as calls: parse, call, and pass on what streams."""
+"""BlobService: parse, call, and pass on the streams."""
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing

@@ -1,4 +1,4 @@
-"""Who makes the call that is being answered."""
+"""The caller of the current call."""
 
 from contextvars import ContextVar
 
@@ -9,7 +9,7 @@ from notecase_server.auth.principal import Principal, Role
 from notecase_server.store.contract import AuditRow
 
 NOBODY = Principal("", "", Role.VIEWER)
-"""Makes the calls that need no credential, and those that were not judged yet."""
+"""The caller of calls that need no credential, and of those that are not authenticated yet."""
 
 
 class Caller(msgspec.Struct, frozen=True):

@@ -1,6 +1,5 @@
-"""Collects what is wrong with a request, field by field, so that one refusal names all of it.
-
-The work has a budget: a list or text of the wrong size is not looked into, and MAX_VIOLATIONS end the check.
+"""Collects the mistakes in a request, field by field, so that one refusal names all of them. The work has a budget: a
+list or text of the wrong size is not checked further, and the check ends at MAX_VIOLATIONS.
 """
 
 import asyncio
@@ -30,13 +29,13 @@ from notecase_server.store.fold import MAX_KEY_BYTES, MAX_VALUE_DEPTH, RESERVED_
 T = TypeVar("T")
 
 MAX_VIOLATIONS = 100
-"""Violations reported for one request; nobody mends more at a time."""
+"""Violations reported for one request."""
 MAX_VALUES = 10_000
-"""Values within the values of one request: each takes about a microsecond, during which nobody else is served."""
+"""Values within the values of one request: each takes about a microsecond, during which no other call is served."""
 LIST_PRICE = 2
 """What a list or map counts for among MAX_VALUES."""
 BLOB_PRICE = 10
-"""What a reference to content counts for among MAX_VALUES: the store is asked for each."""
+"""How much a reference to content counts towards MAX_VALUES: each costs a read of the store."""
 MAX_FETCHED = 100
 """Parts of one request that the store is asked about one by one: content that becomes a blob, and keys of state."""
 SETTLED_BYTES = 4 << 10
@@ -252,7 +251,7 @@ class Check:
             self._alone.append((field, value))
 
     def json_object(self, field: str, value: str, like: str = "a JSON object") -> bool:
-        """Checks a JSON object of at most MAX_SCHEMA_BYTES, "" for none; what is longer is not parsed."""
+        """Checks a JSON object of at most MAX_SCHEMA_BYTES, "" for none; a longer one is not parsed."""
         short = self.text(field, value, MAX_SCHEMA_BYTES)
         return short and (not value or self(is_json_object(value), field, f"must be {like}"))
 
@@ -302,7 +301,7 @@ class Check:
             self._explain(field, value, depth)
 
     def _explain(self, field: str, value: v1.Value, depth: int) -> None:
-        """Finds what is wrong with a value, and where."""
+        """Finds the mistakes in a value, with their places."""
         kind = value.WhichOneof("kind")
         self.visited += 1
         match kind:
@@ -336,7 +335,7 @@ class Check:
         self.content(field, blob)
 
     def content(self, field: str, content: v1.Blob | v1.InlineData | v1.FileUri) -> None:
-        """Checks what is said about content."""
+        """Checks the metadata of content."""
         self.media_type(f"{field}.media_type", content.media_type)
         self.fields(field, content, "filename")
 

@@ -1,4 +1,4 @@
-"""What the services of one server share: the parts of the server, and how a request is looked at."""
+"""What the services of one server share: the parts of the server, and functions that check requests."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -61,8 +61,8 @@ class Desk:
     arrivals: Arrivals
     principals: Principals
     heavy: Places
-    """For what reads a long past: forks, rewinds, states as they were. Whoever asks for such waits for its turn, and
-    not all others for it."""
+    """Limits reads of a long past: forks, rewinds, earlier states. Such calls wait for each other, and do not delay
+    others."""
     new_id: Callable[[], str]
 
     async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
@@ -75,7 +75,7 @@ class Desk:
         return key
 
     async def parent(self, check: Check, session: str) -> SessionKey:
-        """The session whose list is asked for, or any key while the check has something to say. SESSION_NOT_FOUND."""
+        """The session of the requested list, or any key if the check has violations. SESSION_NOT_FOUND."""
         if check.violations:
             return SessionKey(caller.get().tenant, session, "")
         return await self.session(session)

@@ -4,8 +4,8 @@
     labels.team = night OR labels.team = "day shift"
     create_time >= "2026-11-01T00:00:00Z" NOT labels."a.b" = x
 
-A term is `field operator value`, with `=`, `!=`, `<`, `<=`, `>` or `>=`. Terms are joined by AND, or stand side by
-side, which means the same; by OR, which binds *tighter* than AND, as AIP-160 has it; and are turned by NOT or a leading
+A term is `field operator value`, with `=`, `!=`, `<`, `<=`, `>` or `>=`. Terms are joined by AND, or written one after
+another, which means the same; by OR, which binds *tighter* than AND, as in AIP-160; and are negated by NOT or a leading
 `-`. Parentheses group. A value is a bare word or quoted, `\\` quoting the next character. `labels.KEY` reads a label,
 and a missing one equals "". There are no wildcards, no functions, no `:` and no search by a value alone.
 """
@@ -26,7 +26,7 @@ MAX_NESTING: Final = 32
 
 
 class Names(Protocol):
-    """What a generated enum is, as far as it matters here."""
+    """The part of a generated enum that is used here."""
 
     def items(self) -> Sequence[tuple[str, int]]: ...
 
@@ -41,7 +41,7 @@ class EnumField(NamedTuple):
 
 FieldKind = Literal["text", "time", "labels"] | EnumField
 """Text compares as it is, agents and users by their whole names (`agents/a`). Times are written as RFC 3339 and compare
-in microseconds since 1970. The field `labels` stands for every `labels.KEY`."""
+in microseconds since 1970. The field `labels` means every `labels.KEY`."""
 
 Operator = Literal["=", "!=", "<", ">", "<=", ">="]
 
@@ -49,7 +49,7 @@ Operator = Literal["=", "!=", "<", ">", "<=", ">="]
 def parse(text: str, fields: Mapping[str, FieldKind]) -> Filter | None:
     """The filter as a store takes it, None for an empty one.
 
-    Raises NotecaseError INVALID_FIELD for the field "filter", with the position of what is wrong, counted in characters
+    Raises NotecaseError INVALID_FIELD for the field "filter", with the position of the mistake, counted in characters
     from 1."""
     if len(text.encode()) > MAX_BYTES:
         raise _invalid(f"longer than {MAX_BYTES} bytes")
@@ -138,7 +138,7 @@ class _Parser:
         else:
             known = ", ".join(sorted(self._fields)).replace("labels", "labels.KEY")
             advice = "; ':' is not supported, write =" if ":" in name else ""
-            raise self._wrong(f"unknown field; known are {known}{advice}", field)
+            raise self._wrong(f"unknown field; the fields are {known}{advice}", field)
         operator = self._take()
         if operator.kind != "operator":
             raise self._wrong("expected one of = != < <= > >=", operator)

@@ -1,4 +1,4 @@
-"""Frames as they come in: how large they may be, and how they are parsed without holding up others for longer than that
+"""Incoming frames: their largest size, and how they are parsed without delaying other calls for longer than the parse
 takes."""
 
 import asyncio
@@ -54,7 +54,7 @@ class Decoder:
         self._parse = parse
 
     async def __call__(self, frame: bytes, call: Call) -> Any:
-        """Raises NotecaseError PAYLOAD_TOO_LARGE, RATE_LIMITED and INVALID_FIELD, and what the judge raises."""
+        """Raises NotecaseError PAYLOAD_TOO_LARGE, RATE_LIMITED and INVALID_FIELD, and the errors of the check."""
         if len(frame) > self._most:
             advice = "Upload large content (UploadBlob), and refer to it."
             raise errors.too_large("The request", len(frame), self._most, advice)
@@ -96,7 +96,7 @@ class Decoded:
 
 
 async def drain(frames: AsyncIterator[bytes]) -> None:
-    """Discards what a caller still sends, up to a limit. Some clients lose the status of a call that ends while they
+    """Discards further frames of a caller, up to a limit. Some clients lose the status of a call that ends while they
     write."""
     left = DRAIN_BYTES
     with suppress(TimeoutError):

@@ -24,8 +24,8 @@ SMALL_BYTES = 64 << 10
 CALLS_SHARE = 2
 REQUESTS_SHARE = 2
 UNREAD_SHARE = 8
-"""One connection has at most a half of the calls, a half of the bytes of requests, and an eighth of what may wait
-unread."""
+"""One connection has at most a half of the calls, a half of the bytes of requests, and an eighth of the unread
+bytes."""
 
 
 PROBES = 100
@@ -192,7 +192,7 @@ class Outlet:
         call.read(size)
 
     def sent(self, answers: Any) -> Awaitable[None]:
-        """Sends what a handler yields. A handler that is not a generator writes by itself."""
+        """Sends the values of a handler. A handler that is not a generator writes by itself."""
         responses: Any = answers
         sending: Awaitable[None] = self._deliver(responses) if isasyncgen(answers) else responses
         return sending

@@ -1,5 +1,5 @@
-"""The doorway of every call: it finds out who calls, decodes, gives the log its context, and turns a failure into a
-status.
+"""Wraps every call: authenticates the caller, decodes the request, sets the context of the log, and turns failures into
+statuses.
 
 grpc would send an exception's class and text to the client, and a frame that does not decode would never reach a
 handler. So grpc gets each handler wrapped, and without its deserializer: frames are parsed inside the guarded body, and

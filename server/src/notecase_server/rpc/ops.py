@@ -1,4 +1,4 @@
-"""What operators ask of any gRPC server: health (v1)."""
+"""The health service (v1)."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Which machines may call, on a server that leaves TLS to a proxy."""
+"""Decides which machines may call a server whose proxy terminates TLS."""
 
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address

@@ -19,7 +19,7 @@ V1 = "grpc.reflection.v1"
 V1ALPHA = "grpc.reflection.v1alpha"
 
 MAX_REQUEST_BYTES = 4 << 10
-"""A name is far shorter. Each response repeats its request, and must not grow past what a client takes."""
+"""A name is far shorter. Each response repeats its request, and must not exceed a client's limit."""
 
 IN_ERRORS = (status_pb2.DESCRIPTOR, error_details_pb2.DESCRIPTOR)
 """The messages in an error's details. No service's file imports them, but a tool that prints an error asks for them."""

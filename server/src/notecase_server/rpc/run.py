@@ -1,6 +1,5 @@
-"""The Run stream: one reader that carries out commands in their order, one writer that sends results and events.
-
-SendCommand and WatchEvents are the same two halves on their own.
+"""The Run stream: one reader carries out commands in their order, one writer sends results and events. SendCommand and
+WatchEvents are the same two halves as separate calls.
 """
 
 import asyncio
@@ -72,7 +71,7 @@ class Drain:
         self.grace: float | None = None
         """Seconds the streams have left; None while the server serves."""
         self.closing = False
-        """Runs have stopped: what is sent now is the last."""
+        """Runs have stopped: the next frames are the last."""
 
     def begin(self, grace: float) -> None:
         self.grace = grace
@@ -167,7 +166,7 @@ class Streams:
             head = session.last_sequence
         else:
             live = self._sessions.seen(started.key, started.session)
-            head = run.last_sequence  # the run may be ahead already; what it has added since is new to this stream
+            head = run.last_sequence  # the run may be ahead already; its later events are new to this stream
         frame = v1.RunResponse()
         attached = frame.attached
         attached.session, attached.session_uid = names.session(started.key.session), started.key.uid
@@ -248,7 +247,7 @@ class Streams:
             )
 
     def check(self, check: Check, session: str, frame: v1.RunRequest) -> None:
-        """Reports to the check what is wrong with a command in the session of that id."""
+        """Reports to the check the mistakes of a command in the session of that id."""
         check.token_id("command_id", frame.command_id)
         if frame.HasField("start"):
             validate.start(check, "start", frame.start)
@@ -348,7 +347,8 @@ def _go_away(sequence: int, grace: float) -> v1.GoAway:
 
 
 def _shown(frame: v1.RunResponse) -> v1.RunResponse:
-    """Removes from a batch what a caller that is bound to a user may not see: the state of the whole tenant."""
+    """Removes from a batch the events that a caller who is bound to a user may not see: the state of the whole
+    tenant."""
     events = frame.batch.events
     for index in range(len(events) - 1, -1, -1):
         if not events[index].sequence and events[index].state_changed.state == "app/state":

@@ -56,15 +56,17 @@ SESSION_FILTER: Mapping[str, filters.FieldKind] = {
     "labels": "labels",
 }
 MAX_IMPORT_BYTES = 1 << 30
-"""Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
+"""The most bytes of a session's file, not counting content: it is stored on this machine's disk, and a gigabyte is a
+million messages."""
 
 EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
 SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
-"""What an update may change, and "remembered" if its mask names it: what it leaves out is removed for good."""
+"""The fields that an update may change, and "remembered" if its mask names it: answers that it leaves out are removed
+permanently."""
 
 
 class DeskStore(AgentStore, AuditStore, Protocol):
-    """Holds what is looked up and written besides sessions."""
+    """Data that is read and written in addition to sessions."""
 
 
 class SessionsService(v1.SessionServiceServicer):
@@ -212,7 +214,7 @@ class SessionsService(v1.SessionServiceServicer):
             yield v1.ExportSessionResponse(chunk=chunk)
 
     async def ImportSession(self, request: AsyncIterator[v1.ImportSessionRequest], context: Any) -> v1.Session:
-        """The file waits on disk until it is whole: its size is no matter of memory."""
+        """The file is stored on disk until it is complete, so its size does not affect memory."""
         async with self.desk.arrivals.file() as arrival:
             file = arrival.file
             most = MAX_IMPORT_BYTES + self.desk.contents.limits.session
@@ -244,7 +246,7 @@ class SessionsService(v1.SessionServiceServicer):
 
 
 def _set_expiration(session: v1.Session, given: v1.Session, fields: Iterable[str]) -> None:
-    """One of the fields, or none, is what holds from now on; what was read back beside idle_ttl is not."""
+    """One of the fields, or none, applies from now on; an expire_time that was read together with idle_ttl does not."""
     for name in EXPIRY_FIELDS:
         session.ClearField(name)  # type: ignore[arg-type]
     for name in sorted(fields):

@@ -1,4 +1,5 @@
-"""What a server answers while another one owns its store: health is NOT_SERVING, and every call STORE_UNAVAILABLE."""
+"""Answers calls while another server owns the store: health is NOT_SERVING, and every call fails with
+STORE_UNAVAILABLE."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from notecase_server.rpc.server import SERVICES, options
 
 CALLS = 100
 UNREAD_BYTES = 1 << 20
-"""Bounds of a server that refuses all but probes."""
+"""Limits of a server that answers only health checks."""
 
 STALL_SECONDS = 1.0
 
@@ -25,7 +26,7 @@ class _Nobody:
     """Refuses every caller, whatever its credential, since none can be looked up."""
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> NoReturn:
-        raise errors.store_unavailable()
+        raise errors.on_standby()
 
 
 class _Doorway(Doorway):
@@ -44,7 +45,7 @@ class _AnyMethod(grpc.GenericRpcHandler):
 
 
 def _never(frames: Any, context: Any) -> NoReturn:
-    raise AssertionError("nobody is let in")
+    raise AssertionError("no caller is authenticated")
 
 
 async def build_standby(peers: Peers, new_id: Callable[[], str]) -> grpc.aio.Server:

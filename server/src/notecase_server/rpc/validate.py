@@ -1,5 +1,5 @@
-"""Is it well formed? Checks whole messages of requests before anything else happens, field by field, and reports all
-mistakes at once. Every function takes the path of the message as `field` or `at`.
+"""Checks whole messages of requests before anything else happens, field by field, and reports all mistakes at once.
+Every function takes the path of the message as `field` or `at`.
 
 Whether a request may be carried out at this moment is not checked here.
 """
@@ -38,7 +38,7 @@ MAX_MCP_NAMES = 1000
 MAX_CLIENT_TOOLS_BYTES = 256 << 10
 """Bytes of all client tools of a run together: every answer about the run holds them."""
 MAX_RECENT = 500
-"""Messages beside a summary, of each kind."""
+"""The highest `keep_recent` and `batch`."""
 MAX_BATCH_DELAY = 10.0
 """Seconds."""
 MAX_STOPS = 16
@@ -93,7 +93,7 @@ def messages(
     if len(given) > MAX_MESSAGES:
         check.few(field, given, MAX_MESSAGES, "messages")
         return
-    given = given[:]  # each look into a repeated field makes its messages anew
+    given = given[:]  # each access to a repeated field creates its messages again
     parts = labels = 0
     for message in given:
         parts += min(len(message.parts), MAX_PARTS + 1)
@@ -279,7 +279,7 @@ def tools(check: Check, field: str, declared: Sequence[v1.Tool], only_client: bo
 
 
 def _mcp_names(check: Check, field: str, declared: Sequence[v1.Tool]) -> None:
-    """Checks that no tool of an MCP server gets the name of another tool, as far as the declarations tell."""
+    """Checks that no tool of an MCP server gets the name of another tool, as far as the declarations name them."""
     taken = {tool.name: f"{field}[{index}]" for index, tool in enumerate(declared) if not tool.HasField("mcp")}
     whole: dict[str, bool] = {}
     """Servers declared without a prefix so far, and whether with all their tools."""
@@ -368,7 +368,7 @@ def _input_response(check: Check, field: str, response: v1.InputResponse) -> Non
 
 
 def session(check: Check, field: str, given: v1.Session, labels: bool = True) -> None:
-    """Checks what a session is set to; `labels` says whether its labels are among that."""
+    """Checks the new values of a session; `labels` says whether they include its labels."""
     check.fields(field, given, "display_name", "expire_time")
     if labels:
         check.labels(f"{field}.labels", given.labels)
@@ -464,7 +464,7 @@ def _options(check: Check, field: str, options: v1.WatchOptions) -> None:
 
 
 def watch(check: Check, field: str, name: str, after: int, options: v1.WatchOptions, if_session_uid: str) -> RunName:
-    """Checks what a stream watches, and returns its session and run, "" when `name` is a session's."""
+    """Checks the name that a stream watches, and returns its session and run, "" when `name` is a session's."""
     check.uid(f"{field}if_session_uid", if_session_uid)
     check(after >= 0, f"{field}after_sequence", "is negative")
     _options(check, f"{field}options", options)

@@ -19,8 +19,8 @@ from notecase_server.store.contract import PAGE_BYTES, History
 from notecase_server.store.fold import ENDED
 
 DEFAULT_BATCH_DELAY = 0.03
-"""Seconds for which deltas are batched. A message costs the same whether it carries one event or thirty, and nobody
-reads faster than thirty times a second."""
+"""Seconds for which deltas are batched. A message costs the same whether it carries one event or thirty, and people do
+not read thirty times a second."""
 
 
 class Pace(NamedTuple):
@@ -181,7 +181,7 @@ class Cursor:
         return discarded, more and not discarded
 
     async def _look(self) -> None:
-        """Reads from the store what a missed wake-up would have shown."""
+        """Reads events from the store whose wake-up was missed."""
         row = await self._store.get_session(self._live.key)
         if row is None:
             self._live.deleted = True
@@ -189,7 +189,7 @@ class Cursor:
             self._live.head = max(self._live.head, row.last_sequence)
 
     async def _batch(self) -> v1.RunResponse | None:
-        """Returns the frame of what is due, or None if nothing is."""
+        """Returns the frame with the events that are due, or None."""
         live, batch = self._live, _Batch(self._live)
         self._cut_off = not (self.finished or live.head <= self.sequence or await self._add_log(batch))
         read = self.sequence >= live.head and not self._cut_off

@@ -95,7 +95,7 @@ class TableStore(ABC):
         return await self._write(lambda tables, _: steps.claim(tables, key, epoch), key.uid)
 
     async def _of(self, tenant: str, uid: str, step: Callable[[Tables], T], gone: T) -> T:
-        """Reads of a session; returns `gone` when there is no such session, whatever is left of its rows."""
+        """Reads from a session; returns `gone` when there is no such session, even if some of its rows are left."""
         return await self._read(lambda tables: step(tables) if tables.exists(tenant, uid) else gone)
 
     async def _of_state(self, scope: Scope, at: int, step: Callable[[Tables], T], gone: T) -> T:
@@ -311,7 +311,7 @@ class TableStore(ABC):
         limit = content.SWEEP_ROWS
         await self._all(lambda tables, _: content.expire_uploads(tables, now, limit), limit)
         removed, last = 0, ("", "")
-        # They are looked for beside the writes, since among many blobs few are loose.
+        # A reader searches for them, not the writer, since few of many blobs have no reference.
         find = partial(content.find_loose, before=uploaded_before, limit=limit)
         while found := await self._read(partial(find, after=last)):
             remove = partial(content.remove_loose, found=found, before=uploaded_before, held=held)

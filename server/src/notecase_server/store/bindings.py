@@ -27,7 +27,7 @@ def declared_as(agent: v1.Agent, tool: v1.Tool, index: int) -> bytes:
 
 
 def implemented(declaration: bytes, index: int, implementation: v1.ToolBinding) -> v1.ToolBinding:
-    """As `bound`, by the digest of the declaration: one may stand for many tools."""
+    """Like `bound`, by the digest of the declaration, which may belong to many tools."""
     implemented_by = implementation.SerializeToString(deterministic=True)
     binding = v1.ToolBinding(declaration=index, digest=hashlib.sha256(declaration + implemented_by).digest())
     binding.MergeFrom(implementation)

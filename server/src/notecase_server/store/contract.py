@@ -1,15 +1,15 @@
-"""What a store promises the engine, whichever store it is. `tests/store` holds the one suite that every store passes.
+"""The contract between the engine and every store. `tests/store` has the one suite that every store passes.
 
 The log is the truth; every other row is a fold over it (`fold`), kept for reading. Rows are `notecase.v1` messages in
 *stored form*: within a session, runs and messages are named by bare ids, and a state by "", "user" or "app", so that a
-session's rows mean the same under another name. Rendering names is the business of `rpc`. What a store hands out is
-a copy; what it is given it does not keep.
+session's rows mean the same under another name. `rpc` renders full names. A store returns copies, and does not keep
+references to its arguments.
 
-A session's rows are kept under its uid. Its name is a row that points to the uid: a session made later under the same
+The key of a session's rows is its uid. Its name is a row that points to the uid: a session created later under the same
 name shares nothing with it.
 
 Time is a count of microseconds since 1970, UTC, from the clock the store was opened with. A tenant is part of every
-key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
+key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was stored.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ this much by itself; every other row is at most PAGE_BYTES."""
 
 
 class SessionKey(NamedTuple):
-    """Identifies one session for ever: by its uid. `session`, the id in its name, is only for what is shown."""
+    """Identifies one session permanently, by its uid. `session`, the id in its name, is only for display."""
 
     tenant: str
     session: str
@@ -63,7 +63,7 @@ CHUNK_BYTES = 256 << 10
 
 
 class StepKey(NamedTuple):
-    """A step of a run, within its session: what has a draft, calls and a worker of its own."""
+    """A step of a run, within its session. Each step has its own draft, calls and worker."""
 
     run: str
     step: str = ""
@@ -111,15 +111,15 @@ class AuditRow(NamedTuple):
 
 class Once(NamedTuple):
     """Makes a write idempotent: the record is part of the write's own transaction and outlives what the write made.
-    Of what is deleted it keeps no answer: a repeat is then SESSION_NOT_FOUND, or of an erased user's state an empty
-    answer.
+    It keeps no answer about deleted data: a repeat is then SESSION_NOT_FOUND, or an empty answer for an erased user's
+    state.
 
     When `request_id` was recorded for this tenant, `subject` and `rpc` before, nothing is written: with the same
     `digest` the store raises Replayed with the recorded answer, with another it raises NotecaseError
     REQUEST_ID_REUSED. A write that fails records nothing.
 
-    A write that changes no session has no Commit whose id could be asked about: where its caller gave no request_id,
-    the record is made under an id of the engine's own (`unnamed`)."""
+    A write that changes no session has no Commit that could be looked up by its id: if its caller gave no request_id,
+    the record has an id of the engine (`unnamed`)."""
 
     tenant: str
     subject: str
@@ -134,7 +134,7 @@ class Once(NamedTuple):
 
     @classmethod
     def unnamed(cls, tenant: str, commit_id: str, answer: Answer) -> "Once":
-        """The record of a write that its caller cannot repeat, so that a lost answer can be asked for."""
+        """The record of a write that its caller cannot repeat, so that a lost answer can be looked up."""
         return cls(tenant, "", "", commit_id, b"", answer)
 
 
@@ -165,8 +165,8 @@ class Duplicate(Exception):
 
 
 class RunRecord(NamedTuple):
-    """What is kept of a run beside its row: `digest` for good, empty for a run that was cancelled before its start; the
-    agent as it was at the start until the run has ended."""
+    """Data of a run in addition to its row: `digest` permanently, empty for a run that was cancelled before its start;
+    until the end of the run, the agent as it was at the start."""
 
     digest: bytes
     agent: v1.Agent
@@ -193,7 +193,7 @@ class Commit(NamedTuple):
     once: Once | None = None
     command: CommandId | None = None
     create: v1.Session | None = None
-    """Creates the session first, and gives it its name. ALREADY_EXISTS when another has the name. Without it:
+    """Creates the session first, under its name. ALREADY_EXISTS when another one has the name. Without it:
     SESSION_NOT_FOUND when there is no session of this uid."""
     if_epoch: int | None = None
     """OWNER_LOST when the session's epoch is another. Every commit of a run carries it."""
@@ -209,7 +209,7 @@ class Commit(NamedTuple):
     """PAYLOAD_TOO_LARGE when the log would refer to blobs of more than so many bytes together, and to more than it did;
     checked last."""
     principal: str = ""
-    """Who caused the events that name nobody themselves: principals/{principal}, or empty for nobody."""
+    """The caller that caused the events without a principal of their own: principals/{principal}, or empty."""
     audit: AuditRow | None = None
     """Written with the events."""
     start: RunRecord | None = None
@@ -278,7 +278,7 @@ class Fork:
     session: v1.Session
     """What the caller chooses. ALREADY_EXISTS when another session has the name. The user is the source's."""
     events: Sequence[v1.Event] = ()
-    """What ends the runs of `past`: the fork's first entries of its own."""
+    """The events that end the runs of `past`: the first entries of the fork that are not copies."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,8 +295,8 @@ class Restore:
     """What the log refers to, by digest: its first event that does, and the size. BLOB_NOT_FOUND when one is missing,
     IMPORT_INVALID when it has another size."""
     events: Callable[[], Iterator[v1.Event]]
-    """The log from sequence 1, read anew at each call: nobody holds all of it. IMPORT_INVALID for one that `fold` does
-    not take, and when a run has not ended by its end."""
+    """The log from sequence 1, read again at each call, so that it is never in memory as a whole. IMPORT_INVALID for
+    one that `fold` refuses, and when a run has not ended by its end."""
     forgets: bool = False
     """Drops what runs remembered of answers."""
 
@@ -331,7 +331,8 @@ SESSION_COLUMNS = ("user", "agent", "activity", "display_name", "create_time", "
 AGENT_COLUMNS = ("display_name", "create_time", "update_time")
 RUN_COLUMNS = ("state", "agent", "create_time")
 AUDIT_COLUMNS = ("principal", "method", "resource", "outcome", "create_time")
-"""What a list of each can be filtered by, beside labels. Agents and users by their whole names (`agents/a`)."""
+"""The fields by which a list of each can be filtered, besides labels. Agents and users have their full names
+(`agents/a`)."""
 
 
 class Query(NamedTuple):
@@ -377,8 +378,8 @@ class ActiveRun(NamedTuple):
 
 
 class Quotas(NamedTuple):
-    """What an operator lets be kept; 0 is no bound. A write beyond it is QUOTA_EXCEEDED, unless it is a repeat, which
-    is answered as before. What a run does is let through, so that each that was begun comes to its end."""
+    """How much may be stored; 0 means no limit. A write beyond it is QUOTA_EXCEEDED, unless it is a repeat, which gets
+    the first answer. Writes of a run are accepted, so that every run that has begun can end."""
 
     sessions: int = 0
     """Of a tenant, by name; those that have expired count until they are removed."""
@@ -410,7 +411,7 @@ class KeyRow(NamedTuple):
     digest: bytes
     """SHA-256 of the key as it is sent."""
     former: bytes
-    """The same of what was sent before the last rotation; taken until overlap_end_time."""
+    """The same for the secret before the last rotation; accepted until overlap_end_time."""
 
 
 class StoreOpenError(Exception):
@@ -432,14 +433,13 @@ class LogStore(Protocol):
         ...
 
     async def fork(self, fork: Fork) -> Committed:
-        """Copies a session up to a sequence and ends there what was under way: sequences, messages, ended runs and
-        state are as they were then, in rows of their own. Usage starts at 0; ids of requests and commands, what was
-        remembered and what was queued are not copied. `events` are those of Fork only.
+        """Copies a session up to a sequence, and ends the runs that were active there: sequences, messages, ended runs
+        and state are as they were then, in separate rows. Usage starts at 0; ids of requests and commands, remembered
+        answers and queued commands are not copied. `events` are those of Fork only.
 
-        Writes in transactions of a bounded number of rows and of bytes. Nobody finds anything of the session until the
-        last of them, which checks every condition again: until then the source may move on, and is SESSION_NOT_FOUND
-        when it is deleted. When a fork fails, is cancelled or its process dies, `sweep_sessions` removes what was
-        written."""
+        Writes in transactions with a limited number of rows and bytes. The session is not visible until the last of
+        them, which checks every condition again: until then the source may change, and is SESSION_NOT_FOUND when it is
+        deleted. When a fork fails, is cancelled or its process dies, `sweep_sessions` removes what was written."""
         ...
 
     async def restore(self, restore: Restore) -> v1.Session:
@@ -455,12 +455,12 @@ class History(Protocol):
 
     async def read_events(self, key: SessionKey, after: int, limit: int = 1000) -> list[v1.Event]:
         """The events with sequences after + 1, after + 2, …: dense, at most `limit`, ending at PAGE_BYTES. Empty at the
-        head, beyond it, and where there is no session."""
+        head, beyond it, and if there is no session."""
         ...
 
     async def read_past(self, key: SessionKey, at: int) -> Past:
-        """The session as it was at that sequence. Costs a reading of what changed since, from where it began, and of
-        the changes of state up to there when it has changed. SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
+        """The session as it was at that sequence. The cost is a read of the log from the first change since, and of the
+        earlier changes of state if the state has changed. SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
         ...
 
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None: ...
@@ -474,7 +474,7 @@ class History(Protocol):
         superseded: bool = False,
     ) -> Page[v1.Message]:
         """By sequence, ascending unless `newest_first`; of one step when `step` is set; with the superseded ones on
-        demand. Positions are (sequence,). `query.where` is not looked at. Ends at PAGE_BYTES. Empty where there is no
+        demand. Positions are (sequence,). `query.where` is ignored. Ends at PAGE_BYTES. Empty if there is no
         session."""
         ...
 
@@ -484,7 +484,7 @@ class RequestStore(Protocol):
 
     async def recall(self, once: Once | None) -> None:
         """Raises what a write would for a repeat: Replayed, or REQUEST_ID_REUSED. Returns when it is new, so that a
-        caller can tell a repeat before it checks what may have changed since the first time, and when `once` is
+        caller recognises a repeat before it checks what may have changed since the first time, and when `once` is
         None."""
         ...
 
@@ -526,14 +526,15 @@ class SessionStore(Protocol):
         ...
 
     async def expire_session(self, key: SessionKey) -> bool:
-        """As delete_session, if there is such a session and its expire_time has come; tells whether."""
+        """Like delete_session, if there is such a session and its expire_time has passed; returns whether it was
+        deleted."""
         ...
 
     async def sweep_sessions(self, tenant: str | None = None, user: str = "") -> None:
-        """Removes the rows of deleted sessions, and of forks and imports that nobody goes on with, in transactions of a
-        bounded number of rows and of bytes: of all such sessions, or of those of one user of a tenant ("users/{user}"),
-        and then it first waits for those under way. When it fails or its process dies, what is left of them is removed
-        by the next call. It may be called twice at once."""
+        """Removes the rows of deleted sessions, and of abandoned forks and imports, in transactions with a limited
+        number of rows and bytes: of all such sessions, or of those of one user of a tenant ("users/{user}"), in which
+        case it first waits for running copies. When it fails or its process dies, the next call removes the rest. It
+        may run twice at the same time."""
         ...
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
@@ -571,8 +572,8 @@ class RunStore(Protocol):
         ...
 
     async def idle_runs(self) -> list[ActiveRun]:
-        """The runs that somebody should be at work on: each that is RUNNING, and of each session without an active run
-        those that are QUEUED. In no promised order."""
+        """The runs that should have a worker: each that is RUNNING, and the QUEUED ones of each session without an
+        active run. In any order."""
         ...
 
     async def claim(self, key: SessionKey, epoch: int) -> int:
@@ -590,11 +591,9 @@ class StateStore(Protocol):
     """Reads states, and writes those that no session's log records."""
 
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
-        """The named keys that exist, and the state's version. `name` is empty. A state nobody wrote to is empty at
-        version 0.
-
-        With `at`, of a session's state only: as it was at that sequence, folded anew from the log; 0 is now.
-        SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
+        """The named keys that exist, and the state's version. `name` is empty. A state without writes is empty at
+        version 0. With `at`, only for a session's state: as it was at that sequence, folded again from the log; 0 means
+        now. SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
         ...
 
     async def list_state(
@@ -631,7 +630,7 @@ class AgentStore(Protocol):
         ...
 
     async def list_agent_revisions(self, tenant: str, agent_id: str, query: Query) -> Page[v1.Agent]:
-        """Newest first. Positions are (revision,). Ends at PAGE_BYTES. Empty where there is no such agent."""
+        """Newest first. Positions are (revision,). Ends at PAGE_BYTES. Empty if there is no such agent."""
         ...
 
     async def edit_agent(
@@ -700,7 +699,7 @@ class BlobStore(Protocol):
         ...
 
     async def complete_upload(self, tenant: str, subject: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
-        """Makes the blob; the upload's id tells of it until it expires. UPLOAD_OFFSET_MISMATCH when the upload does not
+        """Makes the blob; the upload's id leads to it until it expires. UPLOAD_OFFSET_MISMATCH when the upload does not
         end at `size`, BLOB_NOT_FOUND when there is none. The caller vouches for the digest."""
         ...
 
@@ -777,7 +776,7 @@ class AuditStore(Protocol):
 
 
 class TenantStore(Protocol):
-    """Knows the tenants that an operator has to do with, lists what they hold, and removes them."""
+    """Stores the tenants that operators manage, lists their data, and removes them."""
 
     async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
         """Makes a tenant known. ALREADY_EXISTS."""
@@ -862,8 +861,8 @@ class StoreLife(Protocol):
         ...
 
     async def scrub(self) -> bool:
-        """Sees to it that no journal of the store holds what was deleted before. False when a reader stands in the
-        way: it is then to be asked again. Costs nothing when nothing was."""
+        """Removes data that was deleted before from all journals of the store. False when a reader prevents that: call
+        it again. Costs nothing when nothing was deleted."""
         ...
 
     async def close(self) -> None:

@@ -1,13 +1,13 @@
 """Copies of whole sessions, forks and imports, in transactions of a bounded number of rows and of bytes.
 
-A copy is written under its uid while there is no such session, so nothing finds it. Its first transaction records it as
-a deletion records what it leaves, and the last one takes that record back and adds the session with its name. So a copy
-that is not finished is one that `Store.sweep_sessions` removes, except while this process is at it (`Copies`).
+A copy is written under its uid while there is no such session, so nothing finds it. Its first transaction records it
+like a deleted session, and the last one removes that record and adds the session with its name. So
+`Store.sweep_sessions` removes an unfinished copy, except while this process is writing it (`Copies`).
 
-The source of a fork moves on meanwhile, but its log up to the fork's sequence does not change, and that log tells what
-each row was. A row that changes before it is copied is left out, and a value of the state may be copied too new; after
-everything was copied, `Past` names both, and they are put right, still unseen. So it does not matter at which moments
-rows were copied, and the last transaction reads nothing again.
+The source of a fork may change meanwhile, but its log up to the fork's sequence does not, and each row follows from
+that log. A row that changes before it is copied is left out, and a value of the state may be copied too late; after
+everything was copied, `Past` names both, and they are corrected before the fork is visible. So it does not matter when
+each row was copied, and the last transaction does not read the source again.
 """
 
 import asyncio
@@ -231,15 +231,15 @@ def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str, quotas
 
 
 def _require_new(tables: Tables, key: SessionKey, once: Once | None, quotas: Quotas) -> None:
-    """Checks what another session needs: at the beginning, so that nothing is done in vain, and at the end, where it
-    counts."""
+    """Checks the conditions of a new session: at the beginning, to avoid useless work, and at the end, where they
+    count."""
     require_free(tables, key)
     require_record(tables, quotas, once)
     require_session(tables, quotas, key.tenant)
 
 
 def _require_begun(tables: Tables, key: SessionKey) -> None:
-    """Refuses to write rows that nobody would ever remove: those of a copy whose caller went away, and that was swept
-    before this transaction came."""
+    """Refuses to write rows that would never be removed: those of a copy whose caller went away, and which was swept
+    before this transaction."""
     if not tables.is_copy(key):
         raise errors.not_found("session", f"sessions/{key.session}")

@@ -1,13 +1,12 @@
-"""What an event does: the one place that turns entries of the log into rows of sessions, runs, messages and state.
+"""Turns entries of the log into rows of sessions, runs, messages and state; no other module does. Pure: a store reads
+the rows that `needs` names, calls `apply` inside its transaction, and writes the changes. KINDS has for each kind of
+event the rows that it needs, what it does, and what it does when the log is read again. So all stores keep the same
+promises, and the rows can be checked against the log at any time.
 
-Pure: a store reads the rows that `needs` names, calls `apply` inside its transaction, and writes what changed. KINDS
-says of each kind of event what it needs, what it does, and what it does when the log is read again. So all
-stores keep the same promises, and the rows can be checked against the log at any time.
-
-A payload that would break a promise is refused, whoever made it: a second run at once, a rewind meanwhile, and what a
-run does while it is queued (RUN_ACTIVE) or after its end (RUN_ENDED), a second outcome for a call but for the one that
-rewinding gives it (CALL_NOT_PENDING), a second answer to who asks (INPUT_NOT_PENDING), an operation that the value's
-type does not have (STATE_TYPE_MISMATCH), a summary that does not continue the one in effect or covers what was rewound
+A payload that would break a promise is refused, whatever its origin: a second active run or a rewind during a run, and
+events of a run that is queued (RUN_ACTIVE) or has ended (RUN_ENDED), a second outcome for a call except by a rewind
+(CALL_NOT_PENDING), a second answer to an input (INPUT_NOT_PENDING), an operation that the value's type does not have
+(STATE_TYPE_MISMATCH), a summary that does not continue the one in effect or covers what was rewound
 (SEQUENCE_MISMATCH).
 """
 
@@ -45,7 +44,7 @@ _PREFIX = PREFIX.encode()
 
 @dataclass(slots=True)
 class Needs:
-    """The rows a commit reads, beside its session."""
+    """The rows that a commit reads, in addition to its session."""
 
     keys: dict[str, set[str]] = field(default_factory=dict)
     """By state, in stored form."""
@@ -210,7 +209,7 @@ def replay(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 
 
 def tells_past(event: v1.Event) -> bool:
-    """Whether what was before cannot be told without it: it changed the session's state, summarised, or rewound."""
+    """Whether earlier rows depend on it: it changed the session's state, summarised, or rewound."""
     tells = _kind(event).tells_past
     return tells is not None and tells(event)
 
@@ -290,7 +289,7 @@ def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 
 
 def _leave_behind(rows: Rows, event: v1.Event) -> None:
-    """Marks the messages of the same commit, which its caller is told of."""
+    """Marks the messages of the same commit, which its caller gets back."""
     for message in rows.messages.values():
         if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
             message.status = v1.Message.STATUS_SUPERSEDED
@@ -593,7 +592,7 @@ def ops_fit(ops: Iterable[v1.StateOp]) -> bool:
 
 
 def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys: Iterable[str]) -> None:
-    """Puts the named keys into `told` as they are now: those that do not exist are left out."""
+    """Puts the named keys into `told` with their current values; those that do not exist are left out."""
     for key in keys:
         entry = entries.get(key)
         if entry is None:
@@ -689,7 +688,7 @@ class Kind(NamedTuple):
     replayed: Does | None = None
     """Applies it when it is read again; None: as when it was new."""
     tells_past: Callable[[v1.Event], bool] | None = None
-    """Whether what was before cannot be told without it; None for never."""
+    """Whether earlier rows depend on it; None for never."""
 
 
 KINDS: Mapping[str, Kind] = {

@@ -1,7 +1,6 @@
-"""The log of an import, which anybody may have written: replayed through the fold with all its refusals, and made rows.
-
-It is replayed in pieces, each on the rows that the pieces before it have left. So what is held of the file is one
-piece, however long the log is, and nobody waits for more than that.
+"""Replays the log of an import, which is untrusted, through the fold with all its refusals, and makes rows of it. It is
+replayed in pieces, each on the rows that the earlier pieces have left. So only one piece of the file is in memory,
+however long the log is, and other work waits for at most one piece.
 """
 
 from collections.abc import Set

@@ -1,7 +1,6 @@
-"""A session as it was: what has changed since a sequence, worked out again from the log.
-
-The rows of now serve wherever nothing has changed. So the cost is that of what did change: reading the log from where
-that began, and the changes of state from their first.
+"""Computes a session as it was: the rows that have changed since a sequence are computed again from the log, and the
+current rows serve for the rest. So the cost depends on the changes: reading the log from where they began, and the
+changes of state from the first.
 """
 
 from collections.abc import Iterator, Set
@@ -76,8 +75,8 @@ def _state(tables: Tables, key: SessionKey, at: int, keys: Set[str] | None) -> t
 
 
 def _summary(tables: Tables, key: SessionKey, at: int, now: int | None) -> int:
-    """The summary that was in effect: the one of `now`, or the newest before it that it continues; None where later
-    rewinds went back further, and `now` does not tell."""
+    """The summary that was in effect: the one of `now`, or the newest before it that it continues; None if later
+    rewinds went back further, so that `now` does not have it."""
     if now is not None:
         while now > at:
             (found,) = tables.events(key, now - 1, 1)
@@ -109,7 +108,7 @@ def _replayed(tables: Tables, key: SessionKey, at: int, changed: Set[str]) -> fo
         sealed = event.tool_finished.call_id in rows.calls
         if event.run in runs or event.message_added.name in changed or sealed or event.HasField("rewound"):
             if event.HasField("state_changed") or event.HasField("summarized"):
-                event.ClearField("payload")  # they are told from the changes
+                event.ClearField("payload")  # they follow from the changes
             fold.replay(rows, key, event)
     return rows
 

@@ -1,9 +1,9 @@
 """A store in a PostgreSQL database: durable when a commit returns, owned by one server at a time.
 
-Reads see one state of the rows: a transaction of their own, or a single statement. A commit is two statements and no
-transaction (`postgres_commit`); every other write is one transaction. A write is made in a task of the store's own, so
-that no caller who goes away leaves one half done. Where a connection is lost, STORE_UNAVAILABLE may also mean that the
-write was made: callers ask by the commit's or the request's id.
+Each read sees one state of the rows: it is a transaction or a single statement. A commit is two statements and no
+transaction (`postgres_commit`); every other write is one transaction. A write is made in a task of the store, so that
+no caller who goes away leaves it half done. When a connection is lost, STORE_UNAVAILABLE may also mean that the write
+was made: callers ask by the commit's or the request's id.
 """
 
 import asyncio
@@ -168,8 +168,8 @@ class PostgresStore(TableStore):
             raise Fenced from None
 
     async def _repeated(self, attempt: Callable[[bool], Coroutine[Any, Any, T]], within: str) -> T:
-        """Makes a write, and makes it again when others came between its reads and its writes. `within` names what it
-        is about; without a name, and from the second time on, it runs alone, as `attempt` is told."""
+        """Makes a write, and makes it again when others came between its reads and its writes. `within` names its part
+        of the store; without a name, and from the second time on, it runs alone, as `attempt` says."""
         for left in reversed(range(TRIES)):
             async with self._locks.within(within) if within else self._locks.alone():
                 await self._settle()
@@ -190,8 +190,8 @@ class PostgresStore(TableStore):
         raise AssertionError("the last try returns or raises")
 
     async def _settle(self) -> None:
-        """Raises the fence, so that whoever asks what became of a write whose connection was lost is told for good: it
-        was made, or it never will be."""
+        """Raises the fence, so that the answer about a write whose connection was lost is final: it was made, or it
+        never will be."""
         if not self._unsure:
             return
         async with self._settling:

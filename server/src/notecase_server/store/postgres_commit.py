@@ -65,7 +65,7 @@ READS = {
         for state, (kind, of) in OF_STATE.items()
     },
 }
-"""The parts of the statement that reads, each a column of it; a brace stands for each of its own values."""
+"""The parts of the statement that reads, each a column of it; a brace is the place of each of its values."""
 
 PUT_READ_SESSION = f"{PUT_SESSION} AND xmin = ${len(SESSION_CHANGES) + 3} RETURNING 1"
 

@@ -184,9 +184,9 @@ def require_files(url: str) -> None:
 async def keeps_statements(connection: Any) -> bool:
     """Finds out whether a statement that is prepared is still there in the next transaction.
 
-    A pooler has a process number of its own, and gives each transaction any of its connections to the database. One
-    that keeps statements prepares them under names of its own; where the database has the client's name, it passes
-    on what it reads."""
+    A pooler shows its own process number, and gives each transaction any of its connections to the database. One that
+    keeps prepared statements renames them. If the database has the client's name under another process number, the
+    pooler only passes statements on."""
     name = f"notecase_{secrets.token_hex(4)}"
     async with connection.transaction():
         statement = await connection.prepare("SELECT 1", name=name)
@@ -199,16 +199,16 @@ async def keeps_statements(connection: Any) -> bool:
 
 
 async def seize(connection: Any, name: str) -> int:
-    """Becomes the owner by force, and returns the new fence: no write of the owner before is made from then on. Waits
-    for those that are under way."""
+    """Becomes the owner by force, and returns the new fence: no write of the previous owner is made from then on. Waits
+    for current writes."""
     fence: int = await connection.fetchval("UPDATE owner SET name = $1, fence = fence + 1 RETURNING fence", name)
     return fence
 
 
 async def raise_fence(connection: Any, name: str, fence: int) -> int:
-    """Raises the fence of the owner of that name above `fence`, and returns the new one: no write that goes by an older
-    one is made from then on. Waits for those that are under way. A statement that arrives late, when its answer is no
-    longer waited for, raises nothing that was raised since. Raises Fenced where another one is the owner."""
+    """Raises the fence of the owner of that name above `fence`, and returns the new one: no write with an older one is
+    made from then on. Waits for current writes. A statement that arrives late does not change a fence that was raised
+    since. Raises Fenced where another one is the owner."""
     raising = f"UPDATE owner SET fence = fence + 1 WHERE name = $1 AND fence = $2 AND {LOCK_BOUND} RETURNING fence"
     with uncancelled(connection) as timeout:
         raised: int | None = await connection.fetchval(raising, name, fence, timeout=timeout)
@@ -297,10 +297,9 @@ async def _reset(connection: Any) -> None:
 
 
 def place(url: str) -> str:
-    """What the operator is told of a database: its URL without user, password and parameters.
-
-    Raises StoreOpenError for what is no such URL. So is one whose password has characters that end the part of a URL
-    that it stands in, since what follows them would be shown."""
+    """Returns how a database is named to the operator: its URL without user, password and parameters. Raises
+    StoreOpenError for an invalid URL. A URL is also invalid if its password has characters that end that part of a URL,
+    since the text after them would be shown."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -317,8 +316,8 @@ def place(url: str) -> str:
 
 async def migrate(connection: Any, where: str) -> None:
     """Makes the tables of an empty database, or brings older ones up to date, in one transaction: others wait, and
-    until all is done the database is what it was. Raises StoreOpenError for one that is not fit, before anything in it
-    is changed."""
+    until the end the database does not change. Raises StoreOpenError for an unsuitable one, before anything in it is
+    changed."""
     async with connection.transaction():
         await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         version = await check(connection, where)

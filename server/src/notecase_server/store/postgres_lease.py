@@ -1,9 +1,9 @@
 """The lease by which one server at a time owns a PostgreSQL store.
 
-The table `owner` has one row: the owner's name, a counter that the owner raises again and again, and the fence. Whoever
-becomes the owner raises the fence, and every write compares it, so an owner that was only thought dead can write
-nothing more. No clocks of two machines are compared: who waits takes an owner for dead that has not raised its counter
-for a whole lease, by the waiting server's own clock and while it could itself read the row.
+The table `owner` has one row: the owner's name, a counter that the owner raises again and again, and the fence. A new
+owner raises the fence, and every write compares it, so a previous owner that is still alive cannot write any more. No
+clocks of two machines are compared: a waiting server considers an owner dead that has not raised its counter for a
+whole lease, by the waiting server's own clock and while it could itself read the row.
 """
 
 import asyncio
@@ -41,9 +41,8 @@ UNKNOWN = Owner("an unknown owner", -1, -1)
 
 
 class PostgresLease:
-    """Takes the lease, keeps it by a connection of its own, and lets go of it.
-
-    `clock` counts seconds on this machine, also those in which it sleeps."""
+    """Takes, renews and releases the lease over a separate connection. `clock` counts seconds on this machine,
+    including those in which it sleeps."""
 
     def __init__(self, connect: Connect, name: str, clock: Callable[[], float], seconds: float = LEASE_SECONDS) -> None:
         self.fence = 0

@@ -1,8 +1,6 @@
-"""Which writes of one server may run side by side: those to different sessions, or other parts that nothing else
-touches. All others run alone.
-
-The server owns the database, so nobody else writes. PostgreSQL's own locks would tell, too, but only after the work is
-done in vain."""
+"""Decides which writes of one server may run concurrently: those to different sessions, or to other separate parts. All
+others run alone. The server owns the database, so no other program writes. PostgreSQL's own locks would also find
+conflicts, but only after the work was done."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -13,8 +13,8 @@ BATCH = 200
 
 async def renew(connection: "asyncpg.Connection[asyncpg.Record]", fence: int) -> int:
     """Renews all sessions in one transaction; returns how many sessions there are. The caller owns the store under that
-    fence, and nobody else can become the owner until the end. Raises StoreOpenError where somebody has, and what the
-    database raises."""
+    fence, and no other server can become the owner until the end. Raises StoreOpenError if another one has, and the
+    errors of the database."""
     async with connection.transaction():
         await stay_owner(connection, fence)
         await connection.execute("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")

@@ -43,7 +43,7 @@ from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Applied, BlobRow, Changes, EventRow, Kept, SessionRow, UploadRow
 
 CHANGES_READ = 500
-"""Events that tell the past read at a time."""
+"""Events that are read at a time to compute the past."""
 
 MESSAGES = f"""SELECT e.sequence, {MESSAGE}, length(coalesce(c.body, e.body)) AS size
     FROM events e {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = $1 AND e.uid = $2"""
@@ -220,7 +220,7 @@ class PostgresTables(SqlTables):
 
     def _put(self, statement: str, of: tuple[str, ...], rows: Sequence[tuple[Any, ...]], width: int) -> None:
         """Writes rows by a statement over their columns, which begin behind the values `of`. The first `width` columns
-        tell a row from all others."""
+        identify a row."""
         if rows:
             self.do(statement, *of, *_columns(rows))
 

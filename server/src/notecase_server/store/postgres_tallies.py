@@ -1,8 +1,6 @@
-"""What quotas bound, counted so that a write need not count rows: that takes 10 ms for 100,000 of them.
-
-A tally is never less than what there is: it was counted once, by a write that ran alone, and from then on whatever is
-added counts, whether its write was made or not, and nothing that is removed does. Rows are counted anew when a tally
-has come to its bound.
+"""Keeps running totals for quotas, so that a write need not count rows: that takes 10 ms for 100,000 of them. A total
+is never too low: it was counted once, by a write that ran alone; from then on every addition counts, whether its write
+was made or not, and removals do not. Rows are counted again when a total reaches its limit.
 """
 
 from collections.abc import Mapping
@@ -37,7 +35,7 @@ class Tallies:
             self._most[kind, tenant] = count
 
     def added(self, kind: Kept, tenant: str, amount: int = 1) -> None:
-        """Takes note of what is about to be added."""
+        """Records what is about to be added."""
         if (kind, tenant) in self._most:
             self._most[kind, tenant] += amount
 
@@ -54,7 +52,7 @@ class Counts:
     """What the step compares with a quota."""
 
     def add(self, kind: Kept, tenant: str) -> None:
-        """Takes note of one more. Raises CountedAloneError when writes of other sessions have reached the bound since
+        """Records one more. Raises CountedAloneError when writes of other sessions have reached the bound since
         this step asked for the count."""
         asked = (kind, tenant) in self.asked
         if asked and not self.alone and self.tallies.below(kind, tenant, self.quotas) is None:

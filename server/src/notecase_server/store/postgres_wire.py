@@ -1,8 +1,6 @@
-"""How steps, which are plain functions, speak to PostgreSQL, which is awaited: by greenlets.
-
-A step runs in a greenlet of its own. Where it needs an answer from the database it switches to the greenlet of the
-event loop, hands over what is to be awaited, and is switched back to with the answer. So every rule is written once for
-all stores, and a statement costs no thread.
+"""Runs steps, which are plain functions, on PostgreSQL, which must be awaited. Each step runs in a greenlet. When it
+needs an answer from the database, it switches to the greenlet of the event loop with the awaitable, which switches back
+with the answer. So every rule is written once for all stores, and a statement needs no thread.
 """
 
 import asyncio
@@ -23,8 +21,8 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 ESCAPES = {0: "\x01\x01", 1: "\x01\x02"}
-"""What stands for U+0000, which PostgreSQL cannot keep in text, and for U+0001: in this form, too, texts compare by the
-bytes of their UTF-8."""
+"""Escapes for U+0000, which PostgreSQL cannot store in text, and for U+0001: escaped texts still compare by the bytes
+of their UTF-8."""
 
 UNESCAPES = {escape: chr(code) for code, escape in ESCAPES.items()}
 ESCAPED = re.compile("\x01[\x01\x02]")
@@ -40,7 +38,7 @@ REPEATABLE = frozenset({"22012", "23505", "40001", "40P01"})
 guard that did not hold, a key that is taken, a serialization failure, a deadlock."""
 
 DEFECTS = ("22", "23", "42")
-"""Classes of SQLSTATEs of what can never succeed: our mistake, so nobody is told to try again."""
+"""Classes of SQLSTATEs of statements that can never succeed: our mistake, so callers are not asked to try again."""
 
 PASSING = frozenset({"22012", "42501", "42P01", "42P05"})
 """Those of DEFECTS that are not ours: a guard that others broke again and again, a right or a table that is missing
@@ -56,7 +54,7 @@ STATEMENT_SECONDS = 30.0
 """After which a statement is given up: its database does not answer."""
 
 LOCK_BOUND = "set_config('lock_timeout', '30s', true) != ''"
-"""Is true, and bounds how long the statement that it stands in waits for locks: when a connection is closed while its
+"""Is true, and limits how long its statement waits for locks: when a connection is closed while its
 statement waits, PostgreSQL goes on waiting."""
 
 
@@ -73,7 +71,7 @@ LOST = (
     *(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
     *(OSError, TimeoutError, Unconnected),
 )
-"""What is raised when a statement has failed, or there is no connection, or no more."""
+"""Raised when a statement has failed, or the connection is missing or lost."""
 
 
 class Fenced(Exception):
@@ -137,7 +135,7 @@ def is_unsure(error: BaseException) -> bool:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether there was no connection, or is none any more: all may be well with the next."""
+    """Whether there was no connection, or it was lost: the next one may work."""
     return isinstance(error, LOST) and (
         isinstance(error, Unconnected) or is_unsure(error) or sqlstate(error)[:3] == "57P"
     )
@@ -157,8 +155,8 @@ def uncancelled(connection: Any) -> Iterator[float]:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Raises what the caller is told instead of what the database or its driver said, whose words could quote what is
-    stored: their kind is logged."""
+    """Raises the caller's error in place of that of the database or its driver, whose text could quote stored data: its
+    kind is logged."""
     try:
         yield
     except (*LOST, DecodeError) as error:

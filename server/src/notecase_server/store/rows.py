@@ -65,11 +65,11 @@ UIDS = (
     *(("blob_references", "id", "kind = 'session'"), ("requests", "owner", "true")),
 )
 """Each table with rows of sessions, the column that holds the session's uid, and in which rows it does. An owner that
-is a user is no UUID."""
+is a user is not a UUID."""
 
 
 class Head(NamedTuple):
-    """What a store knows of itself."""
+    """Data about the store itself."""
 
     secret: bytes
     """What page tokens are signed with; no other store has it, but for a copy."""

@@ -19,7 +19,7 @@ class Rows(NamedTuple):
 
     table: str
     place: str
-    """The columns that tell the rows of one session or state apart."""
+    """The columns that identify a row within one session or state."""
     size: str
     """How many bytes a row has beyond a few."""
     columns: str
@@ -32,7 +32,7 @@ class TenantRows(NamedTuple):
 
     table: str
     place: str
-    """The columns that tell the rows of one tenant apart."""
+    """The columns that identify a row within one tenant."""
     size: str
     """How many bytes a row has beyond a few."""
 
@@ -146,7 +146,7 @@ class Copied(NamedTuple):
     """A table of which a fork at sequence $3 has rows of its source, of the tenant $1 and the uid $2."""
 
     rows: Rows
-    """The table; one column tells its rows apart."""
+    """The table; one column identifies its rows."""
     which: str
     """The condition for rows that are copied."""
 

@@ -167,7 +167,7 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
 
 
 def _from_first(connection: sqlite3.Connection) -> None:
-    """Converts all of it, with lines in the log that tell how far it is."""
+    """Converts all of it, with its progress in the log."""
     total = sum(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in FIRST)
     progress = _Progress(total)
     _set_aside(connection)
@@ -256,7 +256,7 @@ def _fill(connection: sqlite3.Connection, table: str, rows: Iterable[Row]) -> No
 
 def _bind(connection: sqlite3.Connection) -> None:
     """Gives the open calls of runs that have not ended what they are bound to, in the row of the run and in its
-    messages: such a message has a body of its own from then on, and the event that added it stays as it is."""
+    messages: such a message has a separate body from then on, and the event that added it does not change."""
     with closing(connection.execute("SELECT tenant, uid, run, body FROM run_agents")) as active:
         for tenant, uid, name, body in active:
             agent, place = v1.Agent.FromString(body), (tenant, uid, name)

@@ -12,7 +12,7 @@ from notecase_server.store.sqlite_file import connect
 from notecase_server.store.sqlite_schema import HEAD
 
 OWN = {"active_runs": ("run_agents",), "events": ("logs", "lookups")}
-"""Tables of this store that stand for one of the portable ones."""
+"""Tables of this store that correspond to one of the portable ones."""
 
 FRESH = "SELECT fresh FROM renewed n WHERE n.tenant = t.tenant AND n.uid = t.{column}"
 

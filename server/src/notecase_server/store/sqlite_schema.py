@@ -72,9 +72,9 @@ SCHEMA = (
         SELECT tenant, uid, sequence, tells_past, message, run, step, body FROM logs WHERE sequence < {HEAD}""",
     f"""CREATE VIEW heads AS
         SELECT tenant, uid, activity, update_time, epoch, commits, body FROM logs WHERE sequence = {HEAD}""",
-    # What a state was is told by the few events that changed it or rewound.
+    # Earlier states follow from the few events that changed the state or rewound.
     "CREATE INDEX events_of_past ON logs (tenant, uid, sequence) WHERE tells_past = 1",
-    # Finds rows within a session as three indexes would, each a tree of its own; here a small session has one page of
+    # Finds rows within a session as three indexes would, each a separate tree; here a small session has one page of
     # them. A message has two rows, whose keys are its sequence (IN_ORDER) and its id, which no other has (BY_ID), a run
     # one, whose key is its create_time (OF_RUN): `sequence` and `run` say where each is. Triggers add and remove these
     # rows, as SQLite does the entries of an index.
@@ -97,7 +97,7 @@ SCHEMA = (
         DELETE FROM lookups WHERE tenant = old.tenant AND uid = old.uid
             AND kind = {BY_ID} AND key = old.message AND run = '';
     END""",
-    # A message is the event that added it, until something changes it and it gets a body of its own.
+    # A message is the event that added it, until a change gives it a separate body.
     """CREATE TABLE changed_messages (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -153,7 +153,7 @@ SCHEMA = (
     # The order in which runs are listed over all sessions, twice: of those that have ended, and behind them of the few
     # that have not, which are asked for often.
     "CREATE INDEX runs_by_time ON runs (unended, tenant, create_time, uid, run)",
-    # The agents of those whose agent is no revision as it is stored, such as one that the start has changed.
+    # The agents of runs whose agent equals no stored revision, such as one that the start has changed.
     """CREATE TABLE run_agents (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -208,7 +208,7 @@ SCHEMA = (
     ) WITHOUT ROWID""",
     "CREATE INDEX requests_by_time ON requests (create_time)",
     # Content lies in pieces under a number, so that an upload becomes a blob without being written again. The
-    # pieces are in rows and not in files beside the database: writing them costs twice the time, and everything
+    # pieces are in rows and not in files next to the database: writing them costs twice the time, and everything
     # is in one place for a backup, for a commit, and for deletion.
     "CREATE TABLE contents (content INTEGER PRIMARY KEY, discarded INTEGER NOT NULL)",
     "CREATE INDEX contents_discarded ON contents (content) WHERE discarded",
@@ -291,7 +291,7 @@ SCHEMA = (
     )""",
     "CREATE INDEX audit_by_tenant ON audit (tenant, number)",
     "CREATE INDEX audit_by_time ON audit (create_time)",
-    # Those that an operator has to do with: a tenant needs no row.
+    # Those that an operator has managed: a tenant does not need a row.
     "CREATE TABLE tenants (tenant TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (tenant)) WITHOUT ROWID",
     # The row of a deleted agent stays, without revisions, for its last number.
     """CREATE TABLE agents (

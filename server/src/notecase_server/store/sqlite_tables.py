@@ -1,7 +1,7 @@
 """Tables in SQLite: what a commit reads and writes, and what the order of its rows decides.
 
 Labels are kept as a JSON object whose keys and values are the hexadecimal of their UTF-8: in that form every label can
-be named in a JSON path and compared in the order of its bytes, whatever characters it has. None stands for no labels.
+be named in a JSON path and compared in the order of its bytes, whatever characters it has. None means no labels.
 """
 
 import json
@@ -198,13 +198,13 @@ class SqliteTables(SqlTables):
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.deleted = True
-        """Something may be left of rows that were deleted: nobody knows what the process before did."""
+        """Deleted rows may have left bytes: what the previous process did is not known."""
         self.tallied: set[Kept] = set()
         """What this connection has tallies of."""
         self._saved: OrderedDict[tuple[str, str], _Saved] = OrderedDict()
         """Rows for the next commit of each session. Every write to a session's row or runs goes through this object."""
         self._retires: bool | None = None
-        """Whether `retired_revisions` or `run_agents` may hold something; None while nobody has looked."""
+        """Whether `retired_revisions` or `run_agents` may have rows; None before the first check."""
         self._execute = connection.execute
         self._executemany = connection.executemany
 

@@ -138,7 +138,7 @@ class _Before(NamedTuple):
         return cls(runs, set(rows.messages), set(rows.calls), dict(rows.versions), keys, expire_time)
 
     def changes(self, rows: fold.Rows, commit: Commit, done: Committed, commits: tuple[CommitRow, ...]) -> Changes:
-        """Returns what the commit writes once `fold.apply` has taken place, but for what only the tables can tell.
+        """Returns what the commit writes after `fold.apply`, except what only the tables know.
         `commits` are those that the session remembered before. Counts the events in the session's log_bytes."""
         events = event_rows(done.events)
         rows.session.log_bytes += sum([len(event.body) for event in events])
@@ -641,7 +641,7 @@ def _add_revision(
     made.revision = revision
     made.update_time.FromMicroseconds(now)
     made.create_time.CopyFrom(made.update_time if before is None else before.create_time)
-    # Revisions are never given out twice under one id, so the number alone tells two states of an agent apart.
+    # A revision's number is never used twice under one id, so it alone distinguishes two states of an agent.
     made.etag = f"{revision}"
     remember(tables, once, made, now)
     tables.add_revision(tenant, agent_id, made)

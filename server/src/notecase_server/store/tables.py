@@ -19,7 +19,7 @@ class Recorded(NamedTuple):
 
     digest: bytes
     response: bytes | None
-    """None once what it told of was deleted."""
+    """None after its subject was deleted."""
     about: str
     """The resource whose content the response holds: "sessions/{session}", "users/{user}", or empty for others."""
     owner: str
@@ -116,7 +116,7 @@ class Piece(NamedTuple):
     table: int
     """Its number in the order in which a fork is copied, from 0."""
     places: Sequence[str | int] = ()
-    """What tells the rows apart within their session, ascending."""
+    """Identifies the rows within their session, ascending."""
 
 
 Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes", "upload_bytes"]

@@ -1,6 +1,5 @@
-"""What a tool that runs in the server is to the engine: something with a schema that can be called, and that may fail.
-
-Tools that run at the caller have no part in this: the engine only waits for their results.
+"""The contract between the engine and tools that run in the server: each has a schema, can be called and may fail.
+Tools that run in the caller's process are not covered: the engine only waits for their results.
 """
 
 import json
@@ -19,7 +18,7 @@ ASK_USER = "ask_user"
 
 
 class ToolSettingsError(Exception):
-    """The tools cannot be had as the settings have it; the text is a sentence for whoever starts the server."""
+    """The tools cannot be made from the settings; the text is a sentence for the operator."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,20 +37,19 @@ class CallContext(notecase.CallContext):
     dropped."""
 
     async def read(self, *keys: str) -> dict[str, Any]:
-        """The session's own state as it is, those of the keys that exist. A function that is not async has no way to
-        await it, and takes what it needs as arguments."""
+        """Returns the session's current state: those of the keys that exist. A function that is not async cannot await
+        it, so it takes what it needs as arguments."""
         return {key: from_value(value) for key, value in (await self.get_state(*keys)).items()}
 
     async def ask(self, question: str, schema: Mapping[str, Any] | None = None) -> v1.InputResponse:
-        """Asks the user, and returns the answer once somebody has given it, which may take days. It is text, or with a
+        """Asks the user, and returns the answer when it is given, which may take days. It is text, or with a
         JSON Schema of an object JSON text that fits it. A call asks one question after the other.
 
-        The decision is DECISION_ANSWER with `answer`; DECISION_DENY with a `reason`; DECISION_CANCEL when nobody chose
-        in time or somebody dismissed the question; or unspecified when it was withdrawn, because the call or the run
-        stops. The call's time-out does not count meanwhile. When the process is lost, the call and its question are.
-
-        Raises NotecaseError TOOL_ERROR for a question that is too large or one too many, or a schema that is none: what
-        a tool does not catch is its failure."""
+        The decision is DECISION_ANSWER with `answer`; DECISION_DENY with a `reason`; DECISION_CANCEL when the time for
+        an answer passed or a user dismissed the question; or unspecified when it was withdrawn, because the call or the
+        run stops. The call's time-out is paused meanwhile. When the process is lost, the call and its question are
+        lost, too. Raises NotecaseError TOOL_ERROR for a question that is too large or one too many, or an invalid
+        schema; a tool that does not catch it fails."""
         return await self.pose(question, "" if schema is None else json.dumps(schema, ensure_ascii=False))
 
     def put(self, key: str, value: Plain) -> None:
@@ -78,7 +76,7 @@ class Outcome(NamedTuple):
 
 
 class Function(NamedTuple):
-    """One tool, as the model is told of it, and what implements it."""
+    """One tool, as the model gets it, and its implementation."""
 
     name: str
     description: str
@@ -126,10 +124,10 @@ class Toolbox(Protocol):
         ...
 
     async def call(self, binding: v1.ToolBinding, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
-        """Calls what a tool was bound to, with the arguments as decoded JSON. Cancelling it cancels the tool.
-
-        Raises NotecaseError TOOL_ERROR when the function or MCP server is not there any more. What else it raises is a
-        defect of the tool: it is logged, and the model is told only that the tool failed."""
+        """Calls the function or MCP tool that a call was bound to, with the arguments as decoded JSON. Cancelling it
+        cancels the tool. Raises NotecaseError TOOL_ERROR when the function or MCP server does not exist any more. Any
+        other exception is a defect of the tool: it is logged, and the model gets only the information that the tool
+        failed."""
         ...
 
     async def close(self) -> None:

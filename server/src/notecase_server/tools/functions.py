@@ -1,4 +1,4 @@
-"""Python functions as tools: what an operator writes, and how the model's arguments become a call of it.
+"""Python functions as tools: how an operator writes them, and how the model's arguments become a call.
 
 A module of tools is named in the server's settings, or by an entry point of the group `notecase.tools`:
 
@@ -141,7 +141,7 @@ class PythonTool:
         self.parameters = dump(self._arguments.schema)
 
     def offered(self, name: str, description: str, parameters: str) -> Function:
-        """Returns the tool as it is declared to the model. Empty arguments stand for the tool's own values."""
+        """Returns the tool as it is declared to the model. Empty arguments mean the tool's own values."""
         implementation = v1.ToolBinding(function=self.name)
         return Function(
             name or self.name, description or self.description, parameters or self.parameters, implementation

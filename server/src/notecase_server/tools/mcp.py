@@ -1,7 +1,8 @@
-"""The tools of an MCP server: one connection to each, opened when it is first wanted and again when it was lost.
+"""Calls the tools of MCP servers, over one connection to each, which is opened when it is first needed and again when
+it was lost.
 
-A call that the loss of a connection cuts is an error for the model, because nobody knows whether it took effect; it is
-never repeated here. The next call finds a new connection.
+A call that is cut by the loss of a connection is an error for the model, because its effect is not known; it is never
+repeated here. The next call opens a new connection.
 """
 
 import asyncio
@@ -37,11 +38,11 @@ from notecase_server.tools.mcp_answers import (
     Bounded,
     Mended,
     mend_content,
-    tells_of_lost_session,
+    reports_lost_session,
 )
 from notecase_server.tools.mcp_pipes import program
 from notecase_server.tools.mcp_questions import Questions
-from notecase_server.tools.mcp_settings import McpServerSettings
+from notecase_server.tools.mcp_settings import McpServerSettings, program_problem
 from notecase_server.tools.outcome import failed, succeeded
 
 log = structlog.get_logger()
@@ -50,8 +51,8 @@ log = structlog.get_logger()
 logging.getLogger("mcp").setLevel(logging.CRITICAL + 1)
 
 LIST_SECONDS = 60.0
-"""How long a list of tools is trusted. A server may tell of changes, but not every one does, and a notice can be lost
-with its stream; a minute is soon enough for a tool that came, and calling one that went is an error like any other."""
+"""How long a list of tools is used. A server may announce changes, but not every one does, and a notice can be lost
+with its stream. A minute is soon enough for a new tool, and calling a removed one is an ordinary error."""
 
 BROKEN = (TimeoutError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 """What the library's streams raise when the transport goes away beneath them."""
@@ -78,7 +79,7 @@ REDIRECTED = "Redirect to "
 SESSION = "mcp-session-id"
 
 UNUSED = frozenset({"outputSchema", "annotations", "title", "icons"})
-"""Members of a tool that nobody is shown."""
+"""Members of a tool that are not used."""
 
 GONE = frozenset({httpx2.codes.NOT_FOUND, httpx2.codes.GONE})
 """The answers of a server that does not know the session of a request."""
@@ -102,7 +103,7 @@ class McpServer:
     async def functions(self, prefix: str, only: Sequence[str]) -> list[Function]:
         """Its tools, or those named in `only`, in the server's order, under names that a model's API takes. Raises
         NotecaseError TOOL_ERROR when the server cannot be reached or has too many, and Incomplete with the others when
-        it does not have one of them, or has one whose name nobody could record."""
+        it does not have one of them, or has one whose name cannot be recorded."""
         tools, wanted = await self._tools(), set(only)
         chosen = [tool for tool in tools if not wanted or tool.name in wanted]
         if len(chosen) > naming.MOST:
@@ -197,8 +198,8 @@ class McpServer:
             return failed(f"The MCP server {self._name!r} gave content that cannot be read.")
 
     async def _ask_again(self, connection: "_Connection") -> None:
-        """Asks for the list of tools, which ends the connection if its session is lost. If the tool meant something of
-        its own, the connection stays, with all other calls."""
+        """Requests the list of tools, which ends the connection if its session is lost. If the tool's error meant
+        something else, the connection stays, with all other calls."""
         connection.forget_tools()
         with suppress(errors.NotecaseError):
             await self._listed_by(connection)
@@ -234,8 +235,8 @@ class McpServer:
 
 
 class _Connection:
-    """One connection and its end. The library's scopes are entered and left by one task, `own`; whoever else has a part
-    in it asks that task to end."""
+    """One connection and its end. The library's scopes are entered and left by one task, `own`; other code asks that
+    task to end."""
 
     client: Client
     """Once settled, if not over."""
@@ -272,7 +273,7 @@ class _Connection:
         self.settled.set()
 
     async def own(self) -> None:
-        """Opens the connection and holds it to its end. Raises nothing: who waits is told by `over`."""
+        """Opens the connection and holds it to its end. Raises nothing: waiting calls check `over`."""
         opened, wrong = False, set[str]()
         try:
             with self._scope:
@@ -293,10 +294,12 @@ class _Connection:
         if opened:
             log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
             return
-        known: dict[str, int] = {}
+        known: dict[str, int | str] = {}
         if self._output_ended:
             wrong.add("OutputEnded")
             known = {} if self._exit_code is None else {"exit_code": self._exit_code}
+        elif problem := program_problem(self._settings):
+            known = {"problem": problem}
         log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}), **known)
 
     async def _opened(self, stack: AsyncExitStack) -> Client:
@@ -353,7 +356,7 @@ class _Connection:
         try:
             return await self.client.list_tools(cursor=cursor)
         except MCPError as error:
-            if self._has_session and tells_of_lost_session(error.error):
+            if self._has_session and reports_lost_session(error.error):
                 self._session_gone()
             raise
 
@@ -364,9 +367,9 @@ class _Connection:
 
     def may_have_lost_session(self, error: MCPError) -> bool:
         """Returns whether the error of a call can mean that the server does not know the session. It can also mean a
-        session or a client of the tool's own, of which the connection knows nothing."""
+        session or a client within the tool, which the connection does not know."""
         doubted, self._doubted = self._doubted, False
-        return not self.over and self._has_session and (doubted or tells_of_lost_session(error.error))
+        return not self.over and self._has_session and (doubted or reports_lost_session(error.error))
 
     async def _heard(self, message: object) -> None:
         if isinstance(message, types.ToolListChangedNotification):
@@ -374,7 +377,7 @@ class _Connection:
             self._changed()
 
     async def _subscribe(self, stack: AsyncExitStack) -> Subscription | None:
-        """Asks to be told of changes, where the protocol wants that: the notices come to `_heard`."""
+        """Subscribes to changes if the protocol requires that: the notices come to `_heard`."""
         capability = self.client.server_capabilities.tools
         if self.client.protocol_version not in MODERN_PROTOCOL_VERSIONS or not (capability and capability.list_changed):
             return None
@@ -385,8 +388,8 @@ class _Connection:
             return None
 
     async def _hold(self, changes: Subscription | None) -> None:
-        """Waits for the end. The stream of changes is read, lest it fill up; without it a list is fresh for its minute
-        only."""
+        """Waits for the end. The stream of changes is read so that it does not fill up; without it a list is used for a
+        minute."""
         try:
             if changes is not None:
                 with suppress(SubscriptionLost):
@@ -394,7 +397,7 @@ class _Connection:
                         pass
             await anyio.sleep_forever()
         finally:
-            # Before the transport is closed, which takes its time: nobody is to begin a call meanwhile.
+            # Before the transport is closed, which takes time: no call may begin meanwhile.
             self._done = True
 
     @asynccontextmanager
@@ -461,8 +464,9 @@ class _Connection:
 
     async def _answered(self, response: httpx2.Response) -> None:
         """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
-        the session; some servers say it with another status, in words, as some tools do of something of their own. A
-        server that never had a stream for GET has no such address, and says nothing of a session."""
+        the session; some servers use another status with words, which may also be about something else in a tool. A
+        server that never had a stream for GET answers 404 to it for that reason, which says nothing about the
+        session."""
         kind = response.headers.get("content-type", "").lower()
         body = response.stream = Bounded(response, events=kind.startswith("text/event-stream"))
         asked = _asked(response.request) if response.is_success and kind.startswith("application/json") else None
@@ -495,7 +499,7 @@ class _Connection:
 
 
 class _Watched:
-    """A stream of what the server says, which tells when it ends: nothing else says that an idle process has died.
+    """A stream of the server's output that reports its end: nothing else shows that an idle process has died.
     `mend` is called with each message before the library has it."""
 
     def __init__(self, stream: Any, ended: Callable[[], None], mend: Callable[[object], None]) -> None:
@@ -546,7 +550,7 @@ def _errors_of(settings: McpServerSettings) -> TextIO:
 
 
 def _is_lost(error: MCPError, connection: _Connection) -> bool:
-    """Whether the library says that the answer was lost, and not the server something of its own."""
+    """Whether the library reports that the answer was lost, and not the server another error."""
     return error.code == types.CONNECTION_CLOSED and (connection.over or error.message.startswith(LOST))
 
 

@@ -1,5 +1,4 @@
-"""What one answer of an MCP server may have, whatever way it comes, and how one is read that is not quite as the
-protocol has it."""
+"""Limits the answers of MCP servers over any transport, and reads answers that deviate from the protocol."""
 
 import json
 import re
@@ -18,14 +17,14 @@ MAX_ANSWER = 6 * MAX_RESULT + 2 * MAX_MEDIA
 most, and three of media as four, so no result that is taken is longer."""
 
 Asked = set[int | str | None]
-"""Ids of what a server was asked and has not answered."""
+"""Ids of requests that a server has not answered."""
 
 HALF = re.compile("[\ud800-\udfff]")
 """Half of a surrogate pair."""
 
 MAX_OBJECTS = 10_000
-"""Objects in one answer: the library makes each into one of its own before anybody can look at them, and 500,000 small
-ones take a gigabyte."""
+"""Objects in one answer: the library converts all of them before our code sees any, and 500,000 small ones take a
+gigabyte."""
 
 
 def fits(size: int, objects: int) -> bool:
@@ -35,7 +34,7 @@ def fits(size: int, objects: int) -> bool:
 
 class Bounded(httpx2.AsyncByteStream):
     """The body of an answer up to what one may have: MAX_ANSWER bytes and MAX_OBJECTS objects; of a stream of events,
-    each event. A packed one is refused, since a megabyte may unpack to a gigabyte and was not asked for."""
+    each event. A compressed one is refused, since a megabyte may expand to a gigabyte, and none was requested."""
 
     def __init__(self, response: httpx2.Response, *, events: bool) -> None:
         self._stream = cast("httpx2.AsyncByteStream", response.stream)
@@ -82,14 +81,14 @@ LOST_SESSION = re.compile(
     r"|\bsession\b[^.]{0,40}\b(not found|not exist|invalid|unknown|expired|terminated)"
     r"|\bnot (been )?initiali[sz]ed|^invalid request\.?$"
 )
-"""What servers say of a session that they do not know. Each request that is sent is valid, so that one that a server
-finds invalid names such a session."""
+"""Words of servers about an unknown session. Every request is valid, so a server that finds one invalid does not know
+its session."""
 
 _OF_PROTOCOL = frozenset({types.INVALID_REQUEST, -32000, -32001})
-"""Codes of errors that are about the connection, and not about a call's arguments or what the call came to."""
+"""Codes of errors that are about the connection, and not about a call's arguments or result."""
 
 
-def tells_of_lost_session(error: types.ErrorData) -> bool:
+def reports_lost_session(error: types.ErrorData) -> bool:
     """Returns whether an error says that the server does not know the session that a request named."""
     return error.code in _OF_PROTOCOL and LOST_SESSION.search(error.message) is not None
 

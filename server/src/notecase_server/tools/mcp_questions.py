@@ -1,9 +1,9 @@
-"""What the tools of an MCP server ask their user (elicitation), and which of the calls under way asks it.
+"""Passes on questions of MCP tools to their user (elicitation), and finds the call that asks.
 
-Where a question comes as part of its call's exchange (over HTTP, or as an answer that wants input), the call's own
-context says whose it is. Over a process's pipes nothing of the protocol does, but a server that hands on the trace of a
-request (`traceparent`) names it. Otherwise the question can only be told apart from those of other users while all
-calls of the connection belong to one run.
+If a question comes within its call's exchange (over HTTP, or as an answer that needs input), the call's context
+identifies it. Over a process's pipes the protocol does not identify it, but a server that passes on the trace of a
+request (`traceparent`) does. Otherwise a question is accepted only while all calls of the connection belong to one run,
+since it might be another user's.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ class Questions:
 
     @contextmanager
     def of(self, context: CallContext, clock: Clock) -> Iterator[Call]:
-        """Lets a call ask while it is made in here; `clock` stands still meanwhile."""
+        """Lets a call ask questions within the block; `clock` is paused while it asks."""
 
         async def ask(question: str, schema: str) -> v1.InputResponse:
             with clock.paused():
@@ -123,7 +123,7 @@ class Questions:
 
 
 def _without_nulls(schema: Any) -> Any:
-    """Returns a schema without the keywords that are null, as servers in Go write what is empty in them."""
+    """Returns a schema without the keywords that are null, as servers in Go write empty ones."""
     if not isinstance(schema, dict):
         return schema
     return {name: value for name, value in schema.items() if value is not None or name in {"default", "const", "type"}}

@@ -1,7 +1,6 @@
-"""The names by which a model calls tools. MCP servers name theirs freely, a model's API takes few names: what it does
-not take is changed, and kept apart by a digest where the change would make two names one.
-
-What a call was bound to is recorded with it, so nothing needs to find a tool by such a name again.
+"""The names by which a model calls tools. MCP servers use any names, and a model's API accepts few: other names are
+changed, with a digest if the change would make two names equal. The tool of a call is recorded with it, so no tool has
+to be found by such a name again.
 """
 
 import hashlib
@@ -18,7 +17,8 @@ OWN_LENGTH = 256
 """Characters of a server's own name of a tool, which every call of it carries: more than anybody would write."""
 
 MOST = 1000
-"""Tools of one run, more than any model takes: each takes some 10 microseconds, while nobody else is served."""
+"""Tools of one run, more than any model accepts: each takes some 10 microseconds, during which no other call is
+served."""
 
 _DIGEST = 8
 """Hexadecimal digits that keep names apart: few tokens, and enough for the tools of one agent."""
@@ -45,6 +45,5 @@ def _apart(name: str, given: str) -> str:
 
 
 def declared(tool: v1.Tool) -> list[str]:
-    """Returns the names that a declaration yields, as far as it says them: those of an MCP server's tools only where it
-    lists them."""
+    """Returns the names that a declaration contains: those of an MCP server's tools only if it lists them."""
     return offered(tool.name, list(dict.fromkeys(tool.mcp.tools))) if tool.HasField("mcp") else [tool.name]

@@ -1,4 +1,4 @@
-"""What a tool gave back, as it may enter the log: of bounded size, whatever the tool."""
+"""Converts a tool's result for the log, with the same size limits for every tool."""
 
 from collections.abc import Sequence
 

@@ -33,7 +33,7 @@ ASK_USER_PARAMETERS = json.dumps(
 
 def make_toolbox(modules: Sequence[str], mcp: Mapping[str, McpServerSettings]) -> Toolbox:
     """The functions of these modules and of every installed entry point of ENTRY_POINTS, and these MCP servers by name.
-    Nothing is connected before it is asked for. Raises ToolSettingsError."""
+    Connections are made when they are first needed. Raises ToolSettingsError."""
     functions: dict[str, PythonTool] = {}
     servers: dict[str, McpServer] = {}
     entries = entry_points(group=ENTRY_POINTS)

@@ -1,2 +1,2 @@
-"""What reads an answer of a provider that speaks Chat Completions: its framing, its documents, its calls, its usage and
-its errors, and the tables of facts that say what they mean."""
+"""Reads answers in the format of Chat Completions: framing, documents, calls, usage and errors, with tables of their
+meanings."""

@@ -1,4 +1,4 @@
-"""Tells the tool calls of one reply apart, and puts each one's arguments together."""
+"""Distinguishes the tool calls of one reply, and joins the arguments of each."""
 
 import msgspec
 
@@ -19,7 +19,7 @@ MAX_NAME = 256
 
 
 class _OpenCall:
-    """One tool call of the reply, as far as it has come."""
+    """The received part of one tool call of the reply."""
 
     __slots__ = ("arguments", "doubtful", "given", "held", "held_size", "id", "key", "name", "size")
 
@@ -135,7 +135,7 @@ class Calls:
         """The call that the piece goes on with; None when it begins another."""
         call_id = _id(piece)
         if piece.index is not None:
-            call = self._by_index.get(str(piece.index)) or self._numbered_anew(call_id, name, arguments)
+            call = self._by_index.get(str(piece.index)) or self._renumbered(call_id, name, arguments)
         elif call_id is not None and call_id in self._by_id:
             return self._by_id[call_id]
         else:
@@ -157,7 +157,7 @@ class Calls:
             before = self._calls[-1] if self._calls else None
         return before is not None and before.name == name
 
-    def _numbered_anew(self, call_id: Label, name: str, arguments: str) -> _OpenCall | None:
+    def _renumbered(self, call_id: Label, name: str, arguments: str) -> _OpenCall | None:
         """The call that a piece with a new number goes on with: some servers number the pieces."""
         if not arguments or not self._calls:
             return None

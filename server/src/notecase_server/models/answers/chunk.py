@@ -1,8 +1,8 @@
 """Decodes one document of a Chat Completions answer, whatever types a server gives to its members.
 
 Nearly every chunk has the types that OpenAI documents and is decoded straight into structs. Any other is decoded into
-plain values and read member by member: what has a type that nothing can be made of counts as absent, and only a
-document that is no object is refused.
+plain values and read member by member: a member whose type cannot be converted counts as absent, and only a document
+that is not an object is refused.
 """
 
 import json
@@ -31,7 +31,7 @@ class CallPiece(msgspec.Struct, gc=False):
     extra_content: Any = None
     provider_specific_fields: Any = None
     name: Any = None
-    """Beside the id, where a server leaves out `function`; `arguments` too."""
+    """Next to the id, if a server leaves out `function`; `arguments` too."""
     arguments: Any = None
 
 
@@ -243,7 +243,7 @@ def plain(data: bytes) -> Any:
 
 
 def last_line(text: bytes) -> Any:
-    """Decodes the last line of a text whose first ones were cut; None where that is no JSON either."""
+    """Decodes the last line of a text whose first ones were cut; returns None if it is not JSON either."""
     _, line, rest = text.rpartition(b"\n")
     try:
         return plain(rest) if line else None
@@ -252,7 +252,7 @@ def last_line(text: bytes) -> Any:
 
 
 def loose(value: Any) -> Chunk:
-    """Makes a chunk of a plain value. Raises MODEL_ERROR when it is no object, or has choices that are none."""
+    """Makes a chunk of a plain value. Raises MODEL_ERROR when it or one of its choices is not an object."""
     if not isinstance(value, dict):
         raise malformed()
     choices = value.get("choices")
@@ -316,12 +316,12 @@ _OF_CALLS = ("index", "id", "name", "arguments", "extra_content", "provider_spec
 
 
 def flat(piece: CallPiece) -> CallPiece:
-    """Makes a piece whose function's members stand beside its id like any other."""
+    """Makes a piece in the usual form if its function's members are next to its id."""
     return call_piece({name: getattr(piece, name) for name in _OF_CALLS})
 
 
 def call_piece(value: Json, index: Label = None) -> CallPiece:
-    """Makes a piece of a call of an object: its function's members may stand beside its id."""
+    """Makes a piece of a call from an object: its function's members may be next to its id."""
     held = value.get("function")
     function = held if isinstance(held, dict) else value
     name, arguments = function.get("name"), function.get("arguments")
@@ -337,7 +337,7 @@ def call_piece(value: Json, index: Label = None) -> CallPiece:
 
 
 def _label(value: Any) -> Label:
-    """Makes a label of a member that only tells things apart; two that look alike are one."""
+    """Makes a label of a member that only identifies something; equal labels mean the same."""
     return value if isinstance(value, str | int | float | bool) else None
 
 

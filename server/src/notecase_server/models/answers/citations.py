@@ -15,7 +15,7 @@ MOST_CHARS = 16 << 10
 
 
 class Citations:
-    """Collects the sources of one reply. Servers tell them once, with each chunk, or again with a whole message."""
+    """Collects the sources of one reply. Servers send them once, with each chunk, or again with a whole message."""
 
     def __init__(self) -> None:
         self._placed: dict[tuple[str, int, int], str] = {}

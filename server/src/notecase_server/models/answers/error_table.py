@@ -1,4 +1,4 @@
-"""What a provider's error means, by its status, its code or its words: tables of facts, one row for each."""
+"""Tables of the meanings of providers' errors, by status, code or words, one row for each."""
 
 import enum
 import re
@@ -28,7 +28,7 @@ class Status(NamedTuple):
 
 class Code(NamedTuple):
     code: str
-    """In lower case without what stands between its parts; with the member that holds it where numbers clash."""
+    """In lower case without separators; with the name of its member if numbers clash."""
     means: Verdict
     source: str
 
@@ -220,7 +220,7 @@ BUSY = re.compile(
     r"|\b(server|service|model|engine|system)[^.!?]{0,30}\b(busy|(is|still|currently) (loading|being loaded))"
     r"|at capacity|繁忙|请稍后(再|重)试"
 )
-"""Words of gateways that tell it with whatever status, such as 400 or 403."""
+"""Words of gateways that report it with any status, such as 400 or 403."""
 
 LIMIT_AND_REQUESTED = re.compile(
     r"(?is)\blimit:? *(?P<limit>[\d,]{1,24}).{0,80}?\brequested:? *(?P<requested>[\d,]{1,24})"

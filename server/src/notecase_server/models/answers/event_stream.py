@@ -14,12 +14,12 @@ MAX_EVENT_BYTES = 16 << 20
 _BOM = b"\xef\xbb\xbf"
 
 BETWEEN = b"\n\ndata: "
-"""What stands between two events of one line each."""
+"""The separator between two events of one line each."""
 
 LAST = b"[DONE]\n\n"
 """How the last event of a reply ends."""
 _NO_TEXT = 2
-"""Events before the last one of a reply that are no text: why it ended, and its usage."""
+"""Events before the last one of a reply that have no text: why it ended, and its usage."""
 
 _JUNK = b" \t\0\xef\xbb\xbf"
 """What some servers write before a line: each write of theirs begins with a mark, or as deep as their code."""
@@ -43,7 +43,8 @@ class EventSplitter:
         self._size = 0
         self._name = ""
         self.stray = b""
-        """The last line that is none of an event: words, or a page, of whoever cut the answer."""
+        """The last line that does not belong to an event: text, or a page, from the proxy or server that cut the
+        answer."""
 
     def feed(self, chunk: bytes) -> list[Event]:
         """Returns the documents that `chunk` completes, in order. Events without data are left out. Raises MODEL_ERROR

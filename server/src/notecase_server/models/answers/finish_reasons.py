@@ -1,4 +1,4 @@
-"""What a provider's word for the end of a reply means: a table of facts, one row for each word."""
+"""A table of the meanings of finish reasons, one row for each word."""
 
 import enum
 import re

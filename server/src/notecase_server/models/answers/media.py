@@ -50,11 +50,11 @@ TYPES = (
     Place(("mime_type",), "gateways"),
     Place(("mimeType",), "gateways that pass on MCP's content"),
 )
-"""Places of the media type, where the image is no data URL, which names it."""
+"""Places of the media type if the image is not a data URL, which would name it."""
 
 
 class Format(NamedTuple):
-    """A kind of content, by how it begins and by what it is called."""
+    """A kind of content, by its first bytes and its names."""
 
     begins: bytes
     media_type: str
@@ -157,7 +157,7 @@ class Audio:
         self._pieces: list[str] = []
         self._size = 0
         self.whole = False
-        """The server has told until when it keeps the audio, which it does behind the last piece."""
+        """The server has sent the expiry of the audio, which comes after the last piece."""
 
     def __bool__(self) -> bool:
         return self._size > 0

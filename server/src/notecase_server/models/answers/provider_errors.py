@@ -1,6 +1,5 @@
-"""Finds a provider's error in whatever shape and place it comes, and makes of it the failure that a run is told.
-
-What the words and codes mean stands in `error_table` and `too_long`; here is only how they are found.
+"""Finds a provider's error in any shape and place, and turns it into the failure of the run. `error_table` and
+`too_long` have the meanings of words and codes; this module only finds them.
 """
 
 import datetime

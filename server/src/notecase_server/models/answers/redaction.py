@@ -1,4 +1,4 @@
-"""Makes a provider's words fit to be told: short, printable, and without what the provider was given as a secret."""
+"""Makes a provider's words safe to show: short, printable, and without the secrets that the provider was given."""
 
 import base64
 import binascii
@@ -12,13 +12,13 @@ TOLD_CHARS = 300
 """Of a provider's message: enough for its sentence, too little for a request that it echoes."""
 
 _SEARCHED_CHARS = 8 << 10
-"""What is looked at for the key before it is cut to what is told."""
+"""Characters that are searched for the key before the text is cut."""
 
 MAX_LINK_CHARS = 2048
 """Of an address: signed ones have some hundreds, and browsers take no more than this of all."""
 
 _LEAST_RUN = 8
-"""Characters of the key in a row that are not told. Fewer tell nothing and are in many words."""
+"""Consecutive characters of the key that are not shown. Fewer reveal nothing and are in many words."""
 
 _LONGEST_RUN = 16
 
@@ -36,7 +36,7 @@ _KNOWN_WORDS = 256
 """Names of models and reasons of ends come again with each reply, so that what they tell is remembered."""
 
 _ROUNDS = 3
-"""How often a text is read anew, for what was quoted and then quoted again."""
+"""How often a text is decoded again, for text that was quoted several times."""
 
 
 class Redactor:

@@ -1,4 +1,4 @@
-"""Mends what is cut within a character: servers cut text between the two halves of a surrogate pair."""
+"""Repairs text that was cut within a character: servers cut between the two halves of a surrogate pair."""
 
 
 def mended(text: str) -> str:

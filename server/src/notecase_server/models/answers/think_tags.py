@@ -42,7 +42,7 @@ class ThinkTags:
         self.begun = False
         """The text proper has begun, so that nothing more need be looked at."""
         self.skipped = 0
-        """Characters that came and are no text."""
+        """Characters that came and are not text."""
 
     def feed(self, piece: str) -> list[Text | Reasoning]:
         """Returns what of the text is certain."""

@@ -1,7 +1,7 @@
-"""How servers say that a request is longer than their model takes: a table of facts, one row for each code or wording.
+"""Recognises how servers say that a request is too long for their model: a table with one row for each code or wording.
 
-Each row has the words of one family of servers. What is not too long although it sounds so stands in its own tables:
-too much output was asked for, one string is too long, or a limit by time is used up.
+Each row has the words of one family of servers. Similar wordings with another meaning have their own tables: too much
+output was requested, one string is too long, or a rate limit is used up.
 """
 
 import re
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Code(NamedTuple):
-    """A code or type of an error, in lower case without what stands between its parts."""
+    """A code or type of an error, in lower case without separators."""
 
     code: str
     source: str
@@ -151,7 +151,7 @@ OTHERS = (
 
 
 class Shares(NamedTuple):
-    """A wording that tells how much was input and how much output was asked for."""
+    """A wording that says how many tokens were input, and how many were requested as output."""
 
     pattern: re.Pattern[str]
     """With groups `limit`, and `input` or `output` or both."""

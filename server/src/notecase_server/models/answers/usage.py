@@ -1,4 +1,4 @@
-"""Reads how many tokens a reply took, wherever a server says so."""
+"""Reads how many tokens a reply used, from any place where a server reports it."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ _MOST = 2**40
 
 
 class Place(NamedTuple):
-    """A place of a count within what a server tells of its usage."""
+    """A place of a count within the usage that a server reports."""
 
     field: str
     """The field of v1.Usage."""
@@ -47,18 +47,19 @@ PLACES = (
 )
 
 MEMBERS = ("usage", "usageMetadata", "usage_metadata", "timings", "details")
-"""The members of a chunk, a choice or `x_groq` that tell it."""
+"""The members of a chunk, a choice or `x_groq` that report it."""
 
 
 class Counts:
-    """The counts of one reply. A later report replaces an earlier one, but what it leaves out, or calls 0, stands."""
+    """The counts of one reply. A later report replaces an earlier one, except counts that it leaves out or gives as
+    0."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
         self.told = False
-        """The last report told something."""
+        """The last report had a count."""
         self.changed = False
-        """A report told something new, since somebody set this to False."""
+        """A report had a new count since this was set to False."""
 
     def take(self, told: Any) -> None:
         """Takes a report in any shape; what is none is left out."""
@@ -73,7 +74,7 @@ class Counts:
                 self.told = True
 
     def take_all(self, value: Any) -> None:
-        """Takes the first report of a whole document that tells something."""
+        """Takes the first report of a whole document that has a count."""
         for report in _reports(value):
             self.told = False
             self.take(report)
