@@ -77,6 +77,19 @@ async def test_calls_are_bounded_for_a_connection_and_for_the_server() -> None:
         await until(lambda: not gate.calls)
 
 
+@pytest.mark.parametrize("method", [GET_STATE, WATCH, UPDATE])
+async def test_a_caller_without_a_credential_is_refused_before_its_request_is_read(method: str) -> None:
+    """Otherwise such callers could fill the server's memory with requests that they never complete."""
+    async with (
+        running(authenticators=(), admin_key="a-key-that-is-as-long-as-it-has-to-be") as served,
+        Deaf(served.address) as deaf,
+    ):
+        with capture_logs() as lines:
+            await deaf.begin(method, b"the beginning of a request")
+            await until(lambda: reasons(lines) == ["UNAUTHENTICATED"])
+        await until(lambda: not served.server.gate.calls)
+
+
 async def test_the_bytes_of_requests_are_bounded_for_a_connection_and_for_the_server() -> None:
     """Large ones wait for their turn, and are held meanwhile. Small ones are taken all the same."""
     async with running(max_request_bytes=4 << 20, max_heavy_reads=1) as served, connection(served) as first:

@@ -74,6 +74,13 @@ class Deaf:
             self._stream += 2
         await self._writer.drain()
 
+    async def begin(self, method: str, beginning: bytes) -> None:
+        """Sends a call whose request has a mebibyte, and only the beginning of that."""
+        self._writer.write(frame(HEADERS, END_HEADERS, self._stream, header_block(method)))
+        self._writer.write(frame(DATA, 0, self._stream, message(bytes(1 << 20))[:5] + beginning))
+        self._stream += 2
+        await self._writer.drain()
+
 
 def _string(text: bytes) -> bytes:
     assert len(text) < 127  # longer ones take more than a byte for their length

@@ -94,6 +94,13 @@ class Decoded:
             raise StopAsyncIteration
         return await self._decode(frame, self._call)
 
+    async def only(self) -> Any:
+        """Returns the message of a call that has one. Raises as a Decoder, and INVALID_FIELD without a message."""
+        async for message in self:
+            self._call.whole = True
+            return message
+        raise errors.invalid([Violation("request", "the call has no message")])
+
 
 async def drain(frames: AsyncIterator[bytes]) -> None:
     """Discards further frames of a caller, up to a limit. Some clients lose the status of a call that ends while they

@@ -103,7 +103,7 @@ class Gate:
 class Call:
     """One open call, and what of it waits for its reader."""
 
-    __slots__ = ("_connection", "_gate", "_peer", "_probe", "_unread", "due", "requested")
+    __slots__ = ("_connection", "_gate", "_peer", "_probe", "_unread", "due", "requested", "whole")
 
     def __init__(self, gate: Gate, peer: str, connection: _Connection, probe: bool) -> None:
         self.due = math.inf
@@ -115,6 +115,8 @@ class Call:
         self._unread = 0
         self.requested = 0
         """Bytes of the request that is under way, of the newest one in a stream."""
+        self.whole = False
+        """Nothing more of its request is to come."""
         self._count(1)
 
     def _count(self, more: int) -> None:

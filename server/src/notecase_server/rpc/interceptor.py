@@ -221,7 +221,7 @@ class Endpoint(ABC):
 
     make: ClassVar[Callable[..., Any]]
     """grpc's handler for this shape of call."""
-    drains: ClassVar[bool] = False
+    drains: ClassVar[bool] = True
     """What the caller of a call that was refused still sends is read and let go of."""
 
     def __init__(self, door: Doorway, method: str, handler: Any) -> None:
@@ -254,9 +254,8 @@ class Endpoint(ABC):
             else:
                 log.error("rpc_crashed", exc_info=why)
                 why = errors.internal(caller.get().request_id)
-            # The status may wait for its reader, and would keep what the failed functions hold, such as a frame.
-            error.__traceback__ = error.__context__ = error.__cause__ = None
-            if self.drains and why is error and one is not None:
+            error.__traceback__ = error.__context__ = error.__cause__ = None  # the status may wait, and hold frames
+            if self.drains and why is error and one is not None and not one.call.whole:
                 await drain(request)
             await self._refuse(context, why)
         finally:
@@ -303,30 +302,31 @@ class Streaming(Endpoint):
 
 
 class UnaryUnary(Single):
-    make = grpc.unary_unary_rpc_method_handler
+    make = grpc.stream_unary_rpc_method_handler
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.unary_unary(await self._decode(request, call), context), call)
+        message = await Decoded(self._decode, context, call).only()
+        return await self._respond(self._wrapped.unary_unary(message, context), call)
 
 
 class StreamUnary(Single):
     make = grpc.stream_unary_rpc_method_handler
-    drains = True
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
         return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, context, call), context), call)
 
 
 class UnaryStream(Streaming):
-    make = grpc.unary_stream_rpc_method_handler
+    make = grpc.stream_stream_rpc_method_handler
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> None:
-        outlet, message = self._outlet(context, call), await self._decode(request, call)
+        outlet, message = self._outlet(context, call), await Decoded(self._decode, context, call).only()
         await outlet.sent(self._wrapped.unary_stream(message, outlet))
 
 
 class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
+    drains = False
 
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
         outlet = self._outlet(context, call)

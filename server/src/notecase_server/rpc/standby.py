@@ -16,7 +16,7 @@ from notecase_server.rpc.peers import Peers
 from notecase_server.rpc.server import SERVICES, options
 
 CALLS = 100
-UNREAD_BYTES = 1 << 20
+UNREAD_BYTES = REQUEST_BYTES = 1 << 20
 """Limits of a server that answers only health checks."""
 
 STALL_SECONDS = 1.0
@@ -50,7 +50,7 @@ def _never(frames: Any, context: Any) -> NoReturn:
 
 async def build_standby(peers: Peers, new_id: Callable[[], str]) -> grpc.aio.Server:
     """Makes the server, without a port yet."""
-    doorway = _Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, peers))
+    doorway = _Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, REQUEST_BYTES, peers))
     server = grpc.aio.server(interceptors=[doorway], options=options(CALLS, CALLS))
     health = Health([f"notecase.v1.{name}" for name in SERVICES])
     await health.add_to(server)
