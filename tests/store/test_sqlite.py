@@ -33,9 +33,10 @@ from notecase_server.store.contract import (
     StepKey,
     StoreOpenError,
 )
-from notecase_server.store.sqlite import CHECKPOINT_WRITES, SqliteStore
+from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_schema import SCHEMA
 from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.sqlite_writer import CHECKPOINT_WRITES
 from notecase_server.store.tables import Tables
 from structlog.testing import capture_logs
 
@@ -665,10 +666,10 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
     writer, tell = store._connections.writer, store._tell
     assert (0,) == writer.execute("PRAGMA wal_autocheckpoint").fetchone()
 
-    def told(outcomes: Any) -> None:
+    def told(*settled: Any) -> None:
         if threading.current_thread().name == "store-writer":
             seen.append("told")
-        tell(outcomes)
+        tell(*settled)
 
     store._tell = told  # type: ignore[method-assign]
     await create(store)
