@@ -58,7 +58,7 @@ ROOMS: dict[str, Room] = {
         {"errors", "names", "store.answers", "store.bindings", "store.contract", "store.fold"},
         "What stores share knows none of them.",
     ),
-    "store.memory": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
+    "store.memory": Room({"errors", "store", "store.contract", "store.sqlite"}, "It is a SQLite store without a file."),
     "store.sqlite": Room(
         {"errors", "store", "store.contract", "store.earlier", "store.fold", "supervisor"}, "A store leans on no other."
     ),
@@ -312,8 +312,8 @@ def test_lines_live_where_they_belong() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "named"),
     [
-        ("store.memory", "from notecase_server.store import sqlite_tables", "store.sqlite"),
-        ("store.memory", "from .sqlite import SqliteStore", "store.sqlite"),
+        ("store.postgres", "from notecase_server.store import sqlite_tables", "store.sqlite"),
+        ("store.postgres", "from .sqlite import SqliteStore", "store.sqlite"),
         ("store.tables", "import notecase_server.store.memory as other", "store.memory"),
         ("models.offline", "from notecase_server.models.openai import OpenAIProvider", "models.openai"),
         ("engine.turn", "from ..rpc import watch", "rpc"),
