@@ -33,11 +33,11 @@ from notecase_server.store.contract import (
     StepKey,
     StoreOpenError,
 )
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_schema import SCHEMA
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.sqlite_writer import CHECKPOINT_WRITES
-from notecase_server.store.tables import Tables
 from structlog.testing import capture_logs
 
 from tests.store.build import (

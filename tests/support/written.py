@@ -7,8 +7,8 @@ assert max(each.rows for each in seen) < 1000
 
 from typing import Any, NamedTuple
 
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.tables import Tables
 
 BYTES = {"body", "response", "data"}
 """The columns that may be large."""

@@ -1,4 +1,4 @@
-"""Content beside the log, on whatever Tables: uploads, blobs, and what refers to them.
+"""Content beside the log, uploads, blobs, and what refers to them.
 
 As in `steps`, a step writes only when nothing can be refused any more.
 """
@@ -13,7 +13,8 @@ from notecase_server.store.contract import CHUNK_BYTES, Page, Query, Quotas, Sco
 from notecase_server.store.fold import PREFIX, references
 from notecase_server.store.lists import take
 from notecase_server.store.quotas import require_content, require_upload
-from notecase_server.store.tables import BlobRow, Tables, UploadRow
+from notecase_server.store.sql_tables import Tables
+from notecase_server.store.tables import BlobRow, UploadRow
 
 M = TypeVar("M", v1.Event, v1.StateOp)
 

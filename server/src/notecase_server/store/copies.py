@@ -33,8 +33,9 @@ from notecase_server.store.contract import (
     SessionKey,
 )
 from notecase_server.store.quotas import require_record, require_session
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.steps import FIRST_EPOCH, event_rows, existing, recall, remember, require_free
-from notecase_server.store.tables import Batch, Piece, SessionRow, Tables
+from notecase_server.store.tables import Batch, Piece, SessionRow
 
 COPY_ROWS, COPY_BYTES = 500, 1 << 20
 """Rows of a copy that one transaction writes, and their bytes: few enough that commits wait for some milliseconds

@@ -17,8 +17,9 @@ from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
 from notecase_server.store.contract import ANSWER_BYTES, LAST_SECOND, Restore, SessionKey
 from notecase_server.store.copies import Row
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.steps import event_row, load, stretches_of
-from notecase_server.store.tables import Batch, EventRow, Tables
+from notecase_server.store.tables import Batch, EventRow
 
 ARRIVED = b"imported"
 """In place of the digest of a run's start, which is not in the log: no start is a repeat of such a run's."""

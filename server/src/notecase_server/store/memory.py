@@ -8,10 +8,10 @@ from typing import TypeVar
 from notecase_server import errors
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite_file import in_memory
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.sqlite_writer import Writer
-from notecase_server.store.tables import Tables
 
 T = TypeVar("T")
 

@@ -36,7 +36,7 @@ from notecase_server.store.postgres_wire import (
     sqlstate,
     uncancelled,
 )
-from notecase_server.store.tables import Tables
+from notecase_server.store.sql_tables import Tables
 from notecase_server.supervisor import Tasks
 
 __all__ = ["PostgresStore"]

@@ -2,8 +2,8 @@
 
 from notecase import v1
 
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.steps import copied
-from notecase_server.store.tables import Tables
 
 
 def know(tables: Tables, now: int, tenant: str, principal: v1.Principal) -> v1.Principal:

@@ -22,11 +22,11 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed, SessionKey
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite_file import Connections, connect
 from notecase_server.store.sqlite_starts import Starts
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.sqlite_writer import Outcome, Writer, checkpointed, told
-from notecase_server.store.tables import Tables
 from notecase_server.supervisor import Tasks
 
 __all__ = ["SqliteStore"]

@@ -36,10 +36,10 @@ from notecase_server.store.sql import (
     session_row,
 )
 from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, TenantRows, copies
-from notecase_server.store.sql_tables import SqlTables, agent_body
+from notecase_server.store.sql_tables import Tables, agent_body
 from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Changes, EventRow, Kept, SessionRow, save_states
+from notecase_server.store.tables import Applied, Changes, EventRow, Kept, SessionRow
 
 Bound = str | int | bytes | None
 
@@ -161,7 +161,7 @@ def _hex(text: str) -> str:
     return text.encode().hex()
 
 
-class SqliteTables(SqlTables):
+class SqliteTables(Tables):
     """Rows as one connection sees them; used inside a transaction that the caller begins and ends. A caller that rolls
     one back calls `forget`."""
 
@@ -238,7 +238,14 @@ class SqliteTables(SqlTables):
             runs[run.name] = self._add_run(key, run, record.digest, None if ended else record.agent)
         for run, moved in changes.changed_runs:
             runs[run.name] = self._put_run(key, run, moved, ended=run.name in changes.ended)
-        save_states(self, changes)
+        for name, deaths in changes.deaths.items():
+            self.put_record(key, name, deaths, released=False)
+        for scope, version in changes.versions.items():
+            self.put_version(scope, version)
+        for scope, name, entry in changes.entries:
+            self.put_entry(scope, name, entry)
+        for sha256, sequence in changes.references.items():
+            self.refer(key.state, "", sha256, sequence)
         for name in changes.ended:
             del runs[name]
         body = head[-1]

@@ -12,9 +12,9 @@ from google.protobuf.message import DecodeError
 from notecase_server import errors
 from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import Clock, Quotas
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite_file import BUSY_SECONDS
 from notecase_server.store.sqlite_tables import SqliteTables
-from notecase_server.store.tables import Tables
 
 log = structlog.get_logger()
 

@@ -1,7 +1,7 @@
-"""What each write and each composed read means, on whatever Tables: the same steps for every store.
+"""What each write and each composed read means: the same steps for every store.
 
-A step first reads and decides, and writes only when nothing can be refused any more; so a step that raises has written
-nothing, in a store that cannot undo as in one that can.
+A step first reads and decides, and writes only when nothing can be refused any more; so a step that is refused has
+written nothing, and the others of its transaction are kept.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -42,13 +42,11 @@ from notecase_server.store.quotas import (
     require_record,
     require_session,
 )
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.stretches import Stretch, last_of, left_behind
-from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
+from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow
 
 M = TypeVar("M", bound=Message)
-
-_ALL = 1 << 40
-"""More rows than any session has."""
 
 REPLIES = 50
 """Runs whose replies are read at one go: a page may end before it has them all."""
