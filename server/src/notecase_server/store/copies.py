@@ -122,18 +122,10 @@ def whole(tables: Tables, fork: Fork) -> Whole:
 def put_right(key: SessionKey, then: Past) -> Iterator[Row]:
     """Yields the rows that may not have been copied as they were."""
     for message in then.messages:
-        yield message.ByteSize(), partial(_set_message, key=key, message=message)
+        yield message.ByteSize(), methodcaller("put_message", key, message)
     for name, entry in then.entries.items():
         size = entry.ByteSize() if entry is not None else 0
         yield size, methodcaller("put_entry", key.state, name, entry)
-
-
-def _set_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
-    there = tables.message(key, message.name) is not None
-    if there:
-        tables.put_message(key, message)
-    else:
-        tables.add_messages(key, [message])
 
 
 def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quotas) -> Committed:

@@ -329,9 +329,6 @@ class PostgresTables(Tables):
         )
         return {(uid, unescaped(name)): message_row(*found) for uid, name, *found in rows}
 
-    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
-        self._put_messages(key, [message for message in messages if message.update_sequence != message.sequence])
-
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._put_messages(key, [message])
 

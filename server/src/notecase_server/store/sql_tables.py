@@ -101,11 +101,8 @@ class Tables(Sql):
         """Those that exist of messages of many sessions, by the session's uid and the message's id, at one go."""
 
     @abstractmethod
-    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
-        """Of messages whose events are added in the same transaction."""
-
-    @abstractmethod
-    def put_message(self, key: SessionKey, message: v1.Message) -> None: ...
+    def put_message(self, key: SessionKey, message: v1.Message) -> None:
+        """Of one that is another than its event added."""
 
     @abstractmethod
     def messages(

@@ -226,8 +226,9 @@ class SqliteTables(Tables):
             self.add_command(key, *changes.command)
         if changes.stretches:
             self.add_stretches(key, changes.stretches)
-        if changes.messages:
-            self.add_messages(key, changes.messages)
+        for message in changes.messages:
+            if message.update_sequence != message.sequence:
+                self.put_message(key, message)
         if changes.calls:
             self.put_calls(key, changes.calls)
         for message in changes.changed_messages:
@@ -382,11 +383,6 @@ class SqliteTables(Tables):
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
         rows = self._execute(NAMED_MESSAGES, (json.dumps(names), tenant))
         return {(uid, name): message_row(*found) for uid, name, *found in rows}
-
-    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
-        for message in messages:
-            if message.update_sequence != message.sequence:
-                self.put_message(key, message)
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
