@@ -12,7 +12,6 @@ import structlog
 from google.protobuf.message import DecodeError
 from notecase import v1
 
-from notecase_server.store import sql_pieces
 from notecase_server.store.contract import (
     AGENT_COLUMNS,
     SESSION_COLUMNS,
@@ -24,12 +23,12 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.lists import Found, column
-from notecase_server.store.sql import KEPT, REWIND, Sql, marks, message_row, of, session_row
+from notecase_server.store.sql import KEPT, REWIND, marks, message_row, of, session_row
 from notecase_server.store.sql_content import SqlContent
 from notecase_server.store.sql_directory import SqlDirectory
-from notecase_server.store.sql_pieces import Copied, Rows, TenantRows
+from notecase_server.store.sql_pieces import Pieces
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Batch, Changes, EventRow, Kept, Piece, Recorded, SessionRow
+from notecase_server.store.tables import Applied, Changes, EventRow, Kept, Recorded, SessionRow
 
 log = structlog.get_logger()
 
@@ -37,7 +36,7 @@ ADD_REQUEST = """INSERT INTO requests (tenant, subject, rpc, request_id, digest,
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)"""
 
 
-class Tables(Sql):
+class Tables(Pieces):
     """Rows within one transaction: those of sessions, states and agents, and in two parts all others.
 
     What a read hands out is a copy; what is missing is None, 0 or nothing. The iterators of lists are lazy, in the
@@ -51,9 +50,6 @@ class Tables(Sql):
     """Has the events, and perhaps rows of sessions behind them."""
     listed: ClassVar[str]
     """Has them with the columns of lists."""
-    session_rows: ClassVar[Sequence[Rows]]
-    tenant_rows: ClassVar[Sequence[TenantRows]]
-    copies: ClassVar[Sequence[Copied]]
     start: ClassVar[str]
     """Selects the bodies of the session of tenant $1 and name $2, and of the agent that $3 names, or if it is NULL the
     session: both as `agents/ID` or `agents/ID@REVISION`."""
@@ -180,10 +176,6 @@ class Tables(Sql):
         May return too large a number if that and `more` are within the quota."""
         return int(self.one(KEPT[kind], tenant, *within)[0])
 
-    def forget_requests(self, before: int, batch: Batch) -> int:
-        """Drops the records made before that time that the batch takes, and returns how many it dropped."""
-        return sql_pieces.forget_requests(self, before, batch)
-
     def command(self, key: SessionKey, command_id: str) -> Applied | None:
         row = self.one(
             "SELECT digest, sequence, run FROM commands WHERE tenant = $1 AND uid = $2 AND command_id = $3",
@@ -241,15 +233,6 @@ class Tables(Sql):
         """Whether rows of deleted sessions, or of copies, may be left."""
         return self.one("SELECT 1 FROM deleted_sessions WHERE tenant = $1 LIMIT 1", tenant) is not None
 
-    def delete_rows(self, scope: Scope, batch: Batch) -> bool:
-        """Removes the rows of a deleted session, or of a user's state, that fit into the batch, and blanks the answers
-        of requests about it; returns whether nothing is left of it."""
-        return sql_pieces.delete_rows(self, self.session_rows, scope, batch)
-
-    def erase_rows(self, tenant: str, batch: Batch) -> None:
-        """Removes the rows of the tenant outside of its sessions that the batch takes, its own row left out."""
-        sql_pieces.erase_rows(self, self.tenant_rows, tenant, batch)
-
     def begin_copy(self, key: SessionKey, user: str) -> None:
         """Records that rows of the session `key` are about to be written although it does not exist: as those that a
         deletion leaves, they are to go unless `bind_copy` comes first. Nothing may ever have had this uid."""
@@ -264,18 +247,6 @@ class Tables(Sql):
         """Adds the session of a copy that was begun, with its name: the rows that were written are now its."""
         self.do("DELETE FROM deleted_sessions WHERE tenant = $1 AND uid = $2", *of(key))
         self.add_session(key, row)
-
-    def rows_to_copy(self, source: SessionKey, at: int, after: Piece, batch: Batch) -> list[Piece]:
-        """The next rows that a fork of `source` at sequence `at` has of it, behind `after`, as many as fit into the
-        batch; empty at the end. Those are what its log refers to by then; its events up to there, and what rewinds had
-        left behind; the messages added and runs ended by then that have not changed since; the calls of messages added
-        by then; and the entries of its state as they are now. The one place that says what of each table a fork
-        has."""
-        return sql_pieces.rows_to_copy(self, self.copies, source, at, after, batch)
-
-    def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
-        """Gives the copy `key` those of the rows that `rows_to_copy` would find still."""
-        sql_pieces.copy_rows(self, self.copies, source, key, at, pieces)
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
         """Of all tenants, sessions whose expire_time is not after `now`; the earliest first."""
