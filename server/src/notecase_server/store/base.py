@@ -105,8 +105,9 @@ class TableStore(ABC):
         return await self._of(scope.tenant, scope.id, step, gone)
 
     async def read_events(self, key: SessionKey, after: int, limit: int = 1000) -> list[v1.Event]:
-        step = partial(steps.events, key=key, after=after, limit=limit)
-        return await self._of(key.tenant, key.uid, step, [])
+        return await self._of(
+            key.tenant, key.uid, lambda tables: take(tables.events(key, after, limit), limit).rows, []
+        )
 
     async def read_past(self, key: SessionKey, at: int) -> Past:
         return await self._read(lambda tables: past.read(tables, key, at))
@@ -146,7 +147,8 @@ class TableStore(ABC):
         return found.session if found else None
 
     async def find_session(self, tenant: str, session: str) -> v1.Session | None:
-        return await self._read(lambda tables: steps.find_session(tables, tenant, session))
+        found = await self._read(lambda tables: tables.session_of_name(tenant, session))
+        return found.session if found else None
 
     async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
         return await self._read(lambda tables: tables.start_of(tenant, session, agent), alone=True)
@@ -269,7 +271,7 @@ class TableStore(ABC):
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
 
     async def list_blobs(self, tenant: str, query: Query) -> Page[v1.Blob]:
-        return await self._read(lambda tables: content.list_blobs(tables, tenant, query))
+        return await self._read(lambda tables: take(tables.content.blobs(tenant, query), query.limit))
 
     async def known_blobs(self, tenant: str, subject: str, user: str, digests: Collection[str]) -> set[str]:
         return await self._read(

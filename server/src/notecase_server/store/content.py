@@ -9,9 +9,8 @@ from typing import TypeVar
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import CHUNK_BYTES, Page, Query, Quotas, Scope
+from notecase_server.store.contract import CHUNK_BYTES, Quotas, Scope
 from notecase_server.store.fold import PREFIX, references
-from notecase_server.store.lists import take
 from notecase_server.store.quotas import require_content, require_upload
 from notecase_server.store.sql_tables import Tables
 from notecase_server.store.tables import BlobRow, UploadRow
@@ -71,12 +70,6 @@ def get_blob(tables: Tables, tenant: str, sha256: str) -> v1.Blob | None:
     """Store.get_blob."""
     row = tables.content.blob(tenant, sha256)
     return None if row is None else v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=row.size)
-
-
-def list_blobs(tables: Tables, tenant: str, query: Query) -> Page[v1.Blob]:
-    """Store.list_blobs."""
-    page = take(tables.content.blobs(tenant, query), query.limit)
-    return Page([v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size) for sha256, size in page.rows], page.next)
 
 
 def touch_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str) -> v1.Blob | None:

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
+from notecase import v1
+
 from notecase_server.store.contract import Query
+from notecase_server.store.fold import PREFIX
 from notecase_server.store.lists import Found
 from notecase_server.store.sql import Sql
 from notecase_server.store.tables import BlobRow, UploadRow
@@ -59,11 +62,11 @@ class SqlContent:
         row = self._sql.one("SELECT content, size FROM blobs WHERE tenant = $1 AND sha256 = $2", tenant, sha256)
         return BlobRow(*row) if row else None
 
-    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
-        """Digests and sizes."""
+    def blobs(self, tenant: str, query: Query) -> Iterator[Found[v1.Blob]]:
+        """Names and sizes."""
         statement = "SELECT sha256, size FROM blobs WHERE tenant = $1 AND sha256 > $2 ORDER BY sha256 LIMIT $3"
         for sha256, size in self._sql.rows(statement, tenant, *(query.after or ("",)), query.limit + 1):
-            yield Found((sha256,), (sha256, size), len(sha256))
+            yield Found((sha256,), v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size), len(sha256))
 
     def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
         """Records that `subject` uploaded it, just now."""

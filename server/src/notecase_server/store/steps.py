@@ -304,12 +304,6 @@ def existing(tables: Tables, key: SessionKey) -> SessionRow:
     return found
 
 
-def find_session(tables: Tables, tenant: str, session: str) -> v1.Session | None:
-    """Store.find_session."""
-    row = tables.session_of_name(tenant, session)
-    return row.session if row else None
-
-
 def require_free(tables: Tables, key: SessionKey) -> None:
     """Raises NotecaseError ALREADY_EXISTS when a session has the name."""
     if tables.named_session(key.tenant, key.session):
@@ -479,11 +473,6 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
         return False
     remember(tables, once, None, now)
     return True
-
-
-def events(tables: Tables, key: SessionKey, after: int, limit: int) -> list[v1.Event]:
-    """Store.read_events."""
-    return take(tables.events(key, after, limit), limit).rows
 
 
 def whole_run(tables: Tables, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
