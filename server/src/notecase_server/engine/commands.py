@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import TypeAlias
 
@@ -288,8 +289,7 @@ def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.Input
     """Says in the audit what of which run is answered, and how. Answers to questions are not in it."""
     if caused.audit is None or request.kind == v1.InputRequest.KIND_QUESTION:
         return caused._replace(audit=None)
-    entry = v1.AuditEntry()
-    entry.CopyFrom(caused.audit.entry)
+    entry = deepcopy(caused.audit.entry)
     entry.resource, entry.input_id = run, response.input_id
     entry.outcome = v1.InputResponse.Decision.Name(response.decision).removeprefix("DECISION_")
     return caused._replace(audit=caused.audit._replace(entry=entry))

@@ -194,9 +194,3 @@ def listed(
         query = pages.query(request, *about, where=where)
     check.done()
     return query
-
-
-def copied(message: M) -> M:
-    made = type(message)()
-    made.CopyFrom(message)
-    return made

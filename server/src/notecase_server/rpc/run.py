@@ -5,6 +5,7 @@ SendCommand and WatchEvents are the same two halves on their own.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import deepcopy
 from typing import TypeAlias
 
 import msgspec
@@ -267,8 +268,7 @@ class Streams:
         try:
             match kind:
                 case "start":
-                    start = v1.StartRun()
-                    start.CopyFrom(claimed(frame.start, who.user))
+                    start = deepcopy(claimed(frame.start, who.user))
                     start.if_session_uid = start.if_session_uid or key.uid
                     started = await self._runs.admission.start(key.tenant, start, caused, who.user)
                     queued = started.run.state == v1.Run.STATE_QUEUED

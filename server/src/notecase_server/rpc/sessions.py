@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -25,7 +26,6 @@ from notecase_server.rpc.desk import (
     Desk,
     caused_by,
     checked,
-    copied,
     listed,
     masked,
     once,
@@ -122,7 +122,7 @@ class SessionsService(v1.SessionServiceServicer):
             check.needs(rights.LABELS, "session.labels")
         check.done()
         expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
-        given = copied(request.session)
+        given = deepcopy(request.session)
         _set_expiration(given, request.session, expiry)
         edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
         repeat = await once(request, SESSION)
@@ -286,7 +286,7 @@ async def _numbered(frames: AsyncIterator[M]) -> AsyncIterator[tuple[int, M]]:
 
 
 def _rendered(row: v1.Session) -> v1.Session:
-    return names.render_session(copied(row))
+    return names.render_session(deepcopy(row))
 
 
 def _session_of(done: Committed) -> v1.Session:

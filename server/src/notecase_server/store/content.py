@@ -4,6 +4,7 @@ As in `steps`, a step writes only when nothing can be refused any more.
 """
 
 from collections.abc import Container, Iterable, Sequence
+from copy import deepcopy
 from typing import TypeVar
 
 from notecase import v1
@@ -29,9 +30,7 @@ def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], lis
     for each in given:
         blobs: dict[str, int] = {}
         if references(each):
-            copied = type(each)()
-            copied.CopyFrom(each)
-            each = copied  # noqa: PLW2901 - the caller's own is not changed
+            each = deepcopy(each)  # noqa: PLW2901 - the caller's own is not changed
             for blob in references(each):
                 sha256 = blob.name.removeprefix(PREFIX)
                 row = tables.content.blob(tenant, sha256)

@@ -5,6 +5,7 @@ that began, and the changes of state from their first.
 """
 
 from collections.abc import Iterator, Set
+from copy import deepcopy
 
 from notecase import v1
 
@@ -132,8 +133,7 @@ def _open(tables: Tables, key: SessionKey, at: int, run: v1.Run, rows: fold.Rows
 
 
 def _then(session: v1.Session, at: int, runs: list[v1.Run], rows: fold.Rows) -> v1.Session:
-    then = v1.Session()
-    then.CopyFrom(session)
+    then = deepcopy(session)
     then.last_sequence = at
     queued = [one for one in session.queued_commands if one.sequence <= at and one.run not in rows.runs]
     queued = sorted([*queued, *rows.session.queued_commands], key=lambda one: one.sequence)

@@ -6,11 +6,12 @@ written nothing, and the others of its transaction are kept.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
+from copy import deepcopy
 from itertools import islice
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from notecase import v1
 
 from notecase_server import errors
@@ -45,8 +46,6 @@ from notecase_server.store.quotas import (
 from notecase_server.store.sql_tables import Tables
 from notecase_server.store.stretches import Stretch, last_of, left_behind
 from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow
-
-M = TypeVar("M", bound=Message)
 
 REPLIES = 50
 """Runs whose replies are read at one go: a page may end before it has them all."""
@@ -273,13 +272,6 @@ def _recall_applied(tables: Tables, key: SessionKey, command: CommandId) -> None
         raise Duplicate(applied.sequence, applied.run)
 
 
-def copied(row: M) -> M:
-    """Returns a copy."""
-    copy = type(row)()
-    copy.CopyFrom(row)
-    return copy
-
-
 def remember(tables: Tables, once: Once | None, result: answers.Result, now: int, of: SessionKey | str = "") -> None:
     """Records a request with its answer. `of` is the session, or the user by name, whose content that holds."""
     if once is not None:
@@ -291,7 +283,7 @@ def remember(tables: Tables, once: Once | None, result: answers.Result, now: int
 def add_audit(tables: Tables, now: int, rows: Sequence[AuditRow]) -> None:
     """Store.add_audit."""
     for row in rows:
-        entry = copied(row.entry)
+        entry = deepcopy(row.entry)
         entry.create_time.FromMicroseconds(now)
         tables.directory.add_audit(row.tenant, entry)
 
@@ -605,7 +597,7 @@ def edit_agent(
 
 def _says_the_same(agent: v1.Agent, newest: v1.Agent) -> bool:
     """Compares two agents by what callers set in them."""
-    given = copied(agent)
+    given = deepcopy(agent)
     given.name, given.revision, given.etag = newest.name, newest.revision, newest.etag
     given.create_time.CopyFrom(newest.create_time)
     given.update_time.CopyFrom(newest.update_time)
@@ -622,8 +614,7 @@ def _add_revision(
     before: v1.Agent | None,
     once: Once | None,
 ) -> v1.Agent:
-    made = v1.Agent()
-    made.CopyFrom(agent)
+    made = deepcopy(agent)
     made.name = f"agents/{agent_id}"
     made.revision = revision
     made.update_time.FromMicroseconds(now)
