@@ -9,7 +9,6 @@ import hashlib
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -253,7 +252,8 @@ class Contents:
         make them too large."""
         made, size = [], 0
         for message in messages:
-            kept = deepcopy(message)
+            kept = v1.Message()
+            kept.CopyFrom(message)
             del kept.parts[:]
             kept.parts.extend(await self.parts(key, message.parts, state))
             size += kept.ByteSize()

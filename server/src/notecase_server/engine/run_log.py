@@ -6,7 +6,6 @@ commit whose answer was lost is asked about before anything is decided again.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from copy import deepcopy
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -59,7 +58,8 @@ class RunLog:
         self.live = live
         self.services = services
         self.agent = active.agent
-        self.run = deepcopy(active.run)
+        self.run = v1.Run()
+        self.run.CopyFrom(active.run)
         self.epoch = active.epoch
         self.deaths = active.deaths
         self.message = message
