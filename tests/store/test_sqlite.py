@@ -666,10 +666,10 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
     writer, tell = store._connections.writer, store._tell
     assert (0,) == writer.execute("PRAGMA wal_autocheckpoint").fetchone()
 
-    def told(*settled: Any) -> None:
+    def told(jobs: Any, outcomes: Any) -> None:
         if threading.current_thread().name == "store-writer":
             seen.append("told")
-        tell(*settled)
+        tell(jobs, outcomes)
 
     store._tell = told  # type: ignore[method-assign]
     await create(store)
