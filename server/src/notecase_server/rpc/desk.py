@@ -12,9 +12,9 @@ from notecase_server import errors, names
 from notecase_server.auth.principal import Role
 from notecase_server.auth.principals import Principals
 from notecase_server.engine.arrivals import Arrivals
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.content import Contents, digest_of
 from notecase_server.engine.places import Places
-from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.sessions import Sessions

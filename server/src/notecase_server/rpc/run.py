@@ -14,8 +14,8 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.engine.admission import Started
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.content import digest_of
-from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
