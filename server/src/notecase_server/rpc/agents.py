@@ -16,7 +16,7 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import MAX_SCHEMA_BYTES, Check
-from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, masked, merge, once
+from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, masked, merge, named, once
 from notecase_server.store.contract import AgentStore, Answer
 
 AGENT_FILTER: Mapping[str, filters.FieldKind] = {
@@ -47,9 +47,7 @@ class Agents(v1.AgentServiceServicer):
         return await self.desk.surely(await once(request, Answer("agent")), Answer("agent"), create)
 
     async def GetAgent(self, request: v1.GetAgentRequest, context: Any) -> v1.Agent:
-        check = Check()
-        agent_id, revision = check.agent("name", request.name)
-        check.done()
+        agent_id, revision = named(request, Check.agent)
         agent = await self.store.get_agent(caller.get().tenant, agent_id, revision)
         if agent is None:
             raise errors.not_found("agent", request.name)

@@ -128,6 +128,15 @@ def checked(request: Any) -> Check:
     return check
 
 
+def named(request: Any, parse: Callable[[Check, str, str], R]) -> R:
+    """Returns the ids in the name of a request that is that name, perhaps with a request_id. `parse` is a method of
+    Check. Raises NotecaseError INVALID_FIELD."""
+    check = checked(request) if "request_id" in request.DESCRIPTOR.fields_by_name else Check()
+    ids = parse(check, "name", request.name)
+    check.done()
+    return ids
+
+
 def named_tenant(check: Check, name: str) -> str:
     """The tenant that is meant, empty for the operators. Only an operator may name another than its own."""
     own = caller.get().tenant

@@ -28,6 +28,7 @@ from notecase_server.rpc.desk import (
     checked,
     listed,
     masked,
+    named,
     once,
 )
 from notecase_server.store.contract import (
@@ -94,9 +95,7 @@ class SessionsService(v1.SessionServiceServicer):
             return _session_of(await self.desk.sessions.commit(commit))
 
     async def GetSession(self, request: v1.GetSessionRequest, context: Any) -> v1.Session:
-        check = Check()
-        session = check.session("name", request.name)
-        check.done()
+        session = named(request, Check.session)
         who = caller.get()
         _, row = await self.desk.sessions.find(who.tenant, session, user=who.user)
         return names.render_session(row)
@@ -134,9 +133,7 @@ class SessionsService(v1.SessionServiceServicer):
         return _rendered(await self.desk.surely(repeat, SESSION, change, audit))
 
     async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
-        check = checked(request)
-        session = check.session("name", request.name)
-        check.done()
+        session = named(request, Check.session)
         repeat = await once(request, NOTHING)
         key = await self.desk.session(session, repeat)
         await self.desk.sessions.delete(key, request.etag, repeat, caller.get().audit(request.name))
@@ -184,9 +181,7 @@ class SessionsService(v1.SessionServiceServicer):
             return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
 
     async def EraseUser(self, request: v1.EraseUserRequest, context: Any) -> v1.EraseUserResponse:
-        check = checked(request)
-        check.user("name", request.name)
-        check.done()
+        named(request, Check.user)
         tenant, audit = caller.get().tenant, caller.get().audit(request.name)
         repeat = await once(request, Answer("erased"))
         record = self.desk.sessions.record(repeat, tenant, Answer("erased"))._replace(audit=audit)
@@ -199,9 +194,7 @@ class SessionsService(v1.SessionServiceServicer):
     async def ExportSession(
         self, request: v1.ExportSessionRequest, context: Any
     ) -> AsyncIterator[v1.ExportSessionResponse]:
-        check = Check()
-        session = check.session("name", request.name)
-        check.done()
+        session = named(request, Check.session)
         key = await self.desk.session(session)
         audit = caller.get().audit(request.name)
         contents = self.desk.contents if request.with_blobs else None
