@@ -10,7 +10,7 @@ from typing import TypeVar
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import CHUNK_BYTES, Quotas, Scope
+from notecase_server.store.contract import CHUNK_BYTES, Scope
 from notecase_server.store.fold import PREFIX, references
 from notecase_server.store.quotas import require_content, require_upload
 from notecase_server.store.sql_tables import Tables
@@ -50,11 +50,12 @@ def refer_entry(tables: Tables, scope: Scope, key: str, entry: v1.StateEntry | N
             tables.refer(scope, key, sha256, 0)
 
 
-def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes, quotas: Quotas) -> None:
+def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes, of_run: bool) -> None:
     """Store.put_blob."""
     row = tables.content.blob(tenant, sha256)
     if row is None:
-        require_content(tables, quotas, tenant)
+        if not of_run:
+            require_content(tables, tenant)
         row = BlobRow(tables.content.new_content(), len(data))
         _add_pieces(tables, row.content, 0, data)
     tables.content.put_blob(tenant, subject, sha256, row, now)
@@ -109,15 +110,13 @@ def _upload(tables: Tables, tenant: str, upload_id: str) -> UploadRow:
     return row
 
 
-def open_upload(
-    tables: Tables, tenant: str, upload_id: str, expire_time: int, quotas: Quotas, size: int = 0
-) -> v1.Upload:
+def open_upload(tables: Tables, tenant: str, upload_id: str, expire_time: int, size: int) -> v1.Upload:
     """Store.open_upload."""
     row = tables.content.upload(tenant, upload_id)
     if row is None:
-        require_upload(tables, quotas, tenant)
+        require_upload(tables, tenant)
     if row is None or (not row.sha256 and size > row.size):
-        require_content(tables, quotas, tenant, size - row.size if row else size)
+        require_content(tables, tenant, size - row.size if row else size)
     if row is None:
         row = UploadRow(tables.content.new_content(), 0, expire_time, "")
     row = row if row.sha256 else row._replace(expire_time=expire_time)
@@ -125,12 +124,12 @@ def open_upload(
     return _told(upload_id, row)
 
 
-def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: bytes, quotas: Quotas) -> None:
+def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
     """Store.add_chunk."""
     row = _upload(tables, tenant, upload_id)
     if row.size != offset or row.sha256:
         raise errors.upload_offset_mismatch(upload_id, row.size)
-    require_content(tables, quotas, tenant)
+    require_content(tables, tenant)
     _add_pieces(tables, row.content, offset, data)
     tables.content.put_upload(tenant, upload_id, row._replace(size=offset + len(data)))
 

@@ -27,7 +27,6 @@ from notecase_server.store.contract import (
     Fork,
     Once,
     Past,
-    Quotas,
     Restore,
     Scope,
     SessionKey,
@@ -87,11 +86,11 @@ class Whole(NamedTuple):
     content_bytes: int
 
 
-def begin_fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> None:
+def begin_fork(tables: Tables, now: int, fork: Fork) -> None:
     """The first transaction of Store.fork."""
     recall(tables, fork.once)
     source = existing(tables, fork.source).session
-    _begin(tables, fork.key, fork.once, source.user, quotas)
+    _begin(tables, fork.key, fork.once, source.user)
     if fork.past.version:
         tables.put_version(fork.key.state, fork.past.version)
 
@@ -128,11 +127,11 @@ def put_right(key: SessionKey, then: Past) -> Iterator[Row]:
         yield size, methodcaller("put_entry", key.state, name, entry)
 
 
-def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quotas) -> Committed:
+def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole) -> Committed:
     """The last transaction of Store.fork."""
     recall(tables, fork.once)
     source = existing(tables, fork.source).session
-    _require_new(tables, fork.key, fork.once, quotas)
+    _require_new(tables, fork.key, fork.once)
     _require_begun(tables, fork.key)
     then, at = whole.past, fork.past.session.last_sequence
     session = fold.new_session(fork.key, fork.session, now)
@@ -157,10 +156,10 @@ def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quot
     return done
 
 
-def begin_restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> None:
+def begin_restore(tables: Tables, now: int, restore: Restore) -> None:
     """The first transaction of Store.restore."""
     recall(tables, restore.once)
-    _begin(tables, restore.key, restore.once, restore.session.user, quotas)
+    _begin(tables, restore.key, restore.once, restore.session.user)
 
 
 def references(restore: Restore) -> Iterator[Row]:
@@ -178,11 +177,11 @@ def _refer(tables: Tables, key: SessionKey, sha256: str, sequence: int, size: in
     tables.refer(key.state, "", sha256, sequence)
 
 
-def finish_restore(tables: Tables, now: int, restore: Restore, replayed: v1.Session, quotas: Quotas) -> v1.Session:
+def finish_restore(tables: Tables, now: int, restore: Restore, replayed: v1.Session) -> v1.Session:
     """The last transaction of Store.restore. `replayed` is what the log makes of the session."""
     key = restore.key
     recall(tables, restore.once)
-    _require_new(tables, key, restore.once, quotas)
+    _require_new(tables, key, restore.once)
     _require_begun(tables, key)
     session = fold.new_session(key, restore.session, now)
     session.last_sequence, session.log_bytes = replayed.last_sequence, replayed.log_bytes
@@ -218,17 +217,17 @@ def write_rows(tables: Tables, now: int, key: SessionKey, source: SessionKey | N
         write(tables)
 
 
-def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str, quotas: Quotas) -> None:
-    _require_new(tables, key, once, quotas)
+def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str) -> None:
+    _require_new(tables, key, once)
     tables.begin_copy(key, user)
 
 
-def _require_new(tables: Tables, key: SessionKey, once: Once | None, quotas: Quotas) -> None:
+def _require_new(tables: Tables, key: SessionKey, once: Once | None) -> None:
     """Checks what another session needs: at the beginning, so that nothing is done in vain, and at the end, where it
     counts."""
     require_free(tables, key)
-    require_record(tables, quotas, once)
-    require_session(tables, quotas, key.tenant)
+    require_record(tables, once)
+    require_session(tables, key.tenant)
 
 
 def _require_begun(tables: Tables, key: SessionKey) -> None:

@@ -171,6 +171,7 @@ class PostgresTables(Tables):
     def __init__(self, connection: "Connection[Record]", counts: Counts) -> None:
         self._connection = connection
         self.counts = counts
+        self.quotas = counts.quotas
 
     @cached_property
     def content(self) -> SqlContent:

@@ -18,6 +18,7 @@ from notecase_server.store.contract import (
     ActiveRun,
     Once,
     Query,
+    Quotas,
     Scope,
     SessionKey,
     StepKey,
@@ -44,6 +45,8 @@ class Tables(Pieces):
     beyond its limit. They end with the transaction.
     """
 
+    quotas: Quotas
+    """What may be kept, for writes."""
     heads: ClassVar[str]
     """Has the body, epoch and commits of each session."""
     log: ClassVar[str]

@@ -14,12 +14,14 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.store import steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed, SessionKey
 from notecase_server.store.sql_tables import Tables
@@ -110,7 +112,7 @@ class SqliteStore(TableStore):
         return await self._ask(self._writes, step, piece=piece)
 
     async def commit(self, commit: Commit) -> Committed:
-        return await self._ask(self._writes, self._commit(commit), session=commit.key)
+        return await self._ask(self._writes, partial(steps.commit, commit=commit), session=commit.key)
 
     async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
         if self._closing is None and (kept := self._starts.find(tenant, session, agent)) is not None:

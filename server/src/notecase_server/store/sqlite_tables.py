@@ -16,6 +16,7 @@ from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import (
     RUN_COLUMNS,
     Query,
+    Quotas,
     Scope,
     SessionKey,
     StepKey,
@@ -197,6 +198,7 @@ class SqliteTables(Tables):
         OR (a.state = {v1.Run.STATE_QUEUED} AND h.activity = {v1.Session.ACTIVITY_IDLE}))"""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
+        self.quotas = Quotas()
         self.deleted = True
         """Something may be left of rows that were deleted: nobody knows what the process before did."""
         self.tallied: set[Kept] = set()

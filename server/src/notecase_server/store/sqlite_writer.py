@@ -45,8 +45,6 @@ class Writer:
         self._connection = connection
         self._tables = SqliteTables(connection)
         self._clock = clock
-        self._quotas: Quotas | None = None
-        """Those for which the tallies are kept."""
         self._writes = 0
         """Transactions since the last checkpoint was due."""
         self._rows = 0
@@ -127,13 +125,13 @@ class Writer:
 
     def _tally(self, quotas: Quotas) -> None:
         """Begins to keep tallies of what has a bound now."""
-        if quotas is self._quotas:
+        if quotas is self._tables.quotas:
             return
         bounded = {kind for kind in sqlite_tallies.ROWS if getattr(quotas, kind)}
         if new := bounded - self._tables.tallied:
             sqlite_tallies.begin(self._connection, new)
             self._tables.tallied |= new
-        self._quotas = quotas
+        self._tables.quotas = quotas
 
     def _abandon(self) -> None:
         """Rolls back what is left of a failed transaction."""

@@ -28,7 +28,6 @@ from notecase_server.store.contract import (
     Once,
     Page,
     Query,
-    Quotas,
     Replayed,
     Scope,
     SessionEdit,
@@ -60,7 +59,7 @@ FORGET_ROWS = 1000
 FIRST_EPOCH = 1
 
 
-def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committed:
+def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     """Store.commit."""
     key = commit.key
     needs = fold.needs(commit.events, commit.if_state_version)
@@ -81,15 +80,15 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
         raise errors.not_found("session", f"sessions/{key.session}")
     rows = fold.Rows(row.session, row.epoch, runs=found[1] if found is not None else {})
     load(tables, key, needs, rows)
-    require_record(tables, quotas, commit.once)
+    require_record(tables, commit.once)
     if commit.create is not None:
-        require_session(tables, quotas, key.tenant)
-    require_log(quotas, commit, rows.session)
+        require_session(tables, key.tenant)
+    require_log(tables.quotas, commit, rows.session)
     before = _Before.of(rows)
     done = fold.apply(rows, commit, now)
     if done.state and commit.if_epoch is None:
         for scope in done.state:
-            require_keys(tables, quotas, scope, _existing(rows.state[scope]) - before.keys[scope])
+            require_keys(tables, scope, _existing(rows.state[scope]) - before.keys[scope])
     if commit.start is None and rows.runs.keys() - before.runs.keys():
         raise ValueError("an event that makes a run wants Commit.start")
     changes = before.changes(rows, commit, done, row.commits)
@@ -351,7 +350,7 @@ def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
 
 
 def edit_session(
-    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None, quotas: Quotas
+    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None
 ) -> v1.Session:
     """Store.edit_session."""
     recall(tables, once)
@@ -359,7 +358,7 @@ def edit_session(
     session = row.session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
-    require_record(tables, quotas, once)
+    require_record(tables, once)
     FieldMask(paths=[path for path in edit.paths if path != "remembered"]).MergeMessage(
         edit.session, session, replace_message_field=True, replace_repeated_field=True
     )
@@ -538,7 +537,6 @@ def update_state(
     ops: Sequence[v1.StateOp],
     if_version: int | None,
     once: Once | None,
-    quotas: Quotas,
 ) -> v1.State:
     """Store.update_state."""
     recall(tables, once)
@@ -549,8 +547,8 @@ def update_state(
     version = before + 1
     old_keys = _existing(entries)
     fold.apply_ops(entries, ops, version, now)
-    require_record(tables, quotas, once)
-    require_keys(tables, quotas, scope, _existing(entries) - old_keys)
+    require_record(tables, once)
+    require_keys(tables, scope, _existing(entries) - old_keys)
     state = v1.State(version=version)
     fold.show_entries(state, entries, (op.key for op in ops))
     remember(tables, once, state, now, f"users/{scope.id}" if scope.kind == "user" else "")
@@ -558,16 +556,14 @@ def update_state(
     return state
 
 
-def create_agent(
-    tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None, quotas: Quotas
-) -> v1.Agent:
+def create_agent(tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None) -> v1.Agent:
     """Store.create_agent."""
     recall(tables, once)
     last = tables.last_revision(tenant, agent_id)
     if tables.agent(tenant, agent_id, last) is not None:
         raise errors.already_exists("agent", f"agents/{agent_id}")
-    require_record(tables, quotas, once)
-    require_agent(tables, quotas, tenant, agent_id, new=True)
+    require_record(tables, once)
+    require_agent(tables, tenant, agent_id, new=True)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, None, once)
 
 
@@ -579,7 +575,6 @@ def edit_agent(
     agent: v1.Agent,
     if_revision: int,
     once: Once | None,
-    quotas: Quotas,
 ) -> v1.Agent:
     """Store.edit_agent."""
     recall(tables, once)
@@ -587,11 +582,11 @@ def edit_agent(
     newest = tables.agent(tenant, agent_id, last)
     if if_revision != (newest.revision if newest is not None else 0):
         raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag if newest is not None else "")
-    require_record(tables, quotas, once)
+    require_record(tables, once)
     if newest is not None and _says_the_same(agent, newest):
         remember(tables, once, newest, now)
         return newest
-    require_agent(tables, quotas, tenant, agent_id, new=newest is None)
+    require_agent(tables, tenant, agent_id, new=newest is None)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, newest, once)
 
 
