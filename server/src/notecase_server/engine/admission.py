@@ -31,14 +31,7 @@ from notecase_server.engine.services import Services
 from notecase_server.engine.session import Late, LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
-from notecase_server.store.contract import (
-    Commit,
-    Committed,
-    Duplicate,
-    Query,
-    RunRecord,
-    SessionKey,
-)
+from notecase_server.store.contract import Commit, Committed, Duplicate, Query, RunRecord, SessionKey
 
 log = structlog.get_logger()
 

@@ -19,13 +19,7 @@ from notecase_server.engine.draft import Draft
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import (
-    ActiveRun,
-    Commit,
-    Committed,
-    RunRecord,
-    StepKey,
-)
+from notecase_server.store.contract import ActiveRun, Commit, Committed, RunRecord, StepKey
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.supervisor import backoff, is_passing
 

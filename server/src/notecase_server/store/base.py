@@ -243,12 +243,7 @@ class TableStore(ABC):
         return await self._read(lambda tables: take(tables.revisions(tenant, agent_id, query), query.limit))
 
     async def edit_agent(
-        self,
-        tenant: str,
-        agent_id: str,
-        agent: v1.Agent,
-        if_revision: int,
-        once: Once | None = None,
+        self, tenant: str, agent_id: str, agent: v1.Agent, if_revision: int, once: Once | None = None
     ) -> v1.Agent:
         step = partial(steps.edit_agent, tenant=tenant, agent_id=agent_id, agent=agent, if_revision=if_revision)
         return await self._write(partial(step, once=once))

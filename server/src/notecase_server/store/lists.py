@@ -5,12 +5,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from notecase_server.store.contract import (
-    ANSWER_BYTES,
-    PAGE_BYTES,
-    Page,
-    microseconds,
-)
+from notecase_server.store.contract import ANSWER_BYTES, PAGE_BYTES, Page, microseconds
 
 T = TypeVar("T")
 

@@ -13,14 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from notecase import v1
 
 from notecase_server.store import sqlite_tallies
-from notecase_server.store.contract import (
-    RUN_COLUMNS,
-    Query,
-    Quotas,
-    Scope,
-    SessionKey,
-    StepKey,
-)
+from notecase_server.store.contract import RUN_COLUMNS, Query, Quotas, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found, Labelled, column
 from notecase_server.store.sql import (
     CHANGED,
