@@ -26,7 +26,6 @@ from notecase_server.store.contract import (
     Compare,
     Fork,
     Query,
-    Quotas,
     RunRecord,
     Scope,
     SessionKey,
@@ -107,7 +106,7 @@ async def held(store: SqliteStore) -> AsyncIterator[asyncio.Task[v1.State]]:
     def wait(tables: Tables, now: int) -> v1.State:
         loop.call_soon_threadsafe(entered.set)
         release.wait()
-        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None, Quotas())
+        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None)
 
     blocker = asyncio.create_task(store._write(wait))
     await entered.wait()
