@@ -29,6 +29,7 @@ class MemoryStore(TableStore):
         self._writer = Writer(connection, clock)
         self._lock = threading.Lock()
         self._ending = weakref.finalize(self, connection.close)
+        """Closes the connection, also that of a store that nobody closes."""
 
     async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
         with self._lock:
