@@ -60,7 +60,7 @@ ROOMS: dict[str, Room] = {
         {"errors", "names", "store.answers", "store.bindings", "store.contract", "store.fold"},
         "Code that stores share imports none of them.",
     ),
-    "store.memory": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
+    "store.memory": Room({"errors", "store", "store.contract", "store.sqlite"}, "It is a SQLite store without a file."),
     "store.sqlite": Room(
         {"errors", "store", "store.contract", "store.earlier", "store.fold", "supervisor"},
         "A store does not depend on another one.",
@@ -321,8 +321,8 @@ def test_each_kind_of_code_is_where_it_belongs() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "named"),
     [
-        ("store.memory", "from notecase_server.store import sqlite_tables", "store.sqlite"),
-        ("store.memory", "from .sqlite import SqliteStore", "store.sqlite"),
+        ("store.postgres", "from notecase_server.store import sqlite_tables", "store.sqlite"),
+        ("store.postgres", "from .sqlite import SqliteStore", "store.sqlite"),
         ("store.tables", "import notecase_server.store.memory as other", "store.memory"),
         ("models.offline", "from notecase_server.models.openai import OpenAIProvider", "models.openai"),
         ("engine.turn", "from ..rpc import watch", "rpc"),

@@ -21,7 +21,6 @@ from notecase_server.serve import now
 from notecase_server.serve_stores import open_store
 from notecase_server.store import copies
 from notecase_server.store.contract import Fork, SessionKey, Store
-from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sql_pieces import STATE_ROWS
 from notecase_server.store.sqlite_tables import SqliteTables
 
@@ -79,8 +78,6 @@ def call(sessions: v1.SessionServiceStub, way: Way, file: bytes, copy: str) -> A
 
 async def orphans(store: Any) -> set[str]:
     """The uids that have rows and no session."""
-    if isinstance(store, MemoryStore):
-        return {uid for tenant in store._tables._tenants.values() for uid in tenant.deleted}
     found = {uid for (uid,) in await select(store, "SELECT uid FROM deleted_sessions")}
     for table, *_ in SqliteTables.session_rows:
         found |= {uid for (uid,) in await select(store, f"SELECT DISTINCT uid FROM {table}")}

@@ -13,7 +13,7 @@ from notecase import v1
 from notecase_server import serve
 from notecase_server.auth.principal import AuthContext, Authenticator, Metadata, Principal, Role
 from notecase_server.engine import upkeep
-from notecase_server.store import sqlite
+from notecase_server.store import sqlite_writer
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.e2e.driving import OnStream, events_of, kinds, said
@@ -62,7 +62,7 @@ async def test_a_turn_asks_little_of_the_store(
 ) -> None:
     for module, name in ((serve, "EXPIRY_SECONDS"), (serve, "PROBE_SECONDS"), (upkeep, "REPAIR_SECONDS")):
         monkeypatch.setattr(module, name, 3600.0)  # work outside of the turn is not counted
-    monkeypatch.setattr(sqlite, "CHECKPOINT_WRITES", 1000)  # after one the log would begin again
+    monkeypatch.setattr(sqlite_writer, "CHECKPOINT_WRITES", 1000)  # after one the log would begin again
     scrubbed, scrub = asyncio.Event(), SqliteStore.scrub
 
     async def told(store: SqliteStore) -> bool:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from notecase import v1
 from notecase_server.engine.admission import Started
-from notecase_server.engine.roster import Caused
+from notecase_server.engine.caused import Caused
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store.contract import CommandId, Query, SessionKey, Store
 

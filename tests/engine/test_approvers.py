@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 import pytest
 from notecase import v1
 from notecase_server.engine import ledger
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.halt import Halt
-from notecase_server.engine.roster import Caused
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest
 from notecase_server.store.contract import Store

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 from notecase import v1
 from notecase_server import errors
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.rewind import RACES
-from notecase_server.engine.roster import Caused
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text, Used
 from notecase_server.store.contract import Commit, Past, SessionKey, Store
 

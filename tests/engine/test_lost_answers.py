@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 from notecase import v1
-from notecase_server.engine.roster import Caused
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.session import ASKS
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Commit, SessionKey, Store

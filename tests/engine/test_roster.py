@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from notecase import v1
 from notecase_server import errors
-from notecase_server.engine.roster import Caused
+from notecase_server.engine.caused import Caused
 from notecase_server.store.contract import CommandId, Duplicate, Store
 
 from tests.engine.rooms import Model, client_tool, house

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from notecase import v1
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.context import FEW
-from notecase_server.engine.roster import Caused
 from notecase_server.engine.transcripts import LONGEST, MESSAGE_BYTES, Transcript, Transcripts
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Answer, Commit, Committed, Once, Page, Query, SessionKey, Store

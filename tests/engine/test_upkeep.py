@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
-from notecase_server.engine.roster import Caused
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.upkeep import RAMP_SECONDS, TAKEOVER_BATCH
 from notecase_server.store.contract import SessionKey, Store
 from notecase_server.store.memory import MemoryStore

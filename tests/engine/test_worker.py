@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.opening import opening
-from notecase_server.engine.roster import Caused
 from notecase_server.engine.schema import Schemas, value_of
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store

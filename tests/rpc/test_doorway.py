@@ -24,7 +24,7 @@ from notecase_server.rpc.caller import caller
 from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.standby import _AnyMethod, _Doorway
-from notecase_server.store import sqlite
+from notecase_server.store import sqlite_writer
 from notecase_server.store.memory import MemoryStore
 from structlog.testing import capture_logs
 
@@ -144,7 +144,7 @@ def test_a_full_disk_is_reported_to_callers() -> None:
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorname = "SQLITE_FULL"
     with capture_logs() as lines:
-        failure = sqlite._told(full)
+        failure = sqlite_writer.told(full)
     assert "STORE_UNAVAILABLE: The disk of the store is full; this call changed nothing." == (
         f"{errors.reason_name(failure.reason)}: {failure.message}"  # type: ignore[attr-defined]
     )

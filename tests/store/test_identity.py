@@ -21,7 +21,6 @@ from notecase_server.store.contract import (
     StepKey,
     Store,
 )
-from notecase_server.store.memory import MemoryStore
 
 from tests.store.build import (
     EVERYTHING,
@@ -275,15 +274,14 @@ async def test_deletion_leaves_no_row_of_the_uid(store: Store, clock: ManualCloc
     """Requests alone are remembered, without their answers, until they are forgotten."""
     await fill(store, KEY)
     filled = await rows_with(store, KEY.uid)
-    if not isinstance(store, MemoryStore):
-        assert filled == {
-            *("sessions", "session_names", "changed_messages", "calls", "runs", "commands"),
-            *("states", "entries", "blob_references", "requests"),
-            *(("logs", "lookups", "run_agents") if store.kind == "sqlite" else ("events", "active_runs")),
-        }
+    assert filled == {
+        *("sessions", "session_names", "changed_messages", "calls", "runs", "commands"),
+        *("states", "entries", "blob_references", "requests"),
+        *(("events", "active_runs") if store.kind == "postgresql" else ("logs", "lookups", "run_agents")),
+    }
     await store.delete_session(KEY)
     await store.sweep_sessions()
-    assert await rows_with(store, KEY.uid) <= {"requests", "memory"}
+    assert await rows_with(store, KEY.uid) <= {"requests"}
     await store.forget_requests(clock.now + 1)
     assert await rows_with(store, KEY.uid) == set()
     clock.now += 1

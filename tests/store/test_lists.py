@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 from notecase import v1
-from notecase_server.store import memory
-from notecase_server.store.contract import And, Compare, Filter, Not, Or, Page, Query, Scope, SessionKey, Store
-from notecase_server.store.memory import MemoryStore
+from notecase_server.store.contract import And, Compare, Filter, Not, Or, Page, Query, SessionKey, Store
 from notecase_server.store.steps import REPLIES
 
 from tests.store.build import (
@@ -308,17 +306,3 @@ async def test_a_page_of_runs_has_the_replies_of_all(store: Store) -> None:
     page = await store.list_runs("acme", None, Query(1000))
     assert len(page.rows) == 2 * REPLIES + 3
     assert {row.name.rpartition("/")[2] for row in page.rows} == {row.reply.parts[0].text for row in page.rows}
-
-
-async def test_the_memory_store_sorts_nothing_for_a_page(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = MemoryStore(clock)
-    for session in "abc":
-        await create(store, key(session))
-        await start(store, "r", ended("r"), key=key(session))
-    await store.update_state(Scope("acme", "app", ""), [put("k", 1)])
-    monkeypatch.setattr(memory, "sorted", lambda rows, **_: pytest.fail("sorted"), raising=False)
-    assert 3 == len((await store.list_sessions("acme", Query(5))).rows)
-    assert 3 == len((await store.list_runs("acme", None, Query(5))).rows)
-    assert 1 == len((await store.list_runs("acme", key("a"), Query(5))).rows)
-    _, page = await store.list_state(Scope("acme", "app", ""), Query(5))
-    assert ["k"] == page.rows

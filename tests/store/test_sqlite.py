@@ -26,17 +26,17 @@ from notecase_server.store.contract import (
     Compare,
     Fork,
     Query,
-    Quotas,
     RunRecord,
     Scope,
     SessionKey,
     StepKey,
     StoreOpenError,
 )
-from notecase_server.store.sqlite import CHECKPOINT_WRITES, SqliteStore
+from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_schema import SCHEMA
 from notecase_server.store.sqlite_tables import SqliteTables
-from notecase_server.store.tables import Tables
+from notecase_server.store.sqlite_writer import CHECKPOINT_WRITES
 from structlog.testing import capture_logs
 
 from tests.store.build import (
@@ -106,7 +106,7 @@ async def held(store: SqliteStore) -> AsyncIterator[asyncio.Task[v1.State]]:
     def wait(tables: Tables, now: int) -> v1.State:
         loop.call_soon_threadsafe(entered.set)
         release.wait()
-        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None, Quotas())
+        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None)
 
     blocker = asyncio.create_task(store._write(wait))
     await entered.wait()
@@ -666,10 +666,10 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
     writer, tell = store._connections.writer, store._tell
     assert (0,) == writer.execute("PRAGMA wal_autocheckpoint").fetchone()
 
-    def told(outcomes: Any) -> None:
+    def told(jobs: Any, outcomes: Any) -> None:
         if threading.current_thread().name == "store-writer":
             seen.append("told")
-        tell(outcomes)
+        tell(jobs, outcomes)
 
     store._tell = told  # type: ignore[method-assign]
     await create(store)

@@ -10,9 +10,9 @@ from typing import cast
 import pytest
 from notecase import v1
 from notecase_server.store.contract import Commit, SessionKey
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_tables import SqliteTables
-from notecase_server.store.tables import Tables
 
 from tests.store.build import KEY, ManualClock, add, create, edit, ended, reborn, refused, said, start
 from tests.store.test_sqlite import full_disk

@@ -12,7 +12,6 @@ from notecase_server import errors
 from notecase_server.store import steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Commit, Quotas, Replayed, Store
-from notecase_server.store.memory import MemoryStore
 
 from tests.store.build import (
     EVERYTHING,
@@ -49,18 +48,9 @@ class Tally(NamedTuple):
 
 async def tally(store: Store) -> Tally:
     sizes: list[int] = []
-    if not isinstance(store, MemoryStore):
-        counted = [(table, size) for table, _, size in session_rows(store)]
-        for table, size in [*counted, ("requests WHERE owner != ''", "length(response)")]:
-            sizes += [size or 0 for (size,) in await select(store, f"SELECT {size} FROM {table}")]
-    else:
-        tenant = store._tables._tenants["acme"]
-        for session in (*tenant.sessions.values(), *(left for _, left in tenant.deleted.values())):
-            sizes += map(len, (*session.events, *session.messages.values()))
-            sizes += [0] * (len(session.started) + len(session.commands))
-        sizes += (len(entry) for state in tenant.states.values() for entry in state.entries.values())
-        sizes += [0] * sum(map(len, tenant.references.values()))
-        sizes += (len(each.recorded.response or b"") for each in tenant.requests.values() if each.recorded.owner)
+    counted = [(table, size) for table, _, size in session_rows(store)]
+    for table, size in [*counted, ("requests WHERE owner != ''", "length(response)")]:
+        sizes += [size or 0 for (size,) in await select(store, f"SELECT {size} FROM {table}")]
     return Tally(len(sizes), sum(sizes))
 
 

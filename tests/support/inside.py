@@ -3,18 +3,13 @@
 from typing import Any, cast
 
 from notecase_server.store.contract import Store
-from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sql_pieces import STATE_ROWS
-from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_tables import SqliteTables
 
 
 async def select(store: Store, statement: str) -> list[Any]:
     """Returns the rows of a statement on a store that has tables."""
-    if store.kind == "postgresql":
-        return await cast(Any, store)._read(lambda tables: tables.rows(statement))  # type: ignore[no-any-return]
-    assert isinstance(store, SqliteStore)
-    return store._connections.readers[0].execute(statement).fetchall()
+    return await cast(Any, store)._read(lambda tables: list(tables.rows(statement)))  # type: ignore[no-any-return]
 
 
 def session_rows(store: Store) -> tuple[tuple[str, str, str], ...]:
@@ -31,8 +26,6 @@ def session_rows(store: Store) -> tuple[tuple[str, str, str], ...]:
 
 async def rows_with(store: Store, uid: str) -> set[str]:
     """Returns the tables that have the uid in any column of any row."""
-    if isinstance(store, MemoryStore):
-        return {"memory"} if uid in repr(store._tables._tenants) else set()
     names = "SELECT name FROM sqlite_master WHERE type = 'table'"
     if store.kind == "postgresql":
         names = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"

@@ -5,10 +5,11 @@ await store.sweep_sessions()
 assert max(each.rows for each in seen) < 1000
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.tables import Tables
 
 BYTES = {"body", "response", "data"}
 """The columns that may be large."""
@@ -33,11 +34,11 @@ async def written(store: SqliteStore) -> list[Written]:
     await store._write(_count)
     seen, connection, together = list[Written](), store._connections.writer, store._writer._together
 
-    def counting(jobs: list[Any]) -> Any:
+    def counting(steps: Sequence[Any]) -> Any:
         connection.execute("DELETE FROM temp.written")
-        outcomes = together(jobs)
+        outcomes = together(steps)
         found = connection.execute("SELECT name, rows, size FROM temp.written").fetchall()
-        seen.append(Written(len(jobs), {name: rows for name, rows, _ in found}, sum(size for *_, size in found)))
+        seen.append(Written(len(steps), {name: rows for name, rows, _ in found}, sum(size for *_, size in found)))
         return outcomes
 
     store._writer._together = counting  # type: ignore[method-assign]

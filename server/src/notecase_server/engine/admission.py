@@ -8,6 +8,7 @@ import structlog
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine.caused import NOBODY, Caused
 from notecase_server.engine.content import digest_of
 from notecase_server.engine.context import to_read
 from notecase_server.engine.halt import Halt, Replacement
@@ -24,20 +25,13 @@ from notecase_server.engine.opening import (
 )
 from notecase_server.engine.rewind import Back, rewound, undisturbed
 from notecase_server.engine.rewind import back as way_back
-from notecase_server.engine.roster import Caused, Roster
+from notecase_server.engine.roster import Roster
 from notecase_server.engine.run_log import WAITING
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import Late, LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
-from notecase_server.store.contract import (
-    Commit,
-    Committed,
-    Duplicate,
-    Query,
-    RunRecord,
-    SessionKey,
-)
+from notecase_server.store.contract import Commit, Committed, Duplicate, Query, RunRecord, SessionKey
 
 log = structlog.get_logger()
 
@@ -72,7 +66,7 @@ class Admission:
         self._roster = roster
         self._new_id = services.new_id
 
-    async def start(self, tenant: str, start: v1.StartRun, caused: Caused | None = None, user: str = "") -> Started:
+    async def start(self, tenant: str, start: v1.StartRun, caused: Caused = NOBODY, user: str = "") -> Started:
         """Starts a run in a session, made if need be, in one commit; where `user` is set ("users/{user}"), in a session
         of that user only. A run_id that exists with the same body is found,
         not started again, and so is a command that came before.
@@ -80,7 +74,7 @@ class Admission:
         Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, ALREADY_EXISTS, RUN_ACTIVE,
         REQUEST_ID_REUSED, SEQUENCE_MISMATCH, RATE_LIMITED, QUEUE_FULL, SERVER_DRAINING, INVALID_FIELD,
         RUN_CANCELLED_BEFORE_START."""
-        return await self._services.supervisor.whole(self._found_or_started(tenant, start, caused or Caused(), user))
+        return await self._services.supervisor.whole(self._found_or_started(tenant, start, caused, user))
 
     async def _found_or_started(self, tenant: str, start: v1.StartRun, caused: Caused, user: str) -> Started:
         body = v1.StartRun()
@@ -268,7 +262,7 @@ class Admission:
         meant = await self._again(key, start)
         agent = agent_of(meant, start)
         run_id = start.run_id or self._new_id()
-        async with self._roster.worker(key, active, Caused()) as worker:
+        async with self._roster.worker(key, active, NOBODY) as worker:
             way = way_of(start)
             to_sequence = None
             if way is not None:  # what prevents the rewind must be found before anything is stopped
@@ -284,9 +278,7 @@ class Admission:
             halt = Halt(
                 replacement=Replacement(run_id, events, RunRecord(digest, agent), way),
                 reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
-                once=caused.once,
-                command=caused.command,
-                principal=caused.principal,
+                caused=caused,
             )
             self._roster.halt(worker, halt)
         committed = await halt.done

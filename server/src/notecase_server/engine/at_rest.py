@@ -10,8 +10,8 @@ from notecase_server import errors, names
 from notecase_server.engine import summary
 from notecase_server.engine.admission import Admission
 from notecase_server.engine.asking import Source, ask_at_rest, sources
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.rewind import Back, ended
-from notecase_server.engine.roster import Caused
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import TypeAlias
 
@@ -9,10 +10,11 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger, results
+from notecase_server.engine.caused import NOBODY, Caused
 from notecase_server.engine.content import MAX_MESSAGE_BYTES
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.opening import incoming
-from notecase_server.engine.roster import QUEUED, Caused, Roster
+from notecase_server.engine.roster import QUEUED, Roster
 from notecase_server.engine.run_log import WAITING, RunLog
 from notecase_server.engine.services import Services
 from notecase_server.engine.sessions import Sessions
@@ -49,7 +51,7 @@ class Commands:
             for call in worker.log.run.pending_calls:
                 if call.call_id == result.call_id:
                     outcome = await self._outcome(worker.log, result.result, result.error)
-                    return await worker.log.command([ledger.finished(call, outcome)], *caused)
+                    return await worker.log.command([ledger.finished(call, outcome)], caused)
             raise late
 
     async def respond(
@@ -80,7 +82,7 @@ class Commands:
                     answer = None
                     if response.decision == ledger.ANSWER and not ledger.asked_by_tool(request):
                         answer = await self._outcome(worker.log, [v1.Part(text=response.answer)])
-                    return await worker.log.command(ledger.answered(request, response, call, answer), *caused)
+                    return await worker.log.command(ledger.answered(request, response, call, answer), caused)
             # Another process judges, and the session is not held up meanwhile; what is asked under an id never changes.
             await self._services.schemas.require_valid("input_response.answer", request.schema, response.answer)
             checked = True
@@ -118,9 +120,7 @@ class Commands:
                     said=added,
                     by=approver,
                     reason="The user interrupted.",
-                    once=caused.once,
-                    command=caused.command,
-                    principal=caused.principal,
+                    caused=caused,
                 )
                 self._roster.halt(worker, halt)
             else:
@@ -128,7 +128,7 @@ class Commands:
                 if refused is None and run_log.run.state == WAITING and not run_log.run.pending_calls:
                     denied = ledger.withdrawn(run_log.run, run_log.message, words([said]), deny=True)
                     if not ledger.left_open(run_log.message, denied):
-                        return await run_log.command([*denied, *added], *caused), False
+                        return await run_log.command([*denied, *added], caused), False
                 event = v1.Event(cause_id=caused.cause_id or self._services.new_id())
                 event.command_queued.approver = approver
                 event.command_queued.input.CopyFrom(said)
@@ -136,7 +136,7 @@ class Commands:
                     event.command_queued.input.when = v1.UserInput.WHEN_FOLLOW_UP
                 del event.command_queued.input.messages[:]
                 event.command_queued.input.messages.extend(messages)
-                return await run_log.command([event, *denied], *caused), True
+                return await run_log.command([event, *denied], caused), True
         return await self._halted(key, halt), False
 
     # ---- cancels
@@ -146,14 +146,14 @@ class Commands:
         key: SessionKey,
         run_id: str,
         cancel: v1.CancelCommand,
-        caused: Caused | None = None,
+        caused: Caused = NOBODY,
         approver: Approver = v1.Tool.APPROVER_ADMIN,
     ) -> Committed:
         """Stops a run, "" the session's active one, or one of its calls; returns the commit that made it durable.
 
         Raises Replayed and Duplicate for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED,
         CALL_NOT_PENDING, and ROLE_MISSING for a call that waits for another approver than the caller counts as."""
-        return await self._whole(self._cancel(key, run_id, cancel, caused or Caused(), approver))
+        return await self._whole(self._cancel(key, run_id, cancel, caused, approver))
 
     async def _cancel(
         self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused, approver: Approver
@@ -166,18 +166,12 @@ class Commands:
                 asked = [each for each in worker.log.run.pending_inputs if each.call.call_id == cancel.call_id]
                 if (refused := ledger.refusal(asked, approver, "cancel.call_id")) is not None:
                     raise refused
-                committed = await worker.log.command(ledger.dropped(worker.log.run, call, cancel.reason), *caused)
+                committed = await worker.log.command(ledger.dropped(worker.log.run, call, cancel.reason), caused)
                 worker.stop_call(call.call_id)
                 return committed
             if cancel.mode == v1.CancelCommand.MODE_AFTER_TURN:
-                return await worker.log.command(_after_turn(worker.log, cancel), *caused)
-            halt = Halt(
-                reason=cancel.reason,
-                cause_id=caused.cause_id,
-                once=caused.once,
-                command=caused.command,
-                principal=caused.principal,
-            )
+                return await worker.log.command(_after_turn(worker.log, cancel), caused)
+            halt = Halt(reason=cancel.reason, cause_id=caused.cause_id, caused=caused)
             self._roster.halt(worker, halt)
         return await self._halted(key, halt)
 
@@ -186,8 +180,8 @@ class Commands:
             return await halt.done
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_RUN_ENDED:  # by a repeat of this very command, perhaps
-                await self._store.recall(halt.once)
-                await self._store.recall_command(key, halt.command)
+                await self._store.recall(halt.caused.once)
+                await self._store.recall_command(key, halt.caused.command)
             raise
 
     async def _cancel_queued(
@@ -288,8 +282,7 @@ def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.Input
     """Says in the audit what of which run is answered, and how. Answers to questions are not in it."""
     if caused.audit is None or request.kind == v1.InputRequest.KIND_QUESTION:
         return caused._replace(audit=None)
-    entry = v1.AuditEntry()
-    entry.CopyFrom(caused.audit.entry)
+    entry = deepcopy(caused.audit.entry)
     entry.resource, entry.input_id = run, response.input_id
     entry.outcome = v1.InputResponse.Decision.Name(response.decision).removeprefix("DECISION_")
     return caused._replace(audit=caused.audit._replace(entry=entry))

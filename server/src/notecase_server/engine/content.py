@@ -7,9 +7,10 @@ Bytes pass through in pieces. Only content within a message, and content for a m
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 from notecase import v1
@@ -97,7 +98,7 @@ class Contents:
             upload_id = first.upload_id or self._new_id()
             upload = await self._opened(tenant, upload_id, first)
             if not upload.HasField("blob"):
-                stored = await self._received(tenant, upload, first, frames, subject)
+                stored = await self._received(partial(self._receive, tenant, upload, first, frames, subject))
             elif _differs(first.blob, upload.blob):
                 raise errors.reused("upload_id", upload_id)
             else:
@@ -129,18 +130,11 @@ class Contents:
             raise errors.blob_corrupt(problem)
         return stored
 
-    async def _received(
-        self,
-        tenant: str,
-        upload: v1.Upload,
-        first: v1.UploadBlobRequest,
-        frames: AsyncIterator[v1.UploadBlobRequest],
-        subject: str,
-    ) -> v1.Blob:
+    async def _received(self, receive: Callable[[], Coroutine[Any, Any, v1.Blob]]) -> v1.Blob:
         if self._draining:
             raise errors.draining()
         try:
-            return await self._receiving.start(self._receive(tenant, upload, first, frames, subject), "upload")
+            return await self._receiving.start(receive(), "upload")
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if self._draining and caller is not None and not caller.cancelling():

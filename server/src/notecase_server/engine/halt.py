@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine.caused import NOBODY, Caused
 from notecase_server.engine.rewind import Back
-from notecase_server.store.contract import CommandId, Committed, Once, RunRecord
+from notecase_server.store.contract import Committed, RunRecord
 
 T = TypeVar("T")
 
@@ -43,10 +44,9 @@ class Halt:
     error: v1.Error | None = None
     reason: str = ""
     cause_id: str = ""
-    once: Once | None = None
-    command: CommandId | None = None
-    principal: str = ""
-    """Who asks: see Commit.principal."""
+    """Of the event that ends the run."""
+    caused: Caused = NOBODY
+    """Who asks."""
     done: asyncio.Future[Committed] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """The commit that sealed. NotecaseError RUN_ENDED when the run ended by itself first, Replayed or Duplicate when
     another halt of the same command came before, SERVER_DRAINING when the server stopped first."""

@@ -1,6 +1,7 @@
 """Makes the events of a start, and determines what a start needs: its agent, and the history before it. Pure."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import msgspec
 from notecase import v1
@@ -46,8 +47,7 @@ def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
 
 def _changed(agent: v1.Agent, settings: v1.RunSettings) -> v1.Agent:
     """Returns the agent with the settings of a run in place of its own."""
-    changed = v1.Agent()
-    changed.CopyFrom(agent)
+    changed = deepcopy(agent)
     if settings.HasField("model"):
         changed.llm.model = settings.model
     if settings.HasField("instruction"):

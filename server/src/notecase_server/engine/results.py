@@ -8,6 +8,7 @@ would not fit into a page together, and the tool reads from there.
 import asyncio
 import codecs
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -253,8 +254,7 @@ def _with(
     original messages, which are not changed."""
     copied = made if isinstance(made, list) and made is not whole else list(made)
     if copied[index] is whole[index]:
-        copied[index] = v1.Message()
-        copied[index].CopyFrom(whole[index])
+        copied[index] = deepcopy(whole[index])
     call = copied[index].parts[at].tool_call
     if not call.result:
         call.error = text

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -14,6 +13,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.context import Newest
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RUNNING, RunLog
@@ -23,7 +23,7 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.worker import Worker
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import ActiveRun, AuditRow, CommandId, Committed, Once, Query, SessionKey, StepKey
+from notecase_server.store.contract import ActiveRun, Committed, Query, SessionKey, StepKey
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.supervisor import Tasks, backoff
 
@@ -36,18 +36,6 @@ RELEASE_TRIES = 2
 
 NOT_UNDER_WAY = frozenset({v1.ERROR_REASON_RUN_NOT_FOUND, v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_ACTIVE})
 """Why a run takes no answers: it never was, has ended, or is queued."""
-
-
-class Caused(NamedTuple):
-    """The cause of a write: its id in the log, and its record for repeats."""
-
-    cause_id: str = ""
-    once: Once | None = None
-    command: CommandId | None = None
-    principal: str = ""
-    """Whose request it is: see Commit.principal."""
-    audit: AuditRow | None = None
-    """To be written with it: see Commit.audit."""
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -13,20 +13,12 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine import ledger
+from notecase_server.engine.caused import NOBODY, Caused
 from notecase_server.engine.draft import Draft
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import (
-    ActiveRun,
-    AuditRow,
-    CommandId,
-    Commit,
-    Committed,
-    Once,
-    RunRecord,
-    StepKey,
-)
+from notecase_server.store.contract import ActiveRun, Commit, Committed, RunRecord, StepKey
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.supervisor import backoff, is_passing
 
@@ -177,17 +169,13 @@ class RunLog:
     async def command(
         self,
         events: Sequence[v1.Event],
-        cause_id: str = "",
-        once: Once | None = None,
-        command: CommandId | None = None,
-        principal: str = "",
-        audit: AuditRow | None = None,
+        caused: Caused = NOBODY,
         deaths: int | None = None,
     ) -> Committed:
         """Commits on behalf of a command, with what follows. The caller holds the session's lock."""
         for event in events:
-            event.cause_id = event.cause_id or cause_id
-        return await self._commit(self._followed(events), once, command, principal, audit=audit, deaths=deaths)
+            event.cause_id = event.cause_id or caused.cause_id
+        return await self._commit(self._followed(events), caused, deaths=deaths)
 
     def _followed(self, events: Sequence[v1.Event]) -> Sequence[v1.Event]:
         return self.own([*events, *self.consequence(events)])
@@ -201,9 +189,7 @@ class RunLog:
         self,
         decide: Callable[[], Sequence[v1.Event]],
         *,
-        once: Once | None = None,
-        command: CommandId | None = None,
-        principal: str = "",
+        caused: Caused = NOBODY,
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
         deaths: int | None = None,
@@ -226,7 +212,7 @@ class RunLog:
                 events = decide()
                 if not events:
                     return None
-                conditions = (once, command, principal, if_last_sequence, start, deaths)
+                conditions = (caused, if_last_sequence, start, deaths)
                 try:
                     return await self._commit(events, *conditions, follow)
                 except NotecaseError as error:
@@ -260,14 +246,11 @@ class RunLog:
     async def _commit(
         self,
         events: Sequence[v1.Event],
-        once: Once | None = None,
-        command: CommandId | None = None,
-        principal: str = "",
+        caused: Caused,
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
-        audit: AuditRow | None = None,
     ) -> Committed:
         def follow(committed: Committed) -> None:
             self.deaths = self.deaths if deaths is None else deaths
@@ -280,14 +263,14 @@ class RunLog:
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,
-                once=once,
-                command=command,
+                once=caused.once,
+                command=caused.command,
                 if_epoch=self.epoch,
                 claim=start is not None,
                 if_last_sequence=if_last_sequence,
                 events=events,
-                principal=principal,
-                audit=audit,
+                principal=caused.principal,
+                audit=caused.audit,
                 start=start,
                 deaths=deaths,
             ),

@@ -5,6 +5,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from itertools import islice
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -270,8 +271,7 @@ class Sessions:
     async def delete_if_there(self, key: SessionKey, audit: AuditRow | None = None) -> bool:
         """Deletes a session; returns whether this call deleted it. `audit` is the entry for the audit."""
         if audit is not None:
-            entry = v1.AuditEntry()
-            entry.CopyFrom(audit.entry)
+            entry = deepcopy(audit.entry)
             entry.resource = names.session(key.session)
             audit = audit._replace(entry=entry)
         try:

@@ -8,6 +8,7 @@ that was read stands, whatever is said meanwhile, unless it was summarised or re
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from copy import deepcopy
 from typing import NamedTuple
 
 from notecase import v1
@@ -76,8 +77,7 @@ class Plan(NamedTuple):
         settings = llm.context.summary
         told = [self.before.message] if self.before else []
         ask = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=settings.instruction or INSTRUCTION)])
-        generation = v1.Generation()
-        generation.CopyFrom(llm.generation)
+        generation = deepcopy(llm.generation)
         generation.ClearField("stop")
         generation.ClearField("max_output_tokens")
         messages = [*told, *(_in_words(message) for message in self.messages), ask]
@@ -169,8 +169,7 @@ def _declared(llm: v1.LlmAgent, messages: Sequence[v1.Message]) -> list[Tool]:
 
 def _in_words(message: v1.Message) -> v1.Message:
     """The message with its content named: replies say what it was, and a model that sums up need not take it."""
-    told = v1.Message()
-    told.CopyFrom(message)
+    told = deepcopy(message)
     for part in told.parts:
         for shown in (part, *part.tool_call.result):
             content = getattr(shown, shown.WhichOneof("kind") or "text")

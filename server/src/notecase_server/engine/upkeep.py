@@ -13,10 +13,11 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.engine import ledger
 from notecase_server.engine.admission import Admission
+from notecase_server.engine.caused import NOBODY
 from notecase_server.engine.commands import Commands, words
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.queue import Queue
-from notecase_server.engine.roster import QUEUED, Caused, Roster
+from notecase_server.engine.roster import QUEUED, Roster
 from notecase_server.engine.run_log import RUNNING, WAITING, RunLog, taken
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
@@ -212,7 +213,7 @@ class Upkeep:
 
     async def _fail(self, key: SessionKey, run: str, error: NotecaseError) -> None:
         try:
-            async with self._roster.worker(key, run, Caused()) as worker:
+            async with self._roster.worker(key, run, NOBODY) as worker:
                 halt = Halt(state=v1.Run.STATE_FAILED, error=error.to_proto(), reason="It cannot go on.")
                 self._roster.halt(worker, halt)
             await halt.done
@@ -223,7 +224,7 @@ class Upkeep:
     async def _deny_for_queue(self, key: SessionKey, run: str) -> None:
         """Puts users' messages in place of the answers that the run waits for, after the results of tools that
         asked."""
-        async with self._roster.worker(key, run, Caused()) as worker:
+        async with self._roster.worker(key, run, NOBODY) as worker:
             run_log = worker.log
             if denies(run_log):
                 queued = run_log.queued(v1.UserInput.WHEN_FOLLOW_UP)
@@ -263,7 +264,7 @@ class Upkeep:
 
     def _time_is_up(self, key: SessionKey, run: str) -> None:
         async def expire() -> None:
-            async with self._roster.worker(key, run, Caused()) as worker:
+            async with self._roster.worker(key, run, NOBODY) as worker:
                 if events := expired(worker.log):
                     await worker.log.command(events)
 

@@ -304,9 +304,7 @@ class Worker:
             way = await self.log.patiently(partial(back, *where))
         committed = await self.log.surely(
             lambda: self._sealing(halt, way),
-            once=halt.once,
-            command=halt.command,
-            principal=halt.principal,
+            caused=halt.caused,
             if_last_sequence=way.head if way is not None else None,
             start=replacement.record if replacement is not None else None,
             then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,

@@ -3,6 +3,7 @@
 import asyncio
 import mimetypes
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 
 from notecase import v1
@@ -38,8 +39,7 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     assert request.load is not None, "who refers to content brings the means to load it"
     filled = list(messages)
     for index, places in sorted(chosen.items()):
-        filled[index] = v1.Message()
-        filled[index].CopyFrom(messages[index])
+        filled[index] = deepcopy(messages[index])
         for place, part in enumerate(_carried(filled[index], index == newest)):
             if place not in places:
                 continue

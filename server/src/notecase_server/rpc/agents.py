@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Container, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import MAX_SCHEMA_BYTES, Check
-from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, masked, merge, once
+from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, masked, merge, named, once
 from notecase_server.store.contract import AgentStore, Answer
 
 AGENT_FILTER: Mapping[str, filters.FieldKind] = {
@@ -46,9 +47,7 @@ class Agents(v1.AgentServiceServicer):
         return await self.desk.surely(await once(request, Answer("agent")), Answer("agent"), create)
 
     async def GetAgent(self, request: v1.GetAgentRequest, context: Any) -> v1.Agent:
-        check = Check()
-        agent_id, revision = check.agent("name", request.name)
-        check.done()
+        agent_id, revision = named(request, Check.agent)
         agent = await self.store.get_agent(caller.get().tenant, agent_id, revision)
         if agent is None:
             raise errors.not_found("agent", request.name)
@@ -87,7 +86,7 @@ class Agents(v1.AgentServiceServicer):
             if not check.violations:
                 await self.desk.requests.recall(repeat)
             stale = bool(etag) and etag != (newest.etag if newest is not None else "")
-            edited = v1.Agent() if newest is None else copied(newest)
+            edited = v1.Agent() if newest is None else deepcopy(newest)
             merge(mask, request.agent, edited)
             body = Check(most=sys.maxsize)  # fields outside of the mask are not applied, and are not checked
             validate.agent(body, edited, self.desk.providers, self.desk.toolbox)

@@ -10,7 +10,7 @@ from notecase_server import errors
 from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import Check
-from notecase_server.rpc.desk import Desk
+from notecase_server.rpc.desk import Desk, named
 from notecase_server.store.contract import BlobStore
 
 
@@ -57,9 +57,7 @@ class Blobs(v1.BlobServiceServicer):
         return upload
 
     async def GetBlob(self, request: v1.GetBlobRequest, context: Any) -> v1.Blob:
-        check = Check()
-        sha256 = check.blob_name("name", request.name)
-        check.done()
+        sha256 = named(request, Check.blob_name)
         return await self._blob(request.name, sha256)
 
     async def _blob(self, name: str, sha256: str) -> v1.Blob:

@@ -12,9 +12,9 @@ from notecase_server import errors, names
 from notecase_server.auth.principal import Role
 from notecase_server.auth.principals import Principals
 from notecase_server.engine.arrivals import Arrivals
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.content import Contents, digest_of
 from notecase_server.engine.places import Places
-from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.sessions import Sessions
@@ -128,6 +128,15 @@ def checked(request: Any) -> Check:
     return check
 
 
+def named(request: Any, parse: Callable[[Check, str, str], R]) -> R:
+    """Returns the ids in the name of a request that is that name, perhaps with a request_id. `parse` is a method of
+    Check. Raises NotecaseError INVALID_FIELD."""
+    check = checked(request) if "request_id" in request.DESCRIPTOR.fields_by_name else Check()
+    ids = parse(check, "name", request.name)
+    check.done()
+    return ids
+
+
 def named_tenant(check: Check, name: str) -> str:
     """The tenant that is meant, empty for the operators. Only an operator may name another than its own."""
     own = caller.get().tenant
@@ -194,9 +203,3 @@ def listed(
         query = pages.query(request, *about, where=where)
     check.done()
     return query
-
-
-def copied(message: M) -> M:
-    made = type(message)()
-    made.CopyFrom(message)
-    return made

@@ -10,7 +10,7 @@ from notecase_server.engine.opening import incoming
 from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import Check
-from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, once
+from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, named, once
 from notecase_server.store import answers
 from notecase_server.store.contract import Answer, Commit, History
 
@@ -35,9 +35,7 @@ class Messages(v1.MessageServiceServicer):
         return v1.ListMessagesResponse(messages=rows, next_page_token=self.desk.pages.token(page.next, *about))
 
     async def GetMessage(self, request: v1.GetMessageRequest, context: Any) -> v1.Message:
-        check = Check()
-        session, message = check.message("name", request.name)
-        check.done()
+        session, message = named(request, Check.message)
         row = await self.store.get_message(await self.desk.session(session), message)
         if row is None:
             raise errors.not_found("message", request.name)

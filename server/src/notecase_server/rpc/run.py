@@ -4,6 +4,7 @@ WatchEvents are the same two halves as separate calls.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import deepcopy
 from typing import TypeAlias
 
 import msgspec
@@ -12,8 +13,8 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.engine.admission import Started
+from notecase_server.engine.caused import Caused
 from notecase_server.engine.content import digest_of
-from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
@@ -266,8 +267,7 @@ class Streams:
         try:
             match kind:
                 case "start":
-                    start = v1.StartRun()
-                    start.CopyFrom(claimed(frame.start, who.user))
+                    start = deepcopy(claimed(frame.start, who.user))
                     start.if_session_uid = start.if_session_uid or key.uid
                     started = await self._runs.admission.start(key.tenant, start, caused, who.user)
                     queued = started.run.state == v1.Run.STATE_QUEUED

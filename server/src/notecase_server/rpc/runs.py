@@ -13,7 +13,7 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc import validate
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import Check
-from notecase_server.rpc.desk import Desk, caused_by, checked, listed
+from notecase_server.rpc.desk import Desk, caused_by, checked, listed, named
 from notecase_server.rpc.run import claimed
 from notecase_server.store import answers
 from notecase_server.store.contract import ANSWER_BYTES, Answer, Page, Replayed, RunStore
@@ -68,9 +68,7 @@ class RunsService(v1.RunServiceServicer):
         return names.render_run(started.key.session, started.run)
 
     async def GetRun(self, request: v1.GetRunRequest, context: Any) -> v1.Run:
-        check = Check()
-        session, run = check.run("name", request.name)
-        check.done()
+        session, run = named(request, Check.run)
         row = await self.store.get_run(await self.desk.session(session), run)
         if row is None:
             raise errors.not_found("run", request.name)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -25,9 +26,9 @@ from notecase_server.rpc.desk import (
     Desk,
     caused_by,
     checked,
-    copied,
     listed,
     masked,
+    named,
     once,
 )
 from notecase_server.store.contract import (
@@ -96,9 +97,7 @@ class SessionsService(v1.SessionServiceServicer):
             return _session_of(await self.desk.sessions.commit(commit))
 
     async def GetSession(self, request: v1.GetSessionRequest, context: Any) -> v1.Session:
-        check = Check()
-        session = check.session("name", request.name)
-        check.done()
+        session = named(request, Check.session)
         who = caller.get()
         _, row = await self.desk.sessions.find(who.tenant, session, user=who.user)
         return names.render_session(row)
@@ -124,7 +123,7 @@ class SessionsService(v1.SessionServiceServicer):
             check.needs(rights.LABELS, "session.labels")
         check.done()
         expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
-        given = copied(request.session)
+        given = deepcopy(request.session)
         _set_expiration(given, request.session, expiry)
         edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
         repeat = await once(request, SESSION)
@@ -136,9 +135,7 @@ class SessionsService(v1.SessionServiceServicer):
         return _rendered(await self.desk.surely(repeat, SESSION, change, audit))
 
     async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
-        check = checked(request)
-        session = check.session("name", request.name)
-        check.done()
+        session = named(request, Check.session)
         repeat = await once(request, NOTHING)
         key = await self.desk.session(session, repeat)
         await self.desk.sessions.delete(key, request.etag, repeat, caller.get().audit(request.name))
@@ -186,9 +183,7 @@ class SessionsService(v1.SessionServiceServicer):
             return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
 
     async def EraseUser(self, request: v1.EraseUserRequest, context: Any) -> v1.EraseUserResponse:
-        check = checked(request)
-        check.user("name", request.name)
-        check.done()
+        named(request, Check.user)
         tenant, audit = caller.get().tenant, caller.get().audit(request.name)
         repeat = await once(request, Answer("erased"))
         record = self.desk.sessions.record(repeat, tenant, Answer("erased"))._replace(audit=audit)
@@ -201,9 +196,7 @@ class SessionsService(v1.SessionServiceServicer):
     async def ExportSession(
         self, request: v1.ExportSessionRequest, context: Any
     ) -> AsyncIterator[v1.ExportSessionResponse]:
-        check = Check()
-        session = check.session("name", request.name)
-        check.done()
+        session = named(request, Check.session)
         key = await self.desk.session(session)
         audit = caller.get().audit(request.name)
         contents = self.desk.contents if request.with_blobs else None
@@ -288,7 +281,7 @@ async def _numbered(frames: AsyncIterator[M]) -> AsyncIterator[tuple[int, M]]:
 
 
 def _rendered(row: v1.Session) -> v1.Session:
-    return names.render_session(copied(row))
+    return names.render_session(deepcopy(row))
 
 
 def _session_of(done: Committed) -> v1.Session:

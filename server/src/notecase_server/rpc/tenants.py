@@ -13,7 +13,7 @@ from notecase_server.engine.takeout import Position, Takeout, TakeoutStore
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import Check
-from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, once
+from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named, once
 from notecase_server.store.contract import Answer, AuditStore
 
 TENANT = Answer("tenant")
@@ -42,9 +42,7 @@ class TenantsService(v1.TenantServiceServicer):
         return await self.desk.surely(await once(request, TENANT), TENANT, create, audit)
 
     async def GetTenant(self, request: v1.GetTenantRequest, context: Any) -> v1.Tenant:
-        check = Check()
-        tenant = check.tenant("name", request.name)
-        check.done()
+        tenant = named(request, Check.tenant)
         found = await self.store.get_tenant(tenant)
         if found is None:
             raise errors.not_found("tenant", request.name)
@@ -67,9 +65,7 @@ class TenantsService(v1.TenantServiceServicer):
     async def _set(
         self, request: v1.SuspendTenantRequest | v1.ResumeTenantRequest, state: v1.Tenant.State.ValueType
     ) -> tuple[str, v1.Tenant]:
-        check = checked(request)
-        tenant = check.tenant("name", request.name)
-        check.done()
+        tenant = named(request, Check.tenant)
         try:
             change = partial(self.store.set_tenant_state, tenant, state)
             audit = caller.get().audit(request.name)
@@ -78,9 +74,7 @@ class TenantsService(v1.TenantServiceServicer):
             self.tenants.changed(tenant)
 
     async def DeleteTenant(self, request: v1.DeleteTenantRequest, context: Any) -> Empty:
-        check = checked(request)
-        tenant = check.tenant("name", request.name)
-        check.done()
+        tenant = named(request, Check.tenant)
         change = partial(self.store.set_tenant_state, tenant, v1.Tenant.STATE_DELETING)
         try:
             await self.desk.surely(await once(request, NOTHING), NOTHING, change, caller.get().audit(request.name))

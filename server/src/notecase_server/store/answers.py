@@ -4,7 +4,8 @@ Pure, and part of the write's own transaction: a repeat is then answered in the 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from copy import deepcopy
+from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -12,8 +13,6 @@ from notecase import v1
 
 from notecase_server import names
 from notecase_server.store.contract import PAGE_BYTES, Answer, Committed
-
-M = TypeVar("M", bound=Message)
 
 Result = Committed | v1.Session | v1.State | v1.Agent | v1.Key | v1.Tenant | None
 """What writes return: a commit, a session that was edited or imported, a user's or the app's state, an agent, a key, a
@@ -32,12 +31,12 @@ def _nothing(answer: Answer, result: Result) -> Empty:
 def _session(answer: Answer, result: Result) -> v1.Session:
     row = result.session if isinstance(result, Committed) else result
     assert isinstance(row, v1.Session)
-    return names.render_session(_copied(row))
+    return names.render_session(deepcopy(row))
 
 
 def _run(answer: Answer, result: Result) -> v1.Run:
     assert isinstance(result, Committed)
-    return names.render_run(result.session.name, _copied(result.runs[answer.name]))
+    return names.render_run(result.session.name, deepcopy(result.runs[answer.name]))
 
 
 def _started(answer: Answer, result: Result) -> v1.Run:
@@ -55,7 +54,7 @@ def _entry(answer: Answer, result: Result) -> v1.StateEntry:
 
 def _state(answer: Answer, result: Result) -> v1.State:
     """The state by its whole name. Once the entries hold a page, the others come without their values."""
-    state, size = _copied(_written(result)), 0
+    state, size = deepcopy(_written(result)), 0
     for key in sorted(state.entries):
         entry = state.entries[key]
         if size >= PAGE_BYTES:
@@ -68,7 +67,7 @@ def _state(answer: Answer, result: Result) -> v1.State:
 def _messages(answer: Answer, result: Result) -> v1.AppendMessagesResponse:
     assert isinstance(result, Committed)
     added = [
-        names.render_message(result.session.name, _copied(event.message_added))
+        names.render_message(result.session.name, deepcopy(event.message_added))
         for event in result.events
         if event.HasField("message_added")
     ]
@@ -77,7 +76,7 @@ def _messages(answer: Answer, result: Result) -> v1.AppendMessagesResponse:
 
 def _agent(answer: Answer, result: Result) -> v1.Agent:
     assert isinstance(result, v1.Agent)
-    return _copied(result)
+    return deepcopy(result)
 
 
 def _erased(answer: Answer, result: Result) -> v1.EraseUserResponse:
@@ -107,12 +106,6 @@ def _written(result: Result) -> v1.State:
         return state
     assert isinstance(result, v1.State)
     return result
-
-
-def _copied(row: M) -> M:
-    copy = type(row)()
-    copy.CopyFrom(row)
-    return copy
 
 
 _ANSWERS: Mapping[str, Callable[[Answer, Result], Message]] = {

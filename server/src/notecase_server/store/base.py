@@ -34,7 +34,7 @@ from notecase_server.store.contract import (
 from notecase_server.store.copies import Copies
 from notecase_server.store.imports import Replay
 from notecase_server.store.lists import take
-from notecase_server.store.tables import Tables
+from notecase_server.store.sql_tables import Tables
 
 T = TypeVar("T")
 
@@ -74,11 +74,7 @@ class TableStore(ABC):
         store that runs one step at a time runs those that wait for no such job first."""
 
     async def commit(self, commit: Commit) -> Committed:
-        return await self._write(self._commit(commit), commit.key.uid)
-
-    def _commit(self, commit: Commit) -> Callable[[Tables, int], Committed]:
-        """The step that makes a commit."""
-        return partial(steps.commit, commit=commit, quotas=self.quotas)
+        return await self._write(partial(steps.commit, commit=commit), commit.key.uid)
 
     async def find_commit(self, key: SessionKey, commit_id: str) -> Committed | None:
         return await self._read(lambda tables: steps.find_commit(tables, key, commit_id))
@@ -105,15 +101,16 @@ class TableStore(ABC):
         return await self._of(scope.tenant, scope.id, step, gone)
 
     async def read_events(self, key: SessionKey, after: int, limit: int = 1000) -> list[v1.Event]:
-        step = partial(steps.events, key=key, after=after, limit=limit)
-        return await self._of(key.tenant, key.uid, step, [])
+        return await self._of(
+            key.tenant, key.uid, lambda tables: take(tables.events(key, after, limit), limit).rows, []
+        )
 
     async def read_past(self, key: SessionKey, at: int) -> Past:
         return await self._read(lambda tables: past.read(tables, key, at))
 
     async def fork(self, fork: Fork) -> Committed:
         with self._copies.under_way(fork.key, fork.past.session.user):
-            await self._write(partial(copies.begin_fork, fork=fork, quotas=self.quotas))
+            await self._write(partial(copies.begin_fork, fork=fork))
             last = copies.BEGINNING
             while pieces := await self._read(partial(copies.rows_to_copy, fork=fork, after=last)):
                 await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces), fork.key.uid, piece=True)
@@ -121,18 +118,17 @@ class TableStore(ABC):
                 last = pieces[-1]
             whole = await self._read(partial(copies.whole, fork=fork))
             await self._write_rows(fork.key, fork.source, copies.put_right(fork.key, whole.past))
-            return await self._write(partial(copies.finish_fork, fork=fork, whole=whole, quotas=self.quotas))
+            return await self._write(partial(copies.finish_fork, fork=fork, whole=whole))
 
     async def restore(self, restore: Restore) -> v1.Session:
         with self._copies.under_way(restore.key, restore.session.user):
-            await self._write(partial(copies.begin_restore, restore=restore, quotas=self.quotas))
+            await self._write(partial(copies.begin_restore, restore=restore))
             await self._write_rows(restore.key, None, copies.references(restore))
             replay = Replay(restore)
             while events := await asyncio.to_thread(replay.read):
                 rows = await self._read(partial(replay.rows, events=events))
                 await self._write_rows(restore.key, None, rows)
-            finish = partial(copies.finish_restore, restore=restore, replayed=replay.session)
-            return await self._write(partial(finish, quotas=self.quotas))
+            return await self._write(partial(copies.finish_restore, restore=restore, replayed=replay.session))
 
     async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterable[copies.Row]) -> None:
         """Writes rows of a copy, in bounded transactions."""
@@ -146,7 +142,8 @@ class TableStore(ABC):
         return found.session if found else None
 
     async def find_session(self, tenant: str, session: str) -> v1.Session | None:
-        return await self._read(lambda tables: steps.find_session(tables, tenant, session))
+        found = await self._read(lambda tables: tables.session_of_name(tenant, session))
+        return found.session if found else None
 
     async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
         return await self._read(lambda tables: tables.start_of(tenant, session, agent), alone=True)
@@ -157,7 +154,7 @@ class TableStore(ABC):
     async def edit_session(
         self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        step = partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once, quotas=self.quotas)
+        step = partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once)
         return await self._write(step, key.uid)
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
@@ -231,12 +228,10 @@ class TableStore(ABC):
     async def update_state(
         self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None
     ) -> v1.State:
-        step = partial(steps.update_state, scope=scope, ops=ops, if_version=if_version)
-        return await self._write(partial(step, once=once, quotas=self.quotas))
+        return await self._write(partial(steps.update_state, scope=scope, ops=ops, if_version=if_version, once=once))
 
     async def create_agent(self, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None = None) -> v1.Agent:
-        step = partial(steps.create_agent, tenant=tenant, agent_id=agent_id, agent=agent)
-        return await self._write(partial(step, once=once, quotas=self.quotas))
+        return await self._write(partial(steps.create_agent, tenant=tenant, agent_id=agent_id, agent=agent, once=once))
 
     async def get_agent(self, tenant: str, agent_id: str, revision: int = 0) -> v1.Agent | None:
         return await self._read(lambda tables: tables.agent(tenant, agent_id, revision))
@@ -248,28 +243,23 @@ class TableStore(ABC):
         return await self._read(lambda tables: take(tables.revisions(tenant, agent_id, query), query.limit))
 
     async def edit_agent(
-        self,
-        tenant: str,
-        agent_id: str,
-        agent: v1.Agent,
-        if_revision: int,
-        once: Once | None = None,
+        self, tenant: str, agent_id: str, agent: v1.Agent, if_revision: int, once: Once | None = None
     ) -> v1.Agent:
         step = partial(steps.edit_agent, tenant=tenant, agent_id=agent_id, agent=agent, if_revision=if_revision)
-        return await self._write(partial(step, once=once, quotas=self.quotas))
+        return await self._write(partial(step, once=once))
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
 
     async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
-        step = partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data)
-        await self._write(partial(step, quotas=Quotas() if of_run else self.quotas), _content(tenant))
+        step = partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data, of_run=of_run)
+        await self._write(step, _content(tenant))
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
 
     async def list_blobs(self, tenant: str, query: Query) -> Page[v1.Blob]:
-        return await self._read(lambda tables: content.list_blobs(tables, tenant, query))
+        return await self._read(lambda tables: take(tables.content.blobs(tenant, query), query.limit))
 
     async def known_blobs(self, tenant: str, subject: str, user: str, digests: Collection[str]) -> set[str]:
         return await self._read(
@@ -286,7 +276,7 @@ class TableStore(ABC):
 
     async def open_upload(self, tenant: str, upload_id: str, expire_time: int, size: int = 0) -> v1.Upload:
         return await self._write(
-            lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time, self.quotas, size),
+            lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time, size),
             _content(tenant),
         )
 
@@ -294,8 +284,9 @@ class TableStore(ABC):
         return await self._read(lambda tables: content.get_upload(tables, tenant, upload_id))
 
     async def add_chunk(self, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
-        step = partial(content.add_chunk, tenant=tenant, upload_id=upload_id, offset=offset, data=data)
-        await self._write(lambda tables, _: step(tables, quotas=self.quotas), _content(tenant))
+        await self._write(
+            lambda tables, _: content.add_chunk(tables, tenant, upload_id, offset, data), _content(tenant)
+        )
 
     async def read_upload(self, tenant: str, upload_id: str, offset: int) -> bytes:
         return await self._read(lambda tables: content.read_upload(tables, tenant, upload_id, offset))

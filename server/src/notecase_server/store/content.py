@@ -1,19 +1,20 @@
-"""Content beside the log, on whatever Tables: uploads, blobs, and what refers to them.
+"""Content beside the log: uploads, blobs, and what refers to them.
 
 As in `steps`, a step writes only when nothing can be refused any more.
 """
 
 from collections.abc import Container, Iterable, Sequence
+from copy import deepcopy
 from typing import TypeVar
 
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import CHUNK_BYTES, Page, Query, Quotas, Scope
+from notecase_server.store.contract import CHUNK_BYTES, Scope
 from notecase_server.store.fold import PREFIX, references
-from notecase_server.store.lists import take
 from notecase_server.store.quotas import require_content, require_upload
-from notecase_server.store.tables import BlobRow, Tables, UploadRow
+from notecase_server.store.sql_tables import Tables
+from notecase_server.store.tables import BlobRow, UploadRow
 
 M = TypeVar("M", v1.Event, v1.StateOp)
 
@@ -29,9 +30,7 @@ def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], lis
     for each in given:
         blobs: dict[str, int] = {}
         if references(each):
-            copied = type(each)()
-            copied.CopyFrom(each)
-            each = copied  # noqa: PLW2901 - the caller's own is not changed
+            each = deepcopy(each)  # noqa: PLW2901 - the caller's own is not changed
             for blob in references(each):
                 sha256 = blob.name.removeprefix(PREFIX)
                 row = tables.content.blob(tenant, sha256)
@@ -51,11 +50,12 @@ def refer_entry(tables: Tables, scope: Scope, key: str, entry: v1.StateEntry | N
             tables.refer(scope, key, sha256, 0)
 
 
-def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes, quotas: Quotas) -> None:
+def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes, of_run: bool) -> None:
     """Store.put_blob."""
     row = tables.content.blob(tenant, sha256)
     if row is None:
-        require_content(tables, quotas, tenant)
+        if not of_run:
+            require_content(tables, tenant)
         row = BlobRow(tables.content.new_content(), len(data))
         _add_pieces(tables, row.content, 0, data)
     tables.content.put_blob(tenant, subject, sha256, row, now)
@@ -70,12 +70,6 @@ def get_blob(tables: Tables, tenant: str, sha256: str) -> v1.Blob | None:
     """Store.get_blob."""
     row = tables.content.blob(tenant, sha256)
     return None if row is None else v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=row.size)
-
-
-def list_blobs(tables: Tables, tenant: str, query: Query) -> Page[v1.Blob]:
-    """Store.list_blobs."""
-    page = take(tables.content.blobs(tenant, query), query.limit)
-    return Page([v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size) for sha256, size in page.rows], page.next)
 
 
 def touch_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
@@ -116,15 +110,13 @@ def _upload(tables: Tables, tenant: str, upload_id: str) -> UploadRow:
     return row
 
 
-def open_upload(
-    tables: Tables, tenant: str, upload_id: str, expire_time: int, quotas: Quotas, size: int = 0
-) -> v1.Upload:
+def open_upload(tables: Tables, tenant: str, upload_id: str, expire_time: int, size: int) -> v1.Upload:
     """Store.open_upload."""
     row = tables.content.upload(tenant, upload_id)
     if row is None:
-        require_upload(tables, quotas, tenant)
+        require_upload(tables, tenant)
     if row is None or (not row.sha256 and size > row.size):
-        require_content(tables, quotas, tenant, size - row.size if row else size)
+        require_content(tables, tenant, size - row.size if row else size)
     if row is None:
         row = UploadRow(tables.content.new_content(), 0, expire_time, "")
     row = row if row.sha256 else row._replace(expire_time=expire_time)
@@ -132,12 +124,12 @@ def open_upload(
     return _told(upload_id, row)
 
 
-def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: bytes, quotas: Quotas) -> None:
+def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
     """Store.add_chunk."""
     row = _upload(tables, tenant, upload_id)
     if row.size != offset or row.sha256:
         raise errors.upload_offset_mismatch(upload_id, row.size)
-    require_content(tables, quotas, tenant)
+    require_content(tables, tenant)
     _add_pieces(tables, row.content, offset, data)
     tables.content.put_upload(tenant, upload_id, row._replace(size=offset + len(data)))
 

@@ -21,20 +21,11 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.store import fold, past
-from notecase_server.store.contract import (
-    Commit,
-    Committed,
-    Fork,
-    Once,
-    Past,
-    Quotas,
-    Restore,
-    Scope,
-    SessionKey,
-)
+from notecase_server.store.contract import Commit, Committed, Fork, Once, Past, Restore, Scope, SessionKey
 from notecase_server.store.quotas import require_record, require_session
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.steps import FIRST_EPOCH, event_rows, existing, recall, remember, require_free
-from notecase_server.store.tables import Batch, Piece, SessionRow, Tables
+from notecase_server.store.tables import Batch, Piece, SessionRow
 
 COPY_ROWS, COPY_BYTES = 500, 1 << 20
 """Rows of a copy that one transaction writes, and their bytes: few enough that commits wait for some milliseconds
@@ -86,11 +77,11 @@ class Whole(NamedTuple):
     content_bytes: int
 
 
-def begin_fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> None:
+def begin_fork(tables: Tables, now: int, fork: Fork) -> None:
     """The first transaction of Store.fork."""
     recall(tables, fork.once)
     source = existing(tables, fork.source).session
-    _begin(tables, fork.key, fork.once, source.user, quotas)
+    _begin(tables, fork.key, fork.once, source.user)
     if fork.past.version:
         tables.put_version(fork.key.state, fork.past.version)
 
@@ -121,25 +112,17 @@ def whole(tables: Tables, fork: Fork) -> Whole:
 def put_right(key: SessionKey, then: Past) -> Iterator[Row]:
     """Yields the rows that may not have been copied as they were."""
     for message in then.messages:
-        yield message.ByteSize(), partial(_set_message, key=key, message=message)
+        yield message.ByteSize(), methodcaller("put_message", key, message)
     for name, entry in then.entries.items():
         size = entry.ByteSize() if entry is not None else 0
         yield size, methodcaller("put_entry", key.state, name, entry)
 
 
-def _set_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
-    there = tables.message(key, message.name) is not None
-    if there:
-        tables.put_message(key, message)
-    else:
-        tables.add_messages(key, [message])
-
-
-def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quotas) -> Committed:
+def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole) -> Committed:
     """The last transaction of Store.fork."""
     recall(tables, fork.once)
     source = existing(tables, fork.source).session
-    _require_new(tables, fork.key, fork.once, quotas)
+    _require_new(tables, fork.key, fork.once)
     _require_begun(tables, fork.key)
     then, at = whole.past, fork.past.session.last_sequence
     session = fold.new_session(fork.key, fork.session, now)
@@ -164,10 +147,10 @@ def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quot
     return done
 
 
-def begin_restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> None:
+def begin_restore(tables: Tables, now: int, restore: Restore) -> None:
     """The first transaction of Store.restore."""
     recall(tables, restore.once)
-    _begin(tables, restore.key, restore.once, restore.session.user, quotas)
+    _begin(tables, restore.key, restore.once, restore.session.user)
 
 
 def references(restore: Restore) -> Iterator[Row]:
@@ -185,11 +168,11 @@ def _refer(tables: Tables, key: SessionKey, sha256: str, sequence: int, size: in
     tables.refer(key.state, "", sha256, sequence)
 
 
-def finish_restore(tables: Tables, now: int, restore: Restore, replayed: v1.Session, quotas: Quotas) -> v1.Session:
+def finish_restore(tables: Tables, now: int, restore: Restore, replayed: v1.Session) -> v1.Session:
     """The last transaction of Store.restore. `replayed` is what the log makes of the session."""
     key = restore.key
     recall(tables, restore.once)
-    _require_new(tables, key, restore.once, quotas)
+    _require_new(tables, key, restore.once)
     _require_begun(tables, key)
     session = fold.new_session(key, restore.session, now)
     session.last_sequence, session.log_bytes = replayed.last_sequence, replayed.log_bytes
@@ -225,17 +208,17 @@ def write_rows(tables: Tables, now: int, key: SessionKey, source: SessionKey | N
         write(tables)
 
 
-def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str, quotas: Quotas) -> None:
-    _require_new(tables, key, once, quotas)
+def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str) -> None:
+    _require_new(tables, key, once)
     tables.begin_copy(key, user)
 
 
-def _require_new(tables: Tables, key: SessionKey, once: Once | None, quotas: Quotas) -> None:
+def _require_new(tables: Tables, key: SessionKey, once: Once | None) -> None:
     """Checks the conditions of a new session: at the beginning, to avoid useless work, and at the end, where they
     count."""
     require_free(tables, key)
-    require_record(tables, quotas, once)
-    require_session(tables, quotas, key.tenant)
+    require_record(tables, once)
+    require_session(tables, key.tenant)
 
 
 def _require_begun(tables: Tables, key: SessionKey) -> None:

@@ -541,8 +541,7 @@ def _take_input(run: v1.Run, input_id: str) -> v1.InputRequest:
     """Takes a request from those that wait. Raises NotecaseError INPUT_NOT_PENDING."""
     for index, pending in enumerate(run.pending_inputs):
         if pending.input_id == input_id:
-            asked = v1.InputRequest()
-            asked.CopyFrom(pending)
+            asked = deepcopy(pending)
             del run.pending_inputs[index]
             return asked
     raise errors.input_not_pending(input_id)

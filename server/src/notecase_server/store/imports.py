@@ -16,8 +16,9 @@ from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
 from notecase_server.store.contract import ANSWER_BYTES, LAST_SECOND, Restore, SessionKey
 from notecase_server.store.copies import Row
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.steps import event_row, load, stretches_of
-from notecase_server.store.tables import Batch, EventRow, Tables
+from notecase_server.store.tables import Batch, EventRow
 
 ARRIVED = b"imported"
 """In place of the digest of a run's start, which is not in the log: no start is a repeat of such a run's."""
@@ -71,7 +72,7 @@ class Replay:
         key, scope, rows = self._key, self._key.state, self._load(tables, events)
         added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
         taken = {name for _, name in tables.named_messages(key.tenant, added)}
-        runs, messages, calls = set(rows.runs), set(rows.messages), set(rows.calls)
+        runs, calls = set(rows.runs), set(rows.calls)
         version, unstarted, made = rows.versions.get(scope, 0), set[str](), list[Row]()
         for event in events:
             if event.run not in rows.runs and event.HasField("run_state_changed"):
@@ -84,9 +85,11 @@ class Replay:
         self._unended -= rows.runs.keys()
         self._unended |= {name for name, run in rows.runs.items() if run.state not in fold.ENDED}
         made += [(0, methodcaller("add_stretches", key, [one])) for one in stretches_of(tables, key, events)]
-        for name, message in rows.messages.items():
-            add, put = methodcaller("add_messages", key, [message]), methodcaller("put_message", key, message)
-            made.append((message.ByteSize(), put if name in messages else add))
+        made += [
+            (message.ByteSize(), methodcaller("put_message", key, message))
+            for message in rows.messages.values()
+            if message.update_sequence != message.sequence
+        ]
         made += [
             (0, methodcaller("put_calls", key, {call_id: holder}))
             for call_id, holder in rows.calls.items()

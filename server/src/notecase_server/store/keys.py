@@ -1,11 +1,13 @@
 """Steps on the keys of callers."""
 
+from copy import deepcopy
+
 from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.store.contract import MAX_KEYS, KeyRow, Once
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.steps import recall, remember
-from notecase_server.store.tables import Tables
 from notecase_server.store.tenants import known_tenant
 
 
@@ -16,8 +18,7 @@ def add_key(tables: Tables, now: int, row: KeyRow, once: Once | None) -> v1.Key:
         raise errors.quota_exceeded("key", MAX_KEYS, "in a tenant")
     if row.tenant:
         known_tenant(tables, now, row.tenant)
-    made = v1.Key()
-    made.CopyFrom(row.key)
+    made = deepcopy(row.key)
     made.name = names.key(row.key_id)
     made.create_time.FromMicroseconds(now)
     remember(tables, once, made, now)

@@ -4,13 +4,14 @@ changes of state from the first.
 """
 
 from collections.abc import Iterator, Set
+from copy import deepcopy
 
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.store import fold
 from notecase_server.store.contract import Past, Query, Scope, SessionKey, StepKey
-from notecase_server.store.tables import Tables
+from notecase_server.store.sql_tables import Tables
 
 Entries = dict[str, v1.StateEntry | None]
 
@@ -131,8 +132,7 @@ def _open(tables: Tables, key: SessionKey, at: int, run: v1.Run, rows: fold.Rows
 
 
 def _then(session: v1.Session, at: int, runs: list[v1.Run], rows: fold.Rows) -> v1.Session:
-    then = v1.Session()
-    then.CopyFrom(session)
+    then = deepcopy(session)
     then.last_sequence = at
     queued = [one for one in session.queued_commands if one.sequence <= at and one.run not in rows.runs]
     queued = sorted([*queued, *rows.session.queued_commands], key=lambda one: one.sequence)

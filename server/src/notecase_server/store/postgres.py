@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import asyncpg
 
 from notecase_server import errors
-from notecase_server.store import fold
+from notecase_server.store import fold, steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed
 from notecase_server.store.postgres_commit import CommitTables
@@ -36,7 +36,7 @@ from notecase_server.store.postgres_wire import (
     sqlstate,
     uncancelled,
 )
-from notecase_server.store.tables import Tables
+from notecase_server.store.sql_tables import Tables
 from notecase_server.supervisor import Tasks
 
 __all__ = ["PostgresStore"]
@@ -115,7 +115,7 @@ class PostgresStore(TableStore):
 
     def _commit_step(self, tables: CommitTables, commit: Commit) -> Committed:
         tables.load()
-        done = self._commit(commit)(tables, self._clock())
+        done = steps.commit(tables, self._clock(), commit)
         tables.flush()
         return done
 

@@ -7,6 +7,7 @@ fence. When one is another, the statement fails as a whole, and the commit is ma
 
 import re
 from collections.abc import Collection, Iterator
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -38,7 +39,6 @@ from notecase_server.store.postgres_wire import (
     unescaped,
 )
 from notecase_server.store.sql import REWIND, message_row, session_row
-from notecase_server.store.steps import copied
 from notecase_server.store.stretches import superseded_at
 from notecase_server.store.tables import Applied, Changes, Recorded, SessionRow
 
@@ -209,11 +209,11 @@ class CommitTables(PostgresTables):
         stretches = sorted(changes.stretches)
         for message in reversed(changes.messages):
             if superseded_at(stretches, message.sequence) is None:
-                yield Found((message.sequence,), copied(message), message.ByteSize())
+                yield Found((message.sequence,), deepcopy(message), message.ByteSize())
         changed = {message.sequence: message for message in changes.changed_messages}
         for found in self._newest_before(key, query.limit):
             anew = changed.get(found.row.sequence)
-            yield found if anew is None else Found(found.position, copied(anew), anew.ByteSize())
+            yield found if anew is None else Found(found.position, deepcopy(anew), anew.ByteSize())
 
     def _newest_before(self, key: SessionKey, limit: int) -> Iterator[Found[v1.Message]]:
         """The newest messages that were there before, and that the commit leaves in force."""

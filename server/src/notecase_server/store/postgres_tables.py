@@ -38,7 +38,7 @@ from notecase_server.store.sql import (
 )
 from notecase_server.store.sql_content import SqlContent
 from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, copies
-from notecase_server.store.sql_tables import SqlTables
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Applied, BlobRow, Changes, EventRow, Kept, SessionRow, UploadRow
 
@@ -134,7 +134,7 @@ def _labels(row: Labelled) -> str | None:
     return json.dumps({escaped(key): escaped(value) for key, value in row.labels.items()}) if row.labels else None
 
 
-class PostgresTables(SqlTables):
+class PostgresTables(Tables):
     """Rows as one connection sees them, for a step that `postgres_wire.run` runs: within a transaction that somebody
     else begins and ends, or a statement at a time."""
 
@@ -171,6 +171,7 @@ class PostgresTables(SqlTables):
     def __init__(self, connection: "Connection[Record]", counts: Counts) -> None:
         self._connection = connection
         self.counts = counts
+        self.quotas = counts.quotas
 
     @cached_property
     def content(self) -> SqlContent:
@@ -328,9 +329,6 @@ class PostgresTables(SqlTables):
             *(tenant, *_columns(names)),
         )
         return {(uid, unescaped(name)): message_row(*found) for uid, name, *found in rows}
-
-    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
-        self._put_messages(key, [message for message in messages if message.update_sequence != message.sequence])
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._put_messages(key, [message])

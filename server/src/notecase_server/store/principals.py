@@ -1,16 +1,17 @@
 """Steps on principals."""
 
+from copy import deepcopy
+
 from notecase import v1
 
-from notecase_server.store.steps import copied
-from notecase_server.store.tables import Tables
+from notecase_server.store.sql_tables import Tables
 
 
 def know(tables: Tables, now: int, tenant: str, principal: v1.Principal) -> v1.Principal:
     """Store.know_principal."""
     known = tables.directory.principal_like(tenant, principal)
     if known is None:
-        known = copied(principal)
+        known = deepcopy(principal)
         known.create_time.FromMicroseconds(now)
         tables.directory.add_principal(tenant, known)
     return known

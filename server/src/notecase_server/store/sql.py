@@ -14,7 +14,7 @@ from notecase import v1
 
 from notecase_server.store.contract import And, Compare, Filter, Not, Or, Query, SessionKey
 from notecase_server.store.fold import ENDED
-from notecase_server.store.lists import LABELS, OPERATORS, Labelled, check_column
+from notecase_server.store.lists import Labelled
 from notecase_server.store.stretches import marked
 from notecase_server.store.tables import CommitRow, Kept, SessionRow
 
@@ -38,6 +38,11 @@ KEPT: Mapping[Kept, str] = {
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = $1 AND sha256 = ''), 0)""",
     "upload_bytes": "SELECT coalesce(sum(size), 0) FROM uploads WHERE tenant = $1 AND sha256 = ''",
 }
+
+OPERATORS = frozenset({"=", "!=", "<", ">", "<=", ">="})
+"""Text compares by code point, which is the order of its UTF-8 bytes too."""
+
+LABELS = "labels."
 
 COMMITS = msgspec.json.Decoder(tuple[CommitRow, ...])
 
@@ -129,7 +134,9 @@ class Sql(ABC):
                 if name.startswith(LABELS):
                     label, other = self.label(table, name.removeprefix(LABELS), str(value), values)
                     return f"{label} {op} {other}"
-                return f'{table}"{check_column(name, columns)}" {op} {bind(values, value)}'
+                if name not in columns:
+                    raise ValueError("a filter names a field that is no column of its list")
+                return f'{table}"{name}" {op} {bind(values, value)}'
 
 
 def bind(values: list[Any], value: Any) -> str:

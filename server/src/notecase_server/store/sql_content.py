@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
+from notecase import v1
+
 from notecase_server.store.contract import Query
+from notecase_server.store.fold import PREFIX
 from notecase_server.store.lists import Found
 from notecase_server.store.sql import Sql
 from notecase_server.store.tables import BlobRow, UploadRow
@@ -13,18 +16,20 @@ LOOSE = """upload_time < $1 AND NOT EXISTS
 
 
 class SqlContent:
-    """tables.Content in SQL."""
+    """Uploads and blobs, with the pieces that they consist of."""
 
     def __init__(self, sql: Sql) -> None:
         self._sql = sql
 
     def new_content(self) -> int:
+        """A number under which content can be kept."""
         return int(self._sql.one("INSERT INTO contents (discarded) VALUES (0) RETURNING content")[0])
 
     def add_chunk(self, content: int, start: int, data: bytes) -> None:
         self._sql.do("INSERT INTO chunks (content, start, data) VALUES ($1, $2, $3)", content, start, data)
 
     def chunk(self, content: int, offset: int) -> bytes:
+        """What follows from `offset` on in the piece that holds it; empty beyond the last."""
         # substr counts from 1.
         row = self._sql.one(
             """SELECT substr(data, CAST($2 - start + 1 AS integer)) FROM chunks WHERE content = $1 AND start <= $2
@@ -34,9 +39,12 @@ class SqlContent:
         return bytes(row[0]) if row else b""
 
     def discard(self, content: int) -> None:
+        """Gives content up; `delete_chunks` removes it."""
         self._sql.do("UPDATE contents SET discarded = 1 WHERE content = $1", content)
 
     def delete_chunks(self, limit: int) -> int:
+        """Removes at most `limit` pieces of what was given up, and returns how many; content without any counts as a
+        piece."""
         sql, deleted = self._sql, 0
         discarded = f"SELECT content FROM contents WHERE {sql.discarded} LIMIT 1"
         while deleted < limit and (row := sql.one(discarded)):
@@ -54,12 +62,14 @@ class SqlContent:
         row = self._sql.one("SELECT content, size FROM blobs WHERE tenant = $1 AND sha256 = $2", tenant, sha256)
         return BlobRow(*row) if row else None
 
-    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
+    def blobs(self, tenant: str, query: Query) -> Iterator[Found[v1.Blob]]:
+        """Names and sizes."""
         statement = "SELECT sha256, size FROM blobs WHERE tenant = $1 AND sha256 > $2 ORDER BY sha256 LIMIT $3"
         for sha256, size in self._sql.rows(statement, tenant, *(query.after or ("",)), query.limit + 1):
-            yield Found((sha256,), (sha256, size), len(sha256))
+            yield Found((sha256,), v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size), len(sha256))
 
     def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
+        """Records that `subject` uploaded it, just now."""
         self._sql.put("blobs", {"tenant": tenant, "sha256": sha256}, {**row._asdict(), "upload_time": now})
         self._sql.do(
             "INSERT INTO uploaders (tenant, sha256, subject) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
@@ -67,6 +77,7 @@ class SqlContent:
         )
 
     def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
+        """Whether that subject uploaded it, or a session or the state of that user refers to it."""
         uploaded = "SELECT 1 FROM uploaders WHERE tenant = $1 AND sha256 = $2 AND subject = $3"
         referred = """SELECT 1 FROM blob_references r WHERE r.tenant = $1 AND r.sha256 = $2 AND (
                 r.kind = 'user' AND 'users/' || r.id = $3
@@ -80,10 +91,12 @@ class SqlContent:
             self._sql.do(f"DELETE FROM {table} WHERE tenant = $1 AND sha256 = $2", tenant, sha256)
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
+        """Whether there is such a blob, last uploaded before that time, and nothing refers to it."""
         statement = f"SELECT 1 FROM blobs b WHERE {LOOSE} AND tenant = $2 AND sha256 = $3"
         return self._sql.one(statement, before, tenant, sha256) is not None
 
     def loose_blobs(self, before: int, after: tuple[str, str], limit: int) -> list[tuple[str, str]]:
+        """At most `limit` of those blobs by tenant and digest, ascending, after that one."""
         rows = self._sql.rows(
             f"""SELECT tenant, sha256 FROM blobs b WHERE {LOOSE} AND (tenant, sha256) > ($2, $3)
                 ORDER BY tenant, sha256 LIMIT $4""",
@@ -105,6 +118,7 @@ class SqlContent:
         self._sql.do("DELETE FROM uploads WHERE tenant = $1 AND upload_id = $2", tenant, upload_id)
 
     def expired_uploads(self, now: int, limit: int) -> list[tuple[str, str, UploadRow]]:
+        """At most `limit` of them with tenant and id, in no order."""
         rows = self._sql.rows(
             """SELECT tenant, upload_id, content, size, expire_time, sha256 FROM uploads WHERE expire_time <= $1
                 LIMIT $2""",

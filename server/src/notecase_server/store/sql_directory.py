@@ -17,7 +17,7 @@ DATA_TABLES = ("sessions", "states", "agents", "blobs", "uploads")
 
 
 class SqlDirectory:
-    """tables.Directory in SQL."""
+    """Keys, principals, tenants and the audit."""
 
     def __init__(self, sql: Sql) -> None:
         self._sql = sql
@@ -27,6 +27,7 @@ class SqlDirectory:
         return KeyRow(self._sql.read(row[0]), key_id, v1.Key.FromString(row[1]), row[2], row[3]) if row else None
 
     def put_key(self, row: KeyRow) -> None:
+        """Adds a key, or replaces it."""
         times = {"create_time": row.key.create_time.ToMicroseconds()}
         held = {"digest": row.digest, "former": row.former, "body": row.key.SerializeToString()}
         self._sql.put("keys", {"key": row.key_id}, {"tenant": row.tenant, **times, **held})
@@ -51,6 +52,7 @@ class SqlDirectory:
         return int(self._sql.one("SELECT count(*) FROM keys WHERE tenant = $1", tenant)[0])
 
     def is_keyed(self) -> bool:
+        """Whether there was ever a key."""
         row = self._sql.one(f"SELECT keyed FROM {self._sql.store}")
         return bool(row and row[0])
 
@@ -59,6 +61,7 @@ class SqlDirectory:
         return v1.Principal.FromString(row[0]) if row else None
 
     def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
+        """The one of that subject, role and user."""
         row = self._sql.one(
             'SELECT body FROM principals WHERE tenant = $1 AND "user" = $2 AND subject = $3 AND role = $4',
             *(tenant, principal.user, principal.subject, principal.role),
@@ -73,6 +76,7 @@ class SqlDirectory:
         )
 
     def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
+        """Removes at most `limit` that are bound to "users/{user}"; returns whether there were any."""
         gone = self._sql.remove(
             """DELETE FROM principals WHERE tenant = $1 AND principal IN
                 (SELECT principal FROM principals WHERE tenant = $1 AND "user" = $2 LIMIT $3)""",
@@ -95,6 +99,7 @@ class SqlDirectory:
             yield Found((number,), v1.AuditEntry.FromString(body), size)
 
     def forget_audit(self, before: int, limit: int) -> int:
+        """Drops at most `limit` entries made before that time, and returns how many it dropped."""
         return self._sql.do(
             "DELETE FROM audit WHERE number IN (SELECT number FROM audit WHERE create_time < $1 LIMIT $2)",
             *(before, limit),
@@ -121,4 +126,5 @@ class SqlDirectory:
             yield Found((row.name,), row, size)
 
     def has_data(self, tenant: str) -> bool:
+        """Whether the tenant has a session, a state, an agent, a blob or an upload."""
         return any(self._sql.one(f"SELECT 1 FROM {table} WHERE tenant = $1 LIMIT 1", tenant) for table in DATA_TABLES)

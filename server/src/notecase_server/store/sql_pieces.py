@@ -3,7 +3,7 @@ copies."""
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from notecase_server.store.contract import Scope, SessionKey
 from notecase_server.store.rows import TABLES, Table
@@ -72,76 +72,6 @@ OF_STATE = "tenant = $1 AND kind = $2 AND id = $3"
 BLANKED = "FROM requests WHERE tenant = $1 AND owner = $2 AND owner != '' LIMIT $3"
 
 
-def delete_rows(sql: Sql, rows: Sequence[Rows], scope: Scope, batch: Batch) -> bool:
-    """Tables.delete_rows; `rows` are the tables with rows of a session."""
-    if scope.kind == "session":
-        for each in rows:
-            _delete_some(sql, each, OF_SESSION, (scope.tenant, scope.id), batch)
-    for each in STATE_ROWS:
-        _delete_some(sql, each, OF_STATE, scope, batch)
-    _blank_some(sql, scope, batch)
-    if batch.full:
-        return False
-    sql.remove(f"DELETE FROM states WHERE {OF_STATE}", *scope)
-    if scope.kind == "session":
-        sql.remove(f"DELETE FROM deleted_sessions WHERE {OF_SESSION}", scope.tenant, scope.id)
-    return True
-
-
-def _delete_some(sql: Sql, rows: Rows | TenantRows, where: str, values: Sequence[str], batch: Batch) -> None:
-    table, place, size = rows[:3]
-    found = sql.rows(
-        f"SELECT {size}, {place} FROM {table} WHERE {where} ORDER BY {place} LIMIT {marks(1, len(values))}",
-        *(*values, batch.left),
-    )
-    taken = [one for size, *one in found if batch.takes(size or 0)]
-    if taken:
-        last = list(map(sql.read, taken[-1]))
-        upto = f"({place}) <= ({marks(len(last), len(values))})"
-        sql.remove(f"DELETE FROM {table} WHERE {where} AND {upto}", *values, *last)
-
-
-def _blank_some(sql: Sql, scope: Scope, batch: Batch) -> None:
-    """Drops the responses of requests that go with it, and keeps that they were carried out."""
-    owner = scope.id if scope.kind == "session" else f"users/{scope.id}"
-    sizes = sql.rows(f"SELECT length(response) {BLANKED}", scope.tenant, owner, batch.left)
-    if taken := sum([batch.takes(size or 0) for (size,) in sizes]):
-        sql.remove(
-            f"""UPDATE requests SET response = NULL, owner = '' WHERE tenant = $1
-                AND (subject, rpc, request_id) IN (SELECT subject, rpc, request_id {BLANKED})""",
-            *(scope.tenant, owner, taken),
-        )
-
-
-def erase_rows(sql: Sql, rows: Sequence[TenantRows], tenant: str, batch: Batch) -> None:
-    """Tables.erase_rows; `rows` are as TENANT_ROWS."""
-    contents = sql.rows(
-        """SELECT content FROM blobs WHERE tenant = $1 UNION ALL
-            SELECT content FROM uploads WHERE tenant = $1 AND sha256 = '' ORDER BY content LIMIT $2""",
-        *(tenant, batch.left),
-    )
-    for (content,) in list(contents):
-        batch.takes(0)
-        sql.do("UPDATE contents SET discarded = 1 WHERE content = $1", content)
-        for table in ("blobs", "uploads"):
-            sql.remove(f"DELETE FROM {table} WHERE tenant = $1 AND content = $2", tenant, content)
-    for each in rows:
-        _delete_some(sql, each, "tenant = $1", (tenant,), batch)
-
-
-def forget_requests(sql: Sql, before: int, batch: Batch) -> int:
-    """Tables.forget_requests."""
-    oldest = "FROM requests WHERE create_time < $1 ORDER BY create_time, tenant, subject, rpc, request_id LIMIT $2"
-    sizes = sql.rows(f"SELECT length(response) {oldest}", before, batch.left)
-    if taken := sum([batch.takes(size or 0) for (size,) in sizes]):
-        sql.remove(
-            f"""DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
-                (SELECT tenant, subject, rpc, request_id {oldest})""",
-            *(before, taken),
-        )
-    return taken
-
-
 class Copied(NamedTuple):
     """A table of which a fork at sequence $3 has rows of its source, of the tenant $1 and the uid $2."""
 
@@ -173,37 +103,112 @@ def copies(log: str, added: str, ended: str, of_run: str = "") -> tuple[Copied, 
     )
 
 
-def rows_to_copy(
-    sql: Sql, tables: Sequence[Copied], source: SessionKey, at: int, after: Piece, batch: Batch
-) -> list[Piece]:
-    """Tables.rows_to_copy."""
-    found = list[Piece]()
-    for number, copied in islice(enumerate(tables), after.table, None):
-        table, place, size, *_ = copied.rows
-        first = -1 if place in {"sequence", "after"} else ""  # comes before every place
-        last = after.places[-1] if number == after.table and after.places else first
-        rows = sql.rows(
-            f"""SELECT {place}, {size} FROM {table} WHERE {copied.source} AND {place} > $4
-                ORDER BY {place} LIMIT $5""",
-            *(source.tenant, source.uid, at, last, batch.left),
-        )
-        if places := [sql.read(place) for place, size in rows if batch.takes(size or 0)]:
-            found.append(Piece(number, places))
+class Pieces(Sql):
+    """Deletes, erases and copies rows in pieces that fit into a batch."""
+
+    session_rows: ClassVar[Sequence[Rows]]
+    """The tables with rows of a session."""
+    tenant_rows: ClassVar[Sequence[TenantRows]]
+    """As TENANT_ROWS."""
+    copies: ClassVar[Sequence[Copied]]
+    """The tables that a fork copies, in that order."""
+
+    def delete_rows(self, scope: Scope, batch: Batch) -> bool:
+        """Removes the rows of a deleted session, or of a user's state, that fit into the batch, and blanks the answers
+        of requests about it; returns whether nothing is left of it."""
+        if scope.kind == "session":
+            for each in self.session_rows:
+                self._delete_some(each, OF_SESSION, (scope.tenant, scope.id), batch)
+        for each in STATE_ROWS:
+            self._delete_some(each, OF_STATE, scope, batch)
+        self._blank_some(scope, batch)
         if batch.full:
-            break
-    return found
+            return False
+        self.remove(f"DELETE FROM states WHERE {OF_STATE}", *scope)
+        if scope.kind == "session":
+            self.remove(f"DELETE FROM deleted_sessions WHERE {OF_SESSION}", scope.tenant, scope.id)
+        return True
 
-
-def copy_rows(
-    sql: Sql, tables: Sequence[Copied], source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]
-) -> None:
-    """Tables.copy_rows."""
-    for number, places in pieces:
-        table, place, _, columns, of_state = tables[number].rows
-        into, those = ("tenant, kind, id", "$1, 'session', $4") if of_state else ("tenant, uid", "$1, $4")
-        rows, named, values = sql.named(table, place, places)
-        sql.do(
-            f"""INSERT INTO {table} ({into}, {columns}) SELECT {those}, {columns}
-                FROM {rows} WHERE {named} AND {tables[number].source}""",
-            *(key.tenant, source.uid, at, key.uid, *values),
+    def _delete_some(self, rows: Rows | TenantRows, where: str, values: Sequence[str], batch: Batch) -> None:
+        table, place, size = rows[:3]
+        found = self.rows(
+            f"SELECT {size}, {place} FROM {table} WHERE {where} ORDER BY {place} LIMIT {marks(1, len(values))}",
+            *(*values, batch.left),
         )
+        taken = [one for size, *one in found if batch.takes(size or 0)]
+        if taken:
+            last = list(map(self.read, taken[-1]))
+            upto = f"({place}) <= ({marks(len(last), len(values))})"
+            self.remove(f"DELETE FROM {table} WHERE {where} AND {upto}", *values, *last)
+
+    def _blank_some(self, scope: Scope, batch: Batch) -> None:
+        """Drops the responses of requests that go with it, and keeps that they were carried out."""
+        owner = scope.id if scope.kind == "session" else f"users/{scope.id}"
+        sizes = self.rows(f"SELECT length(response) {BLANKED}", scope.tenant, owner, batch.left)
+        if taken := sum([batch.takes(size or 0) for (size,) in sizes]):
+            self.remove(
+                f"""UPDATE requests SET response = NULL, owner = '' WHERE tenant = $1
+                    AND (subject, rpc, request_id) IN (SELECT subject, rpc, request_id {BLANKED})""",
+                *(scope.tenant, owner, taken),
+            )
+
+    def erase_rows(self, tenant: str, batch: Batch) -> None:
+        """Removes the rows of the tenant outside of its sessions that the batch takes, its own row left out."""
+        contents = self.rows(
+            """SELECT content FROM blobs WHERE tenant = $1 UNION ALL
+                SELECT content FROM uploads WHERE tenant = $1 AND sha256 = '' ORDER BY content LIMIT $2""",
+            *(tenant, batch.left),
+        )
+        for (content,) in list(contents):
+            batch.takes(0)
+            self.do("UPDATE contents SET discarded = 1 WHERE content = $1", content)
+            for table in ("blobs", "uploads"):
+                self.remove(f"DELETE FROM {table} WHERE tenant = $1 AND content = $2", tenant, content)
+        for each in self.tenant_rows:
+            self._delete_some(each, "tenant = $1", (tenant,), batch)
+
+    def forget_requests(self, before: int, batch: Batch) -> int:
+        """Drops the records made before that time that the batch takes, and returns how many it dropped."""
+        oldest = "FROM requests WHERE create_time < $1 ORDER BY create_time, tenant, subject, rpc, request_id LIMIT $2"
+        sizes = self.rows(f"SELECT length(response) {oldest}", before, batch.left)
+        if taken := sum([batch.takes(size or 0) for (size,) in sizes]):
+            self.remove(
+                f"""DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
+                    (SELECT tenant, subject, rpc, request_id {oldest})""",
+                *(before, taken),
+            )
+        return taken
+
+    def rows_to_copy(self, source: SessionKey, at: int, after: Piece, batch: Batch) -> list[Piece]:
+        """The next rows that a fork of `source` at sequence `at` has of it, behind `after`, as many as fit into the
+        batch; empty at the end. Those are what its log refers to by then; its events up to there, and what rewinds had
+        left behind; the messages added and runs ended by then that have not changed since; the calls of messages added
+        by then; and the entries of its state as they are now. The one place that says what of each table a fork
+        has."""
+        found = list[Piece]()
+        for number, copied in islice(enumerate(self.copies), after.table, None):
+            table, place, size, *_ = copied.rows
+            first = -1 if place in {"sequence", "after"} else ""  # comes before every place
+            last = after.places[-1] if number == after.table and after.places else first
+            rows = self.rows(
+                f"""SELECT {place}, {size} FROM {table} WHERE {copied.source} AND {place} > $4
+                    ORDER BY {place} LIMIT $5""",
+                *(source.tenant, source.uid, at, last, batch.left),
+            )
+            if places := [self.read(place) for place, size in rows if batch.takes(size or 0)]:
+                found.append(Piece(number, places))
+            if batch.full:
+                break
+        return found
+
+    def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
+        """Gives the copy `key` those of the rows that `rows_to_copy` would find still."""
+        for number, places in pieces:
+            table, place, _, columns, of_state = self.copies[number].rows
+            into, those = ("tenant, kind, id", "$1, 'session', $4") if of_state else ("tenant, uid", "$1, $4")
+            rows, named, values = self.named(table, place, places)
+            self.do(
+                f"""INSERT INTO {table} ({into}, {columns}) SELECT {those}, {columns}
+                    FROM {rows} WHERE {named} AND {self.copies[number].source}""",
+                *(key.tenant, source.uid, at, key.uid, *values),
+            )

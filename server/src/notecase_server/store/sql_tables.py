@@ -1,8 +1,10 @@
-"""Sessions, runs, states and agents in SQL: every read and write that both SQL stores make in the same words. What a
-commit writes, and what the order of a store's rows decides, each has for itself."""
+"""The rows under a store, as plain reads and writes in SQL; `steps` decides what they hold.
+
+Here is every read and write that both databases make in the same words. What a commit writes, and what the order of a
+store's rows decides, each has for itself."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,23 +12,24 @@ import structlog
 from google.protobuf.message import DecodeError
 from notecase import v1
 
-from notecase_server.store import sql_pieces
 from notecase_server.store.contract import (
     AGENT_COLUMNS,
     SESSION_COLUMNS,
     ActiveRun,
     Once,
     Query,
+    Quotas,
     Scope,
     SessionKey,
+    StepKey,
 )
 from notecase_server.store.lists import Found, column
-from notecase_server.store.sql import KEPT, REWIND, Sql, marks, message_row, of, session_row
+from notecase_server.store.sql import KEPT, REWIND, marks, message_row, of, session_row
 from notecase_server.store.sql_content import SqlContent
 from notecase_server.store.sql_directory import SqlDirectory
-from notecase_server.store.sql_pieces import Copied, Rows, TenantRows
+from notecase_server.store.sql_pieces import Pieces
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Batch, Kept, Piece, Recorded, SessionRow
+from notecase_server.store.tables import Applied, Changes, EventRow, Kept, Recorded, SessionRow
 
 log = structlog.get_logger()
 
@@ -34,18 +37,22 @@ ADD_REQUEST = """INSERT INTO requests (tenant, subject, rpc, request_id, digest,
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)"""
 
 
-class SqlTables(Sql):
-    """Tables in SQL, but for what a store adds."""
+class Tables(Pieces):
+    """Rows within one transaction: those of sessions, states and agents, and in two parts all others.
 
+    What a read hands out is a copy; what is missing is None, 0 or nothing. The iterators of lists are lazy, in the
+    order the contract gives the list, and hold what matches the query and comes after its position; they may go on
+    beyond its limit. They end with the transaction.
+    """
+
+    quotas: Quotas
+    """What may be kept, for writes."""
     heads: ClassVar[str]
     """Has the body, epoch and commits of each session."""
     log: ClassVar[str]
     """Has the events, and perhaps rows of sessions behind them."""
     listed: ClassVar[str]
     """Has them with the columns of lists."""
-    session_rows: ClassVar[Sequence[Rows]]
-    tenant_rows: ClassVar[Sequence[TenantRows]]
-    copies: ClassVar[Sequence[Copied]]
     start: ClassVar[str]
     """Selects the bodies of the session of tenant $1 and name $2, and of the agent that $3 names, or if it is NULL the
     session: both as `agents/ID` or `agents/ID@REVISION`."""
@@ -57,6 +64,94 @@ class SqlTables(Sql):
     """The same, for many of them."""
     idle: ClassVar[str]
     """The same, those that somebody should be at work on."""
+
+    @abstractmethod
+    def save(self, changes: Changes) -> None: ...
+
+    @abstractmethod
+    def touch(self) -> None:
+        """Writes something that was there before."""
+
+    @abstractmethod
+    def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
+        """A session with those of the named runs that exist, as `run` has them."""
+
+    @abstractmethod
+    def put_session(self, key: SessionKey, row: SessionRow) -> None:
+        """Replaces the row of one that exists; its user and create_time are as they were."""
+
+    @abstractmethod
+    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
+        """The messages that they add are to follow."""
+
+    @abstractmethod
+    def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]: ...
+
+    @abstractmethod
+    def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
+        """The events after one sequence and up to another that `fold.tells_past`, in their order."""
+
+    @abstractmethod
+    def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
+        """Adds such as overlap with none."""
+
+    @abstractmethod
+    def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
+        """Those that exist of messages of many sessions, by the session's uid and the message's id, at one go."""
+
+    @abstractmethod
+    def put_message(self, key: SessionKey, message: v1.Message) -> None:
+        """Of one that is another than its event added."""
+
+    @abstractmethod
+    def messages(
+        self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
+    ) -> Iterator[Found[v1.Message]]: ...
+
+    @abstractmethod
+    def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
+        """By call, the message that holds it: one object for all of its calls. Of those that exist."""
+
+    @abstractmethod
+    def put_calls(self, key: SessionKey, calls: Mapping[str, str]) -> None:
+        """By call, the id of the message that holds it."""
+
+    @abstractmethod
+    def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None: ...
+
+    @abstractmethod
+    def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
+        """`moved` says that its state is another than before."""
+
+    @abstractmethod
+    def drop_record(self, key: SessionKey, run: str) -> None:
+        """Makes it one of the others: it has ended, or its session is about to be deleted."""
+
+    @abstractmethod
+    def runs(
+        self, tenant: str, session: SessionKey | None, query: Query, user: str
+    ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+        """With the session of each; where `user` is set, of that user's sessions only."""
+
+    @abstractmethod
+    def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
+        """Sets what is known of a run that has not ended; None leaves the deaths as they are. Else nothing."""
+
+    @abstractmethod
+    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+        """The version, and those of the keys that exist."""
+
+    @abstractmethod
+    def put_version(self, scope: Scope, version: int) -> None:
+        """Before the entries that it brings."""
+
+    @abstractmethod
+    def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
+        """None removes it."""
+
+    @abstractmethod
+    def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
+        """A session's log, with key "" and the first event that does, or an entry of another state with its key."""
 
     @cached_property
     def content(self) -> SqlContent:
@@ -75,13 +170,14 @@ class SqlTables(Sql):
         return Recorded(*row) if row else None
 
     def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
+        """`owner` is the uid of the session, or the name of the user, with which the response goes; or empty."""
         self.do(ADD_REQUEST, *once[:4], once.digest, response, about, owner, now)
 
     def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
+        """How many there are, `within` an agent by its id for revisions, and within a state by kind and id for keys.
+        "blob_bytes" are the bytes of blobs and of unfinished uploads, "upload_bytes" those of unfinished uploads alone.
+        May return too large a number if that and `more` are within the quota."""
         return int(self.one(KEPT[kind], tenant, *within)[0])
-
-    def forget_requests(self, before: int, batch: Batch) -> int:
-        return sql_pieces.forget_requests(self, before, batch)
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None:
         row = self.one(
@@ -91,10 +187,13 @@ class SqlTables(Sql):
         return Applied(*row) if row else None
 
     def named_session(self, tenant: str, session: str) -> str:
+        """The uid of the session that has this name, or empty."""
         row = self.one("SELECT uid FROM session_names WHERE tenant = $1 AND session = $2", tenant, session)
         return str(row[0]) if row else ""
 
     def exists(self, tenant: str, uid: str) -> bool:
+        """Whether there is such a session. Of one that there is not, there may be rows: those of a deleted one, or of a
+        copy."""
         return self.one("SELECT 1 FROM sessions WHERE tenant = $1 AND uid = $2", tenant, uid) is not None
 
     def session(self, key: SessionKey) -> SessionRow | None:
@@ -102,6 +201,7 @@ class SqlTables(Sql):
         return session_row(*row) if row else None
 
     def session_of_name(self, tenant: str, session: str) -> SessionRow | None:
+        """The session that has this name."""
         row = self.one(
             f"""SELECT body, epoch, commits FROM {self.heads} WHERE tenant = $1
                 AND uid = (SELECT uid FROM session_names WHERE tenant = $1 AND session = $2)""",
@@ -114,6 +214,8 @@ class SqlTables(Sql):
         """Adds a session with its name."""
 
     def delete_session(self, key: SessionKey) -> None:
+        """Removes the row and the name of a session without records of runs, and records that everything else of it is
+        to go."""
         self.do(
             """INSERT INTO deleted_sessions (tenant, uid, "user") SELECT tenant, uid, "user" FROM sessions
                 WHERE tenant = $1 AND uid = $2""",
@@ -123,38 +225,34 @@ class SqlTables(Sql):
         self.do("DELETE FROM session_names WHERE tenant = $1 AND session = $2 AND uid = $3", *key)
 
     def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
+        """The states of at most `limit` sessions that do not exist and may have rows, deleted ones and copies: of all,
+        or, with a tenant, of one of its users ("users/{user}")."""
         where, values = ("", ()) if tenant is None else (' WHERE tenant = $2 AND "user" = $3', (tenant, user))
         # Of a copy that is under way, a transaction that writes to it ends first: see is_copy.
         statement = f"SELECT tenant, uid FROM deleted_sessions{where} LIMIT $1{self.for_update}"
         return [Scope(tenant, "session", uid) for tenant, uid in self.rows(statement, limit, *values)]
 
     def has_deleted_sessions(self, tenant: str) -> bool:
+        """Whether rows of deleted sessions, or of copies, may be left."""
         return self.one("SELECT 1 FROM deleted_sessions WHERE tenant = $1 LIMIT 1", tenant) is not None
 
-    def delete_rows(self, scope: Scope, batch: Batch) -> bool:
-        return sql_pieces.delete_rows(self, self.session_rows, scope, batch)
-
-    def erase_rows(self, tenant: str, batch: Batch) -> None:
-        sql_pieces.erase_rows(self, self.tenant_rows, tenant, batch)
-
     def begin_copy(self, key: SessionKey, user: str) -> None:
+        """Records that rows of the session `key` are about to be written although it does not exist: as those that a
+        deletion leaves, they are to go unless `bind_copy` comes first. Nothing may ever have had this uid."""
         self.do('INSERT INTO deleted_sessions (tenant, uid, "user") VALUES ($1, $2, $3)', *of(key), user)
 
     def is_copy(self, key: SessionKey) -> bool:
+        """Whether there is such a record, or one that a deletion left."""
         statement = f"SELECT 1 FROM deleted_sessions WHERE tenant = $1 AND uid = $2{self.for_share}"
         return self.one(statement, *of(key)) is not None
 
     def bind_copy(self, key: SessionKey, row: SessionRow) -> None:
+        """Adds the session of a copy that was begun, with its name: the rows that were written are now its."""
         self.do("DELETE FROM deleted_sessions WHERE tenant = $1 AND uid = $2", *of(key))
         self.add_session(key, row)
 
-    def rows_to_copy(self, source: SessionKey, at: int, after: Piece, batch: Batch) -> list[Piece]:
-        return sql_pieces.rows_to_copy(self, self.copies, source, at, after, batch)
-
-    def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
-        sql_pieces.copy_rows(self, self.copies, source, key, at, pieces)
-
     def expired(self, now: int, limit: int) -> list[SessionKey]:
+        """Of all tenants, sessions whose expire_time is not after `now`; the earliest first."""
         rows = self.rows(
             """SELECT tenant, session, uid FROM sessions WHERE expire_time <= $1
                 ORDER BY expire_time, tenant, uid LIMIT $2""",
@@ -173,6 +271,7 @@ class SqlTables(Sql):
             yield Found((create_time, uid), v1.Session.FromString(body), size)
 
     def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
+        """The last that begins before that sequence. Messages are read as stretches leave them."""
         row = self.one(
             """SELECT after, until, sequence, back FROM stretches WHERE tenant = $1 AND uid = $2 AND after < $3
                 ORDER BY after DESC LIMIT 1""",
@@ -181,6 +280,7 @@ class SqlTables(Sql):
         return Stretch(*row) if row else None
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
+        """Of a session, or of a copy."""
         row = self.one(self.message_of, *of(key), message)
         return message_row(*row[1:4]) if row else None
 
@@ -192,6 +292,7 @@ class SqlTables(Sql):
         return (row[0], row[1]) if row else (0, 0)
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
+        """Those added up to that sequence and changed after it, but for what rewinds have done."""
         rows = self.rows(
             f"""SELECT c.body, {REWIND} FROM changed_messages c
                 JOIN events e ON e.tenant = c.tenant AND e.uid = c.uid AND e.sequence = c.sequence
@@ -201,10 +302,12 @@ class SqlTables(Sql):
         return [message_row(own, None, rewind) for own, rewind in rows]
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        """The run, `reply` by id and sequence only, and its digest."""
         row = self.one("SELECT body, digest FROM runs WHERE tenant = $1 AND uid = $2 AND run = $3", *of(key), run)
         return (v1.Run.FromString(row[0]), row[1]) if row else None
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
+        """As `run` has them, those that began up to that sequence and went on after it."""
         rows = self.rows(
             """SELECT body FROM runs
                 WHERE tenant = $1 AND uid = $2 AND first_sequence <= $3 AND last_sequence > $3""",
@@ -266,6 +369,7 @@ class SqlTables(Sql):
         return int(row[0]) if row else 0
 
     def entries(self, scope: Scope, query: Query) -> Iterator[Found[tuple[str, v1.StateEntry]]]:
+        """With their keys."""
         # No key is empty, so the empty text comes before all.
         rows = self.page(
             """SELECT key, body, length(body) AS size FROM entries
@@ -290,6 +394,7 @@ class SqlTables(Sql):
         self.do("DELETE FROM blob_references WHERE tenant = $1 AND kind = $2 AND id = $3 AND key = $4", *scope, key)
 
     def content_bytes(self, key: SessionKey, until: int) -> int:
+        """Of the blobs that a session's log refers to up to that sequence."""
         row = self.one(
             """SELECT coalesce(sum(b.size), 0) FROM blob_references r
                 JOIN blobs b ON b.tenant = r.tenant AND b.sha256 = r.sha256
@@ -299,6 +404,7 @@ class SqlTables(Sql):
         return int(row[0])
 
     def log_bytes(self, key: SessionKey, until: int) -> int:
+        """Of a session's events up to that sequence."""
         row = self.one(
             f"SELECT coalesce(sum(length(body)), 0) FROM {self.log} WHERE tenant = $1 AND uid = $2 AND sequence <= $3",
             *(*of(key), until),
@@ -306,10 +412,12 @@ class SqlTables(Sql):
         return int(row[0])
 
     def last_revision(self, tenant: str, agent_id: str) -> int:
+        """The last number given out under this id, whether the agent still exists or not."""
         row = self.one("SELECT revision FROM agents WHERE tenant = $1 AND agent = $2", tenant, agent_id)
         return int(row[0]) if row else 0
 
     def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
+        """That revision, or with 0 the newest."""
         row = self.one(
             """SELECT body FROM revisions WHERE tenant = $1 AND agent = $2 AND revision = coalesce(
                 nullif($3, CAST(0 AS bigint)), (SELECT revision FROM agents WHERE tenant = $1 AND agent = $2))""",
@@ -318,10 +426,12 @@ class SqlTables(Sql):
         return v1.Agent.FromString(row[0]) if row else None
 
     def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        """Store.read_start, at one go."""
         row, revision = self.one(self.start, tenant, session, agent or None)
         return v1.Session.FromString(row) if row else None, v1.Agent.FromString(revision) if revision else None
 
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
+        """Makes it the newest."""
         columns = {name: column(agent, name) for name in AGENT_COLUMNS}
         newest = {"revision": agent.revision, **columns, "labels": self.labels(agent)}
         self.put("agents", {"tenant": tenant, "agent": agent_id}, newest)
@@ -331,6 +441,7 @@ class SqlTables(Sql):
         )
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
+        """Removes all but the last number."""
         self.remove("DELETE FROM revisions WHERE tenant = $1 AND agent = $2", tenant, agent_id)
         self.do("UPDATE agents SET display_name = '', labels = NULL WHERE tenant = $1 AND agent = $2", tenant, agent_id)
 

@@ -79,7 +79,7 @@ def connect(path: Path, readers: int, unfinished: bool = False) -> Connections:
             writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
             writer.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
             bring_up_to_date(writer)
-            secret: bytes = writer.execute("SELECT secret FROM store").fetchone()[0]
+            secret = _secret(writer)
             pool = [_connection(path, opened) for _ in range(readers)]
             for reader in pool:
                 reader.execute("PRAGMA query_only = ON")
@@ -90,6 +90,13 @@ def connect(path: Path, readers: int, unfinished: bool = False) -> Connections:
         except DecodeError as error:
             raise StoreOpenError(f"{path} has a damaged row. Restore a backup.") from error
         return Connections(writer, checkpointer, pool, secret, opened.pop_all().close)
+
+
+def in_memory() -> tuple[sqlite3.Connection, bytes]:
+    """Makes a database without a file, which is gone once the connection is closed; returns its secret as well."""
+    connection = _open(":memory:")
+    bring_up_to_date(connection)
+    return connection, _secret(connection)
 
 
 def _lock(path: Path, opened: ExitStack) -> None:
@@ -103,10 +110,19 @@ def _lock(path: Path, opened: ExitStack) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def _connection(path: Path, opened: ExitStack) -> sqlite3.Connection:
-    connection = sqlite3.connect(
+def _secret(connection: sqlite3.Connection) -> bytes:
+    secret: bytes = connection.execute("SELECT secret FROM store").fetchone()[0]
+    return secret
+
+
+def _open(path: Path | str) -> sqlite3.Connection:
+    return sqlite3.connect(
         path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
     )
+
+
+def _connection(path: Path, opened: ExitStack) -> sqlite3.Connection:
+    connection = _open(path)
     opened.callback(connection.close)
     return connection
 

@@ -13,13 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from notecase import v1
 
 from notecase_server.store import sqlite_tallies
-from notecase_server.store.contract import (
-    RUN_COLUMNS,
-    Query,
-    Scope,
-    SessionKey,
-    StepKey,
-)
+from notecase_server.store.contract import RUN_COLUMNS, Query, Quotas, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found, Labelled, column
 from notecase_server.store.sql import (
     CHANGED,
@@ -36,10 +30,10 @@ from notecase_server.store.sql import (
     session_row,
 )
 from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, TenantRows, copies
-from notecase_server.store.sql_tables import SqlTables, agent_body
+from notecase_server.store.sql_tables import Tables, agent_body
 from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Changes, EventRow, Kept, SessionRow, save_states
+from notecase_server.store.tables import Applied, Changes, EventRow, Kept, SessionRow
 
 Bound = str | int | bytes | None
 
@@ -161,7 +155,7 @@ def _hex(text: str) -> str:
     return text.encode().hex()
 
 
-class SqliteTables(SqlTables):
+class SqliteTables(Tables):
     """Rows as one connection sees them; used inside a transaction that the caller begins and ends. A caller that rolls
     one back calls `forget`."""
 
@@ -197,6 +191,7 @@ class SqliteTables(SqlTables):
         OR (a.state = {v1.Run.STATE_QUEUED} AND h.activity = {v1.Session.ACTIVITY_IDLE}))"""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
+        self.quotas = Quotas()
         self.deleted = True
         """Deleted rows may have left bytes: what the previous process did is not known."""
         self.tallied: set[Kept] = set()
@@ -226,8 +221,9 @@ class SqliteTables(SqlTables):
             self.add_command(key, *changes.command)
         if changes.stretches:
             self.add_stretches(key, changes.stretches)
-        if changes.messages:
-            self.add_messages(key, changes.messages)
+        for message in changes.messages:
+            if message.update_sequence != message.sequence:
+                self.put_message(key, message)
         if changes.calls:
             self.put_calls(key, changes.calls)
         for message in changes.changed_messages:
@@ -238,7 +234,14 @@ class SqliteTables(SqlTables):
             runs[run.name] = self._add_run(key, run, record.digest, None if ended else record.agent)
         for run, moved in changes.changed_runs:
             runs[run.name] = self._put_run(key, run, moved, ended=run.name in changes.ended)
-        save_states(self, changes)
+        for name, deaths in changes.deaths.items():
+            self.put_record(key, name, deaths, released=False)
+        for scope, version in changes.versions.items():
+            self.put_version(scope, version)
+        for scope, name, entry in changes.entries:
+            self.put_entry(scope, name, entry)
+        for sha256, sequence in changes.references.items():
+            self.refer(key.state, "", sha256, sequence)
         for name in changes.ended:
             del runs[name]
         body = head[-1]
@@ -375,11 +378,6 @@ class SqliteTables(SqlTables):
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
         rows = self._execute(NAMED_MESSAGES, (json.dumps(names), tenant))
         return {(uid, name): message_row(*found) for uid, name, *found in rows}
-
-    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
-        for message in messages:
-            if message.update_sequence != message.sequence:
-                self.put_message(key, message)
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(

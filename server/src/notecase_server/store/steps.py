@@ -1,16 +1,17 @@
-"""What each write and each composed read means, on whatever Tables: the same steps for every store.
+"""What each write and each composed read means: the same steps for every store.
 
-A step first reads and decides, and writes only when nothing can be refused any more; so a step that raises has written
-nothing, in a store that cannot undo as in one that can.
+A step first reads and decides, and writes only when nothing can be refused any more; so a step that is refused has
+written nothing, and the others of its transaction are kept.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
+from copy import deepcopy
 from itertools import islice
-from typing import NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 from notecase import v1
 
 from notecase_server import errors
@@ -27,7 +28,6 @@ from notecase_server.store.contract import (
     Once,
     Page,
     Query,
-    Quotas,
     Replayed,
     Scope,
     SessionEdit,
@@ -35,20 +35,10 @@ from notecase_server.store.contract import (
     microseconds,
 )
 from notecase_server.store.lists import Found, take
-from notecase_server.store.quotas import (
-    require_agent,
-    require_keys,
-    require_log,
-    require_record,
-    require_session,
-)
+from notecase_server.store.quotas import require_agent, require_keys, require_log, require_record, require_session
+from notecase_server.store.sql_tables import Tables
 from notecase_server.store.stretches import Stretch, last_of, left_behind
-from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
-
-M = TypeVar("M", bound=Message)
-
-_ALL = 1 << 40
-"""More rows than any session has."""
+from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow
 
 REPLIES = 50
 """Runs whose replies are read at one go: a page may end before it has them all."""
@@ -63,7 +53,7 @@ FORGET_ROWS = 1000
 FIRST_EPOCH = 1
 
 
-def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committed:
+def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     """Store.commit."""
     key = commit.key
     needs = fold.needs(commit.events, commit.if_state_version)
@@ -84,15 +74,15 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
         raise errors.not_found("session", f"sessions/{key.session}")
     rows = fold.Rows(row.session, row.epoch, runs=found[1] if found is not None else {})
     load(tables, key, needs, rows)
-    require_record(tables, quotas, commit.once)
+    require_record(tables, commit.once)
     if commit.create is not None:
-        require_session(tables, quotas, key.tenant)
-    require_log(quotas, commit, rows.session)
+        require_session(tables, key.tenant)
+    require_log(tables.quotas, commit, rows.session)
     before = _Before.of(rows)
     done = fold.apply(rows, commit, now)
     if done.state and commit.if_epoch is None:
         for scope in done.state:
-            require_keys(tables, quotas, scope, _existing(rows.state[scope]) - before.keys[scope])
+            require_keys(tables, scope, _existing(rows.state[scope]) - before.keys[scope])
     if commit.start is None and rows.runs.keys() - before.runs.keys():
         raise ValueError("an event that makes a run wants Commit.start")
     changes = before.changes(rows, commit, done, row.commits)
@@ -275,13 +265,6 @@ def _recall_applied(tables: Tables, key: SessionKey, command: CommandId) -> None
         raise Duplicate(applied.sequence, applied.run)
 
 
-def copied(row: M) -> M:
-    """Returns a copy."""
-    copy = type(row)()
-    copy.CopyFrom(row)
-    return copy
-
-
 def remember(tables: Tables, once: Once | None, result: answers.Result, now: int, of: SessionKey | str = "") -> None:
     """Records a request with its answer. `of` is the session, or the user by name, whose content that holds."""
     if once is not None:
@@ -293,7 +276,7 @@ def remember(tables: Tables, once: Once | None, result: answers.Result, now: int
 def add_audit(tables: Tables, now: int, rows: Sequence[AuditRow]) -> None:
     """Store.add_audit."""
     for row in rows:
-        entry = copied(row.entry)
+        entry = deepcopy(row.entry)
         entry.create_time.FromMicroseconds(now)
         tables.directory.add_audit(row.tenant, entry)
 
@@ -304,12 +287,6 @@ def existing(tables: Tables, key: SessionKey) -> SessionRow:
     if found is None:
         raise errors.not_found("session", f"sessions/{key.session}")
     return found
-
-
-def find_session(tables: Tables, tenant: str, session: str) -> v1.Session | None:
-    """Store.find_session."""
-    row = tables.session_of_name(tenant, session)
-    return row.session if row else None
 
 
 def require_free(tables: Tables, key: SessionKey) -> None:
@@ -367,7 +344,7 @@ def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
 
 
 def edit_session(
-    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None, quotas: Quotas
+    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None
 ) -> v1.Session:
     """Store.edit_session."""
     recall(tables, once)
@@ -375,7 +352,7 @@ def edit_session(
     session = row.session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
-    require_record(tables, quotas, once)
+    require_record(tables, once)
     FieldMask(paths=[path for path in edit.paths if path != "remembered"]).MergeMessage(
         edit.session, session, replace_message_field=True, replace_repeated_field=True
     )
@@ -483,11 +460,6 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
     return True
 
 
-def events(tables: Tables, key: SessionKey, after: int, limit: int) -> list[v1.Event]:
-    """Store.read_events."""
-    return take(tables.events(key, after, limit), limit).rows
-
-
 def whole_run(tables: Tables, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
     """Store.get_run."""
     found = tables.run(key, run)
@@ -559,7 +531,6 @@ def update_state(
     ops: Sequence[v1.StateOp],
     if_version: int | None,
     once: Once | None,
-    quotas: Quotas,
 ) -> v1.State:
     """Store.update_state."""
     recall(tables, once)
@@ -570,8 +541,8 @@ def update_state(
     version = before + 1
     old_keys = _existing(entries)
     fold.apply_ops(entries, ops, version, now)
-    require_record(tables, quotas, once)
-    require_keys(tables, quotas, scope, _existing(entries) - old_keys)
+    require_record(tables, once)
+    require_keys(tables, scope, _existing(entries) - old_keys)
     state = v1.State(version=version)
     fold.show_entries(state, entries, (op.key for op in ops))
     remember(tables, once, state, now, f"users/{scope.id}" if scope.kind == "user" else "")
@@ -579,16 +550,14 @@ def update_state(
     return state
 
 
-def create_agent(
-    tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None, quotas: Quotas
-) -> v1.Agent:
+def create_agent(tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None) -> v1.Agent:
     """Store.create_agent."""
     recall(tables, once)
     last = tables.last_revision(tenant, agent_id)
     if tables.agent(tenant, agent_id, last) is not None:
         raise errors.already_exists("agent", f"agents/{agent_id}")
-    require_record(tables, quotas, once)
-    require_agent(tables, quotas, tenant, agent_id, new=True)
+    require_record(tables, once)
+    require_agent(tables, tenant, agent_id, new=True)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, None, once)
 
 
@@ -600,7 +569,6 @@ def edit_agent(
     agent: v1.Agent,
     if_revision: int,
     once: Once | None,
-    quotas: Quotas,
 ) -> v1.Agent:
     """Store.edit_agent."""
     recall(tables, once)
@@ -608,17 +576,17 @@ def edit_agent(
     newest = tables.agent(tenant, agent_id, last)
     if if_revision != (newest.revision if newest is not None else 0):
         raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag if newest is not None else "")
-    require_record(tables, quotas, once)
+    require_record(tables, once)
     if newest is not None and _says_the_same(agent, newest):
         remember(tables, once, newest, now)
         return newest
-    require_agent(tables, quotas, tenant, agent_id, new=newest is None)
+    require_agent(tables, tenant, agent_id, new=newest is None)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, newest, once)
 
 
 def _says_the_same(agent: v1.Agent, newest: v1.Agent) -> bool:
     """Compares two agents by what callers set in them."""
-    given = copied(agent)
+    given = deepcopy(agent)
     given.name, given.revision, given.etag = newest.name, newest.revision, newest.etag
     given.create_time.CopyFrom(newest.create_time)
     given.update_time.CopyFrom(newest.update_time)
@@ -635,8 +603,7 @@ def _add_revision(
     before: v1.Agent | None,
     once: Once | None,
 ) -> v1.Agent:
-    made = v1.Agent()
-    made.CopyFrom(agent)
+    made = deepcopy(agent)
     made.name = f"agents/{agent_id}"
     made.revision = revision
     made.update_time.FromMicroseconds(now)
