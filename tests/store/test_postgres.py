@@ -215,6 +215,21 @@ async def test_runs_behind_a_page_of_which_none_decodes_are_found(store: Postgre
     assert damaged * 2 == [line["uid"] for line in logs if line["event"] == "run_unreadable"]
 
 
+async def test_a_session_whose_row_is_damaged_is_listed_and_deleted_with_its_runs(
+    store: PostgresStore, beside: Any
+) -> None:
+    await create(store)
+    await start(store, "r1")
+    await beside.execute("UPDATE sessions SET body = '\\xffff'")
+    found = await store.list_sessions(KEY.tenant, Query(10))
+    assert [(KEY.session, KEY.uid)] == [(row.name, row.uid) for row in found.rows]
+    assert (KEY, "users/ada") == await store.find_session_key(KEY.tenant, KEY.session)
+    assert [KEY] == await store.session_keys(KEY.tenant, "", 10)
+    await store.delete_session(KEY)
+    assert 0 == await beside.fetchval("SELECT count(*) FROM active_runs")
+    assert [] == await store.session_keys(KEY.tenant, "", 10)
+
+
 async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresStore) -> None:
     await create(store)
     for number in range(12):

@@ -148,6 +148,12 @@ class TableStore(ABC):
     async def find_session(self, tenant: str, session: str) -> v1.Session | None:
         return await self._read(lambda tables: steps.find_session(tables, tenant, session))
 
+    async def find_session_key(self, tenant: str, session: str) -> tuple[SessionKey, str] | None:
+        return await self._read(lambda tables: tables.session_key(tenant, session), alone=True)
+
+    async def session_keys(self, tenant: str, user: str, limit: int) -> list[SessionKey]:
+        return await self._read(lambda tables: tables.session_keys(tenant, user, limit), alone=True)
+
     async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
         return await self._read(lambda tables: tables.start_of(tenant, session, agent), alone=True)
 
@@ -177,6 +183,10 @@ class TableStore(ABC):
             pass
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
+        # They are looked for beside the writes, since a tenant may have very many.
+        find = partial(content.uploaded_by, tenant=tenant, user=user)
+        while found := await self._read(find):
+            await self._write(partial(content.forget_uploaders, tenant=tenant, found=found), piece=True)
         return await self._write(partial(steps.erase_state, tenant=tenant, user=user, once=once))
 
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None:

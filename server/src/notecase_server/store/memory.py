@@ -190,6 +190,16 @@ class _MemoryTables:
     def named_session(self, tenant: str, session: str) -> str:
         return self._tenants[tenant].names.get(session, "")
 
+    def session_key(self, tenant: str, session: str) -> tuple[SessionKey, str] | None:
+        rows = self._tenants[tenant]
+        uid = rows.names.get(session)
+        return (SessionKey(tenant, session, uid), rows.user_of(uid)) if uid is not None else None
+
+    def session_keys(self, tenant: str, user: str, limit: int) -> list[SessionKey]:
+        rows = self._tenants[tenant]
+        found = (uid for uid in rows.sessions if not user or rows.user_of(uid) == user)
+        return [SessionKey(tenant, rows.sessions[uid].name, uid) for uid in islice(found, limit)]
+
     def exists(self, tenant: str, uid: str) -> bool:
         return uid in self._tenants[tenant].sessions
 
@@ -478,6 +488,9 @@ class _MemoryTables:
 
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._existing(key).runs[run].agent = None
+
+    def unended_runs(self, key: SessionKey) -> list[str]:
+        return [name for name, run in self._existing(key).runs.items() if run.agent is not None]
 
     def runs(
         self, tenant: str, session: SessionKey | None, query: Query, user: str

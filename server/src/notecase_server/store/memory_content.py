@@ -4,6 +4,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
+from notecase import v1
+
 from notecase_server.store.contract import Query
 from notecase_server.store.lists import Found
 from notecase_server.store.memory_rows import BlobRows, TenantRows
@@ -74,6 +76,17 @@ class MemoryContent:
                 if scope.kind != "app"
             )
         )
+
+    def uploaded_by(self, tenant: str, user: str, limit: int) -> list[tuple[str, str]]:
+        rows = self._tenants[tenant]
+        principals = map(v1.Principal.FromString, rows.principals.values())
+        subjects = {principal.subject for principal in principals if principal.user == user}
+        found = ((sha256, who) for sha256, blob in rows.blobs.items() for who in sorted(subjects & blob.uploaders))
+        return list(islice(found, limit))
+
+    def forget_uploader(self, tenant: str, sha256: str, subject: str) -> None:
+        if (found := self._tenants[tenant].blobs.get(sha256)) is not None:
+            found.uploaders.discard(subject)
 
     def delete_blob(self, tenant: str, sha256: str) -> None:
         del self._tenants[tenant].blobs[sha256]

@@ -94,6 +94,19 @@ class SqlTables(Sql):
         row = self.one("SELECT uid FROM session_names WHERE tenant = $1 AND session = $2", tenant, session)
         return str(row[0]) if row else ""
 
+    def session_key(self, tenant: str, session: str) -> tuple[SessionKey, str] | None:
+        row = self.one(
+            """SELECT s.uid, s."user" FROM session_names n JOIN sessions s ON s.tenant = n.tenant AND s.uid = n.uid
+                WHERE n.tenant = $1 AND n.session = $2""",
+            *(tenant, session),
+        )
+        return (SessionKey(tenant, session, row[0]), row[1]) if row else None
+
+    def session_keys(self, tenant: str, user: str, limit: int) -> list[SessionKey]:
+        whose, values = (' AND "user" = $3', (user,)) if user else ("", ())
+        rows = self.rows(f"SELECT session, uid FROM sessions WHERE tenant = $1{whose} LIMIT $2", tenant, limit, *values)
+        return [SessionKey(tenant, session, uid) for session, uid in rows]
+
     def exists(self, tenant: str, uid: str) -> bool:
         return self.one("SELECT 1 FROM sessions WHERE tenant = $1 AND uid = $2", tenant, uid) is not None
 
@@ -166,11 +179,18 @@ class SqlTables(Sql):
         values = list[Any]([tenant])
         where = self.where(query, SESSION_COLUMNS, ("create_time", "uid"), "<", values)
         rows = self.page(
-            f"SELECT create_time, uid, body, length(body) AS size FROM {self.listed} WHERE tenant = $1{where}",
+            f"""SELECT create_time, uid, session, "user", body, length(body) AS size FROM {self.listed}
+                WHERE tenant = $1{where}""",
             *("create_time DESC, uid DESC", values, query.limit + 1),
         )
-        for create_time, uid, body, size, *_ in rows:
-            yield Found((create_time, uid), v1.Session.FromString(body), size)
+        for create_time, uid, session, user, body, size, *_ in rows:
+            try:
+                row = v1.Session.FromString(body)
+            except DecodeError:  # listed by its columns, so that it can be found and deleted
+                log.error("session_damaged", tenant=tenant, session=session)
+                row = v1.Session(name=session, uid=uid, user=user)
+                row.create_time.FromMicroseconds(create_time)
+            yield Found((create_time, uid), row, size)
 
     def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
         row = self.one(

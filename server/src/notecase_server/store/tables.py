@@ -192,6 +192,14 @@ class Content(Protocol):
         """Whether that subject uploaded it, or a session or the state of that user refers to it."""
         ...
 
+    def uploaded_by(self, tenant: str, user: str, limit: int) -> list[tuple[str, str]]:
+        """At most `limit` digests of what callers that are bound to "users/{user}" uploaded, each with the subject."""
+        ...
+
+    def forget_uploader(self, tenant: str, sha256: str, subject: str) -> None:
+        """Removes the record that `subject` uploaded it."""
+        ...
+
     def delete_blob(self, tenant: str, sha256: str) -> None: ...
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
@@ -305,6 +313,14 @@ class Tables(Protocol):
 
     def named_session(self, tenant: str, session: str) -> str:
         """The uid of the session that has this name, or empty."""
+        ...
+
+    def session_key(self, tenant: str, session: str) -> tuple[SessionKey, str] | None:
+        """The key and the user of the session that has this name, without a look at its row."""
+        ...
+
+    def session_keys(self, tenant: str, user: str, limit: int) -> list[SessionKey]:
+        """At most `limit` sessions, of one user if that is set, without a look at their rows."""
         ...
 
     def exists(self, tenant: str, uid: str) -> bool:
@@ -432,6 +448,10 @@ class Tables(Protocol):
 
     def drop_record(self, key: SessionKey, run: str) -> None:
         """Makes it one of the others: it has ended, or its session is about to be deleted."""
+        ...
+
+    def unended_runs(self, key: SessionKey) -> list[str]:
+        """The runs of a session that have not ended, without a look at their rows."""
         ...
 
     def runs(
