@@ -686,7 +686,8 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
         await add(store, said(f"m{number}", "x" * 500_000))
     assert size == Path(f"{path}-wal").stat().st_size
     (at,) = (place for place, sql in enumerate(seen) if "wal_checkpoint" in sql)
-    assert ["COMMIT", "told"] == seen[at - 2 : at]
+    # It follows the answer to m9, or to m8 if the writer had not looked yet whether the log is long.
+    assert seen[at - 2 : at] in (["COMMIT", "told"], ["told", "told"])
 
 
 async def test_a_checkpoint_that_fails_loses_nothing(store: SqliteStore) -> None:
