@@ -4,9 +4,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import structlog
 
@@ -219,6 +220,22 @@ def variable(name: str) -> str:
     return os.environ.get(name, "")
 
 
+class _Lossy:
+    """A stream that loses what cannot be written: the log may be on a disk that is full, or a pipe without a reader,
+    and the server goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def configure_logging(form: Literal["console", "json"], level: str) -> None:
     """Sends every log line to standard error: for people, or one JSON object a line."""
     shared: list[structlog.typing.Processor] = [
@@ -239,7 +256,7 @@ def configure_logging(form: Literal["console", "json"], level: str) -> None:
     structlog.configure(
         processors=shared + last,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Lossy(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request to an MCP server

@@ -469,8 +469,8 @@ class Server:
 
 
 def run(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
-    """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending: what
-    matters is on record by then. Raises what `serve` raises."""
+    """Serves until a signal, as `serve` does. Code of tools that will not stop does not keep the process from ending:
+    what matters is on record by then. Raises what `serve` raises."""
     import uvloop  # noqa: PLC0415  # what else is here needs no loop of its own: a backup is made without one
 
     if not variable("MALLOC_ARENA_MAX"):
@@ -559,18 +559,21 @@ async def _load(make: Callable[[], Provider], serving: asyncio.Event) -> Provide
 
 
 async def serve(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
-    """Serves until SIGTERM or SIGINT; calls `ready` once it does. Raises ServerBrokenError for what ended it, and what
-    `make_server` raises."""
+    """Serves until SIGTERM, SIGINT or, unless that is ignored, SIGHUP; calls `ready` once it does. Raises
+    ServerBrokenError for what ended it, and what `make_server` raises."""
     asked, serving = asyncio.Event(), asyncio.Event()
     fetches, loads, ends = Tasks("auth"), Tasks("models"), Tasks("serve")
     loop = asyncio.get_running_loop()
+    stopping = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: the server outlives its terminal
+        stopping.append(signal.SIGHUP)
     gc.disable()
     try:
         async with asyncio.timeout(None) as making:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stopping:
                 loop.add_signal_handler(number, making.reschedule, 0)
             server = await make_server(settings, fetches, lambda make: loads.start(_load(make, serving)))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping:
             loop.add_signal_handler(number, asked.set)
         await server.start()
         # Objects loaded by now stay as long as the process: garbage collections need not look at them.
