@@ -140,12 +140,13 @@ async def test_a_key_that_the_operator_chose_opens_a_store_in_memory(tmp_path: P
     assert CHOSEN not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("chosen", [SHORT, f"{CHOSEN} and more", f"{CHOSEN}\t"])
+@pytest.mark.parametrize("chosen", [SHORT, f"{CHOSEN} and more", f"{CHOSEN}\t", "xxxé" * 10, "x" * 257])
 async def test_a_key_that_is_too_easy_is_refused(chosen: str) -> None:
     done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", "memory:", env={"NOTECASE_ADMIN_KEY": chosen})
     assert (1, "") == (done.code, done.out)
     assert (
-        "NOTECASE_ADMIN_KEY: This is not a valid key: use at least 32 printable characters without spaces." in done.err
+        "NOTECASE_ADMIN_KEY: This is not a valid key: use 32 to 256 printable ASCII characters without spaces."
+        in done.err
     )
     assert "xxx" not in done.err
 

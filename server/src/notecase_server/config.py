@@ -11,7 +11,7 @@ from typing import Literal, TextIO, cast
 
 import structlog
 
-from notecase_server.auth.keys import MIN_ADMIN_KEY
+from notecase_server.auth.keys import MAX_KEY, MIN_ADMIN_KEY
 from notecase_server.auth.principal import Principal
 from notecase_server.auth.settings import IssuerSettings
 from notecase_server.auth.tables import Mistake
@@ -163,8 +163,11 @@ def admin_key_from_environment() -> str:
 
 def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
     """Yields what does not go together of where a server listens, what protects it there, and who may call."""
-    if (key := settings.admin_key) and (len(key) < MIN_ADMIN_KEY or not key.isprintable() or " " in key):
-        text = f"This is not a valid key: use at least {MIN_ADMIN_KEY} printable characters without spaces."
+    if (key := settings.admin_key) and not (
+        MIN_ADMIN_KEY <= len(key) <= MAX_KEY and key.isascii() and key.isprintable() and " " not in key
+    ):
+        rule = f"use {MIN_ADMIN_KEY} to {MAX_KEY} printable ASCII characters without spaces"
+        text = f"This is not a valid key: {rule}."
         yield Mistake("NOTECASE_ADMIN_KEY", text)
     if settings.tls_cert and not settings.tls_key:
         yield Mistake("--tls-key", "--tls-cert needs its key; set this.")
