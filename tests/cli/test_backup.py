@@ -1,6 +1,7 @@
 """`notecase backup`: a copy of a store that is served meanwhile, whole or not there."""
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -133,3 +134,19 @@ async def test_what_is_no_store_is_not_copied(tmp_path: Path, url: str, told: st
     assert not (tmp_path / "copy.db").exists()
     missing = await notecase("backup", "--store", f"sqlite:{tmp_path}/text.db", str(tmp_path / "no" / "copy.db"))
     assert missing.code == 1
+
+
+async def test_what_is_not_a_file_is_neither_replaced_nor_a_store(tmp_path: Path) -> None:
+    """With --force, a backup to a device replaced the device."""
+    device, store = tmp_path / "pipe", f"sqlite:{tmp_path / 'notecase.db'}"
+    os.mkfifo(device)
+    assert 0 == (await notecase("keys", "bootstrap", "--store", store)).code
+    told = f"Error: {device} is not a file. Choose another path.\n"
+    for words in (
+        ("backup", str(device), "--force", "--store", store),
+        ("keys", "bootstrap", "--store", f"sqlite:{device}"),
+    ):
+        done = await notecase(*words)
+        assert (1, told) == (done.code, done.err)
+    assert device.is_fifo()
+    assert not Path(f"{device}-lock").exists()

@@ -84,9 +84,10 @@ async def test_what_is_no_store_is_refused_with_what_would_be_one(store: str) ->
 async def test_a_store_that_another_server_owns_is_refused(tmp_path: Path) -> None:
     store = f"sqlite:{tmp_path / 'notecase.db'}"
     owner = await Spawned.start(store, tmp_path / "log")
-    done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store)
-    assert 1 == done.code
-    assert "is in use" in done.err
+    (tmp_path / "other.db").hardlink_to(tmp_path / "notecase.db")
+    for url in (store, f"sqlite:{tmp_path / 'other.db'}"):
+        done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", url)
+        assert (1, True) == (done.code, "is in use" in done.err)
     assert 0 == await owner.stop()
 
 
