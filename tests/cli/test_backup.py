@@ -3,13 +3,16 @@
 import asyncio
 import os
 import sqlite3
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest import mock
 
 import grpc
 import pytest
 from notecase import v1
-from notecase_server.store.contract import SessionKey
+from notecase_server.store import sqlite_file
+from notecase_server.store.contract import SessionKey, StoreOpenError
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.cli.command import COMMAND, notecase, spawn
@@ -150,3 +153,13 @@ async def test_what_is_not_a_file_is_neither_replaced_nor_a_store(tmp_path: Path
         assert (1, told) == (done.code, done.err)
     assert device.is_fifo()
     assert not Path(f"{device}-lock").exists()
+
+
+def test_a_full_disk_is_told_of_the_copy_and_not_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    store = tmp_path / "notecase.db"
+    sqlite_file.connect(store, 0).close()
+    monkeypatch.setattr(tempfile, "mkstemp", mock.Mock(side_effect=full))  # what follows it raises so
+    with pytest.raises(StoreOpenError, match=f"^{tmp_path / 'copy.db'} cannot be written: the disk is full.$"):
+        sqlite_file.backup(store, tmp_path / "copy.db", force=False)

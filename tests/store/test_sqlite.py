@@ -671,6 +671,10 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
             seen.append("told")
         tell(outcomes)
 
+    def held() -> None:
+        begun.set()
+        go.wait()
+
     store._tell = told  # type: ignore[method-assign]
     await create(store)
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
@@ -678,7 +682,7 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
         reader.execute("SELECT * FROM store").fetchall()
         for number in range(9):
             await add(store, said(f"m{number}", "x" * 500_000))
-        write = asyncio.create_task(store._write(lambda tables, now: (begun.set(), go.wait())))
+        write = asyncio.create_task(store._write(lambda tables, now: held()))
         await asyncio.to_thread(begun.wait)  # by then the writer has looked whether the log is long
         await moved(store)
     writer.set_trace_callback(seen.append)

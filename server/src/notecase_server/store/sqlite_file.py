@@ -191,6 +191,8 @@ def backup(path: Path, destination: Path, force: bool) -> None:
     except OSError as error:
         raise StoreOpenError(_backup_refusal(destination, error)) from error
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:  # only the copy is written
+            raise StoreOpenError(f"{destination} cannot be written: the disk is full.") from error
         raise StoreOpenError(_sqlite_refusal(path, error)) from error
 
 

@@ -63,8 +63,8 @@ class _Program:
                     [settings.command or "", *settings.args],
                     env=get_default_environment() | dict(settings.env or {}),
                     cwd=settings.cwd,
-                    stdin=told,
-                    stdout=said,
+                    stdin=told.fileno(),
+                    stdout=said.fileno(),
                     stderr=errors,
                     start_new_session=True,
                 )
