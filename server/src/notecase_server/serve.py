@@ -17,7 +17,7 @@ import structlog
 import uuid_utils
 from notecase import v1
 
-from notecase_server import __version__, allocator
+from notecase_server import __version__, allocator, names
 from notecase_server.auth.certificates import Certificates
 from notecase_server.auth.chain import Chain
 from notecase_server.auth.files import Files, Watched
@@ -120,6 +120,11 @@ def new_id() -> str:
 def new_uid() -> str:
     """Returns a UUIDv4, which reveals nothing, not even when the session was created."""
     return str(uuid_utils.uuid4())
+
+
+def tenant_problem(tenant: str) -> str:
+    """Says what is wrong with the id of a tenant; empty where nothing is."""
+    return "" if names.is_id(tenant) else f"A tenant {names.ID_RULE}."
 
 
 def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -> tuple[v1.Key, str]:

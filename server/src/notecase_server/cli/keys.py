@@ -141,10 +141,10 @@ def rotate(key: str, overlap: timedelta, tenant: str, yes: bool) -> None:
 @CONFIG
 @STORE
 @PASSWORD_FILE
-@click.option("--tenant", default="default", metavar="ID", help="The tenant of the admin key.")
+@click.option("--tenant", show_default="default", metavar="ID", help="The tenant of the admin key.")
 @click.option("--operator", is_flag=True, help="Create an operator's key, which has no tenant, instead of an admin's.")
 @click.option("--name", default="bootstrap", metavar="TEXT", help="What the key is for.")
-def bootstrap(store: str, store_password_file: Path | None, tenant: str, operator: bool, name: str) -> None:
+def bootstrap(store: str, store_password_file: Path | None, tenant: str | None, operator: bool, name: str) -> None:
     """Create the first key of a store and print it. It cannot be shown again.
 
     No server may have the store open. From then on, `notecase serve` requires a key for calls to this store.
@@ -155,11 +155,16 @@ def bootstrap(store: str, store_password_file: Path | None, tenant: str, operato
     from notecase_server.serve_stores import Database, new_file  # noqa: PLC0415
     from notecase_server.store.contract import StoreOpenError  # noqa: PLC0415
 
+    if operator and tenant is not None:
+        raise click.UsageError("--operator cannot be combined with --tenant: an operator has no tenant.")
+    of = "default" if tenant is None else tenant.removeprefix("tenants/")
+    if problem := serve.tenant_problem(of):  # an empty one, too: the key would be an operator's
+        raise click.UsageError(f"--tenant: {problem}")
     configure_logging("console", "info")
     created = new_file(store)
     try:
         database = Database(password_file=store_password_file)
-        made, secret = serve.bootstrap(store, "" if operator else tenant, name, database)
+        made, secret = serve.bootstrap(store, "" if operator else of, name, database)
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
     if created:
