@@ -9,7 +9,7 @@ from notecase import Client, v1
 
 from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, confirm, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, YES
+from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, YES, filled
 from notecase_server.cli.store_config import CONFIG
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
@@ -35,6 +35,7 @@ TENANT = click.option(
     default="",
     show_default=False,
     metavar="ID",
+    callback=filled,
     shell_complete=ids.of("tenants"),
     help="The tenant of the keys; by default your own. Only operators may name another.",
 )
@@ -62,7 +63,12 @@ def keys() -> None:
 @click.option("--name", default="", show_default=False, metavar="TEXT", help="What the key is for.")
 @click.option("--role", type=click.Choice(list(ROLES)), required=True, help="The role of its callers.")
 @click.option(
-    "--user", default="", show_default=False, metavar="ID", help="The only user whose sessions and state it can access."
+    "--user",
+    default="",
+    show_default=False,
+    metavar="ID",
+    callback=filled,
+    help="The only user whose sessions and state it can access.",
 )
 @click.option("--expires", type=Span(), metavar="SPAN", help="When it expires, for example 90d; by default never.")
 @TENANT
