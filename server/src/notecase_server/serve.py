@@ -409,10 +409,10 @@ class Server:
             log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
         return self.port
 
-    async def stop(self) -> None:
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
         """Accepts nothing new, brings runs to their next commit or leaves them to the next start, notifies the streams
         and all other calls, and closes the store, even if one of these steps fails. Takes about `grace` seconds at
-        most."""
+        most; runs are left at once when `hurry` is set."""
         grace = self._settings.grace
         log.info("server_draining", grace=grace)
         async with AsyncExitStack() as then:
@@ -426,10 +426,22 @@ class Server:
             then.push_async_callback(self._doorway.close, LAST_CALLS_SECONDS)
             await self._health.stop()
             self.streams.drain.begin(grace)
-            await self._runs.drain(grace)
+            await self._drain(grace, hurry or asyncio.Event())
             await self._contents.drain()
             self.streams.drain.close()
         log.info("server_stopped")
+
+    async def _drain(self, grace: float, hurry: asyncio.Event) -> None:
+        waits = Tasks("stop")
+        try:
+            draining = waits.start(self._runs.drain(grace), "drain")
+            await asyncio.wait([draining, waits.start(hurry.wait(), "hurry")], return_when=asyncio.FIRST_COMPLETED)
+            if not draining.done():
+                log.info("server_draining", grace=0)
+                await self._runs.drain(0)
+            await draining
+        finally:
+            await waits.close()
 
     async def _probe(self) -> None:
         """Tells health whether the store takes writes."""
@@ -564,8 +576,9 @@ async def _load(make: Callable[[], Provider], serving: asyncio.Event) -> Provide
 
 
 async def serve(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
-    """Serves until SIGTERM, SIGINT or, unless that is ignored, SIGHUP; calls `ready` once it does. Raises
-    ServerBrokenError for what ended it, and what `make_server` raises."""
+    """Serves until SIGTERM, SIGINT or, unless that is ignored, SIGHUP, and calls `ready` once it does; a second signal
+    ends the time that runs have to come to their next commit. Raises ServerBrokenError for what ended it, and what
+    `make_server` raises."""
     asked, serving = asyncio.Event(), asyncio.Event()
     fetches, loads, ends = Tasks("auth"), Tasks("models"), Tasks("serve")
     loop = asyncio.get_running_loop()
@@ -602,7 +615,10 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
         return_when=asyncio.FIRST_COMPLETED,
     )
     await ends.close()
-    await server.stop()
+    hurry = asyncio.Event()
+    for number in stopping:
+        loop.add_signal_handler(number, hurry.set)
+    await server.stop(hurry)
     await fetches.close()
     await loads.close()
     if not lost.cancelled():
