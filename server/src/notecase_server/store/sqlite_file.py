@@ -159,6 +159,24 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
         raise StoreOpenError(f"{path} has tables of an unknown schema, {version}. Choose another path.")
 
 
+def require_closed(path: Path) -> None:
+    """Raises StoreOpenError when somebody has the store open, and when a write-ahead log was left next to it: SQLite
+    would apply that to whatever file has been put there."""
+    path = Path(os.path.realpath(path))
+    log_left = Path(f"{path}-wal")
+    with ExitStack() as opened:
+        try:
+            _lock(path, opened)
+            if not log_left.exists() or not log_left.stat().st_size:
+                return
+        except OSError as error:
+            raise StoreOpenError(_refusal(path, error)) from error
+    raise StoreOpenError(
+        f"{log_left} was left by a server that was killed, and would be applied to {path}. If a backup was put there"
+        " since, delete the -wal file; otherwise start a server with the store, and stop it."
+    )
+
+
 def backup(path: Path, destination: Path, force: bool) -> None:
     """Copies the database as it is at one moment, whoever owns it, into a file that is whole or not there. No lock of
     the owner's is taken, and its commits do not wait.
