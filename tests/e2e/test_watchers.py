@@ -11,6 +11,7 @@ import psutil
 import pytest
 from notecase import SessionView, v1
 from notecase_server.engine.session import LiveSession
+from notecase_server.errors import NotecaseError
 from notecase_server.rpc import interceptor
 from notecase_server.rpc.watch import Pace
 
@@ -132,7 +133,7 @@ async def test_a_watcher_that_never_reads_is_let_go_with_a_typed_end(
     gone, told = asyncio.Event(), asyncio.Event()
     leave, abort = LiveSession.leave, interceptor.abort
 
-    async def abort_and_tell(context: Any, error: Exception) -> None:
+    async def abort_and_tell(context: Any, error: NotecaseError) -> None:
         try:
             await abort(context, error)
         finally:

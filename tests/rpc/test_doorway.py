@@ -17,7 +17,7 @@ from notecase import v1
 from notecase_server import errors, serve
 from notecase_server.auth.chain import DEVELOPMENT, Chain
 from notecase_server.auth.principal import AuthContext, Metadata, Principal
-from notecase_server.errors import Violation
+from notecase_server.errors import NotecaseError, Violation
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.rpc import interceptor
 from notecase_server.rpc.caller import caller
@@ -376,7 +376,7 @@ async def test_a_call_that_is_being_refused_when_the_doorway_closes_ends_with_it
     refusing, told = asyncio.Event(), asyncio.Event()
     abort = interceptor.abort
 
-    async def slowly(context: Any, error: Exception) -> None:
+    async def slowly(context: Any, error: NotecaseError) -> None:
         refusing.set()
         await told.wait()
         await abort(context, error)

@@ -49,7 +49,7 @@ def _never(frames: Any, context: Any) -> NoReturn:
 
 async def build_standby(peers: Peers, new_id: Callable[[], str]) -> grpc.aio.Server:
     """Makes the server, without a port yet."""
-    doorway = _Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, peers))
+    doorway = _Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, UNREAD_BYTES, peers))
     server = grpc.aio.server(interceptors=[doorway], options=options(CALLS, CALLS))
     health = Health([f"notecase.v1.{name}" for name in SERVICES])
     await health.add_to(server)
