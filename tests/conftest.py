@@ -12,6 +12,8 @@ from hypothesis import settings
 
 from tests.support import failing
 
+pytest_plugins = ("tests.hanging",)
+
 SEED = "NOTECASE_SEED"
 """The variable with the number by which cases are made up."""
 

@@ -633,3 +633,42 @@ def test_a_skip_fails_in_ci_and_an_expected_failure_does_not(
     )
     assert outcome in done.stdout.splitlines()[-1]
     assert (done.returncode in {1, 2}) == bool(ci)
+
+
+HANGING = """
+import threading, pytest
+from tests import hanging
+
+@pytest.fixture
+def stuck():
+    yield
+    threading.Event().wait()
+
+def test_runs(): pass
+
+@pytest.mark.timeout(200)
+def test_hangs(stuck):
+    hanging.AFTER_TIMEOUT = 1 - 200
+    assert False
+
+def test_runs_later(): pass
+"""
+
+
+def test_a_test_that_hangs_in_its_teardown_is_named_and_failed_and_others_run(tmp_path: Path) -> None:
+    """Also after it failed, which ends pytest's own limit of this kind."""
+    (tmp_path / "test_some.py").write_text(HANGING)
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    plugins = ["-p", "xdist", "-p", "pytest_timeout", "-p", "no:cacheprovider", "-n", "1"]
+    done = subprocess.run(
+        [*command, *plugins, str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (1, True) == (done.returncode, "crashed while running 'test_some.py::test_hangs'" in done.stdout)
+    assert "2 failed, 2 passed" in done.stdout.splitlines()[-1]
+    assert "Timeout (0:00:01)!" in done.stderr

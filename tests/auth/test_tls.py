@@ -1,6 +1,7 @@
 """TLS on real sockets: who connects, and what becomes of a server's certificate that changes while it serves."""
 
 import asyncio
+import codecs
 import ssl
 from collections.abc import Mapping
 from datetime import timedelta
@@ -169,6 +170,16 @@ async def test_a_key_of_a_known_kind_is_served(tmp_path: Path, authority: Author
     await server.start()
     assert certificate(pair) == await served_certificate(port)
     await server.stop(None)
+
+
+async def test_files_that_begin_with_a_mark_are_served(
+    tmp_path: Path, authority: Authority, files: Mapping[str, Any]
+) -> None:
+    """As some editors save them: gRPC refuses such a file, and every new connection once it was read again."""
+    for path in (files["tls_cert"], files["tls_key"]):
+        path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    async with running(credentials=grpc.ssl_channel_credentials(authority.cert), **files) as served:
+        assert "memory" == (await served.info.GetServerInfo(INFO)).store
 
 
 def test_a_certificate_that_has_expired_is_taken_with_a_warning(tmp_path: Path, authority: Authority) -> None:

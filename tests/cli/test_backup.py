@@ -1,14 +1,18 @@
 """`notecase backup`: a copy of a store that is served meanwhile, whole or not there."""
 
 import asyncio
+import os
 import sqlite3
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest import mock
 
 import grpc
 import pytest
 from notecase import v1
-from notecase_server.store.contract import SessionKey
+from notecase_server.store import sqlite_file
+from notecase_server.store.contract import SessionKey, StoreOpenError
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.cli.command import COMMAND, notecase, spawn
@@ -133,3 +137,29 @@ async def test_a_file_that_is_not_a_store_is_not_copied(tmp_path: Path, url: str
     assert not (tmp_path / "copy.db").exists()
     missing = await notecase("backup", "--store", f"sqlite:{tmp_path}/text.db", str(tmp_path / "no" / "copy.db"))
     assert missing.code == 1
+
+
+async def test_what_is_not_a_file_is_neither_replaced_nor_a_store(tmp_path: Path) -> None:
+    """With --force, a backup to a device replaced the device."""
+    device, store = tmp_path / "pipe", f"sqlite:{tmp_path / 'notecase.db'}"
+    os.mkfifo(device)
+    assert 0 == (await notecase("keys", "bootstrap", "--store", store)).code
+    told = f"Error: {device} is not a file. Choose another path.\n"
+    for words in (
+        ("backup", str(device), "--force", "--store", store),
+        ("keys", "bootstrap", "--store", f"sqlite:{device}"),
+    ):
+        done = await notecase(*words)
+        assert (1, told) == (done.code, done.err)
+    assert device.is_fifo()
+    assert not Path(f"{device}-lock").exists()
+
+
+def test_a_full_disk_is_told_of_the_copy_and_not_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    store = tmp_path / "notecase.db"
+    sqlite_file.connect(store, 0).close()
+    monkeypatch.setattr(tempfile, "mkstemp", mock.Mock(side_effect=full))  # what follows it raises so
+    with pytest.raises(StoreOpenError, match=f"^{tmp_path / 'copy.db'} cannot be written: the disk is full.$"):
+        sqlite_file.backup(store, tmp_path / "copy.db", force=False)

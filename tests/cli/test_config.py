@@ -290,6 +290,24 @@ async def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: str 
         assert f"{path} {'cannot be read' if text is None else 'is not TOML'}" in done.err
 
 
+async def test_a_file_is_utf_8_whatever_the_locale_and_may_begin_with_a_mark(tmp_path: Path) -> None:
+    """As Notepad saves it, and with a language that is not set."""
+    file = tmp_path / "notecase.toml"
+    file.write_text('[mcp."é"]\nurl = "https://mcp.example/mcp"\n', encoding="utf-8-sig")
+    done = await notecase(
+        "config", "check", str(file), env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    )
+    assert (0, f"{file} is valid.\n") == (done.code, done.out)
+
+
+async def test_a_password_that_cannot_be_read_is_told_by_the_check(tmp_path: Path) -> None:
+    file = tmp_path / "notecase.toml"
+    file.write_text('[store]\nurl = "postgresql://me@db/notecase"\npassword_file = "/nonexistent"\n')
+    done = await notecase("config", "check", str(file))
+    told = "store.password_file: /nonexistent, the file with the store's password, cannot be read.\n"
+    assert (1, told) == (done.code, done.out)
+
+
 async def test_the_whole_example_of_the_page_is_fine(tmp_path: Path) -> None:
     authority = Authority()
     authority.issue([x509.DNSName("localhost")]).write(tmp_path)

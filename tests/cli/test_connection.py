@@ -1,6 +1,7 @@
 """How commands reach a server beyond this machine: by TLS, and with a token."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -129,3 +130,19 @@ async def test_text_that_cannot_be_sent_is_reported_before_anything_is_sent(tmp_
         assert told in done.err
         assert "words" not in done.err
         assert "secret-1" not in done.err
+
+
+async def test_a_file_of_authorities_without_any_is_told(tmp_path: Path) -> None:
+    """gRPC wrote four lines of its core, and no server could be reached."""
+    (tmp_path / "ca.pem").write_text("not PEM")
+    for command in (("health",), ("keys", "list")):
+        done = await notecase(*command, "--ca", str(tmp_path / "ca.pem"))
+        assert (2, 1, True) == (done.code, done.err.count("\n"), "it has no certificate in PEM." in done.err)
+
+
+@pytest.mark.parametrize("words", [("--help",), ("profiles", "list")])
+async def test_output_on_a_full_disk_is_told_without_a_traceback(words: tuple[str, ...]) -> None:
+    command = " ".join((sys.executable, "-m", "notecase_server", *words))
+    process = await asyncio.create_subprocess_shell(f"{command} > /dev/full", stderr=asyncio.subprocess.PIPE)
+    _, err = await process.communicate()
+    assert (1, b"Error: The output cannot be written: No space left on device.\n") == (process.returncode, err)

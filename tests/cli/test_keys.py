@@ -131,6 +131,22 @@ async def test_a_key_that_is_bound_to_a_user_sees_that_users_sessions_only(shop:
     assert "key.role: must be ROLE_VIEWER or ROLE_USER when the key has a user" in refused.err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--tenant", ""), "--tenant: A tenant must be 1 to 63 lower-case letters"),
+        (("--tenant", "The Acme company"), "--tenant: A tenant must be 1 to 63 lower-case letters"),
+        (("--operator", "--tenant", "acme"), "--operator cannot be combined with --tenant"),
+    ],
+    ids=["an unset variable", "no id", "two kinds of key"],
+)
+async def test_a_first_key_is_of_the_tenant_that_is_named(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+    """With an empty name it was an operator's."""
+    done = await notecase("keys", "bootstrap", "--store", f"sqlite:{tmp_path / 'notecase.db'}", *words)
+    assert (2, "", True) == (done.code, done.out, told in done.err)
+    assert not (tmp_path / "notecase.db").exists()
+
+
 async def test_a_key_that_the_operator_chose_opens_a_store_in_memory(tmp_path: Path) -> None:
     server = await Spawned.start("memory:", tmp_path / "log", env={"NOTECASE_ADMIN_KEY": CHOSEN})
     env = {"NOTECASE_ADDRESS": server.address, "NOTECASE_TOKEN": CHOSEN}
@@ -140,12 +156,13 @@ async def test_a_key_that_the_operator_chose_opens_a_store_in_memory(tmp_path: P
     assert CHOSEN not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("chosen", [SHORT, f"{CHOSEN} and more", f"{CHOSEN}\t"])
+@pytest.mark.parametrize("chosen", [SHORT, f"{CHOSEN} and more", f"{CHOSEN}\t", "xxxé" * 10, "x" * 257])
 async def test_a_key_that_is_too_easy_is_refused(chosen: str) -> None:
     done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", "memory:", env={"NOTECASE_ADMIN_KEY": chosen})
     assert (1, "") == (done.code, done.out)
     assert (
-        "NOTECASE_ADMIN_KEY: This is not a valid key: use at least 32 printable characters without spaces." in done.err
+        "NOTECASE_ADMIN_KEY: This is not a valid key: use 32 to 256 printable ASCII characters without spaces."
+        in done.err
     )
     assert "xxx" not in done.err
 

@@ -274,3 +274,21 @@ async def test_a_cancel_s_reason_and_a_message_s_calls_are_shown(
 def test_help_and_service_leave_as_many_messages() -> None:
     option = next(one for one in sessions.commands["compact"].params if one.name == "keep")
     assert f"sets, or {KEEP_RECENT}." in str(getattr(option, "help", ""))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("keys", "create", "--role", "user", "--user", ""),
+        ("keys", "create", "--role", "admin", "--tenant", ""),
+        ("audit", "list", "--tenant", ""),
+        ("sessions", "create", "--user", ""),
+        ("run", "--session", "", "Hello"),
+        ("profiles", "set", ""),
+    ],
+    ids=" ".join,
+)
+async def test_an_empty_value_is_refused_where_the_command_would_do_more_without_it(words: tuple[str, ...]) -> None:
+    """A script's variable that is not set: a key for one user became one for all, and a new session was made."""
+    done = await notecase(*words)
+    assert (2, "", True) == (done.code, done.out, "It is empty; give a value, or leave the option out." in done.err)

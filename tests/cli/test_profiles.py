@@ -162,7 +162,7 @@ def test_certificates_that_are_given_are_not_passed_over_for_plain_text(
 ) -> None:
     """The token of a profile without TLS does not go out in the clear where the command line asks for TLS."""
     ca = str(tmp_path / "ca.pem")
-    Path(ca).write_text("")
+    Path(ca).write_text("-----BEGIN CERTIFICATE-----")
     profile = Profile("lab.example:7420", token="one", plaintext=True)
     monkeypatch.setattr(profiles_file, "read", lambda: Profiles({"lab": profile}, "lab"))
     for given, tls in (

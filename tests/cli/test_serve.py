@@ -1,6 +1,10 @@
 """`notecase serve` and `notecase health`: what an operator reads when something is set wrong."""
 
+import asyncio
+import json
 import re
+import signal
+import sys
 from pathlib import Path
 
 import click
@@ -80,9 +84,10 @@ async def test_the_error_of_an_invalid_store_url_shows_valid_ones(store: str) ->
 async def test_a_store_that_another_server_owns_is_refused(tmp_path: Path) -> None:
     store = f"sqlite:{tmp_path / 'notecase.db'}"
     owner = await Spawned.start(store, tmp_path / "log")
-    done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store)
-    assert 1 == done.code
-    assert "is in use" in done.err
+    (tmp_path / "other.db").hardlink_to(tmp_path / "notecase.db")
+    for url in (store, f"sqlite:{tmp_path / 'other.db'}"):
+        done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", url)
+        assert (1, True) == (done.code, "is in use" in done.err)
     assert 0 == await owner.stop()
 
 
@@ -91,6 +96,55 @@ async def test_a_taken_port_is_reported_in_a_sentence(served: Running) -> None:
     assert 1 == done.code
     told = "(Address already in use); another server may use it."
     assert f"Error: --listen: cannot listen on {served.address} {told}\n" == done.err
+
+
+@pytest.mark.parametrize(
+    ("listen", "told"),
+    [
+        ("nobody.invalid:0", "nobody.invalid:0 ("),
+        ("192.0.2.1:0", "192.0.2.1:0 (Cannot assign requested address): this machine does not have that address."),
+    ],
+)
+async def test_an_address_that_cannot_be_listened_on_is_told_in_one_line(listen: str, told: str) -> None:
+    """gRPC would write a line, too, and its error says to set a variable of its own."""
+    done = await notecase("serve", "--listen", listen, "--store", "memory:", "--insecure")
+    assert (1, 1, False) == (done.code, done.err.count("\n"), "GRPC_VERBOSITY" in done.err)
+    assert done.err.startswith(f"Error: --listen: cannot listen on {told}")
+
+
+COMMAND = (sys.executable, "-m", "notecase_server", "serve", "--listen", "127.0.0.1:0", "--store", "memory:")
+
+
+@pytest.mark.parametrize("lost", ["stdout", "stderr"])
+async def test_a_server_serves_where_its_output_or_its_log_cannot_be_written(lost: str) -> None:
+    """As on a full disk, or in a pipe whose reader has gone: the store may be elsewhere."""
+    with Path("/dev/full").open("w") as full:  # noqa: ASYNC230
+        streams = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE, lost: full}
+        server = await asyncio.create_subprocess_exec(*COMMAND, "--log-format", "json", **streams)  # type: ignore[arg-type]
+    said = server.stderr if lost == "stdout" else server.stdout
+    assert said is not None
+    line = await said.readline()
+    port = json.loads(line)["port"] if lost == "stdout" else int(line.split()[-1])
+    done = await notecase("health", "--server", f"127.0.0.1:{port}")
+    assert (0, "SERVING\n") == (done.code, done.out)
+    server.send_signal(signal.SIGTERM)
+    assert b"Traceback" not in await said.read()
+    assert 0 == await server.wait()
+
+
+async def test_the_end_of_its_terminal_stops_a_server_as_sigterm_does_unless_that_is_ignored(tmp_path: Path) -> None:
+    server = await Spawned.start("memory:", tmp_path / "log")
+    server.process.send_signal(signal.SIGHUP)
+    await server._gone()
+    assert (0, True) == (server.process.returncode, "server_stopped" in (tmp_path / "log").read_text())
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    kept = await asyncio.create_subprocess_exec("nohup", *COMMAND, stdin=null, stdout=pipe, stderr=null)
+    assert kept.stdout is not None
+    assert (await kept.stdout.readline()).startswith(b"listening on port ")
+    status = Path(f"/proc/{kept.pid}/status").read_text()
+    assert int(re.findall(r"SigIgn:\t(\w+)", status)[0], 16) & 1 << signal.SIGHUP - 1
+    kept.terminate()
+    assert 0 == await kept.wait()
 
 
 @pytest.mark.parametrize(

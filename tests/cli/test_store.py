@@ -79,3 +79,19 @@ async def test_a_store_is_renewed_while_it_is_not_served(tmp_path: Path) -> None
     done = await notecase("store", "renew", "--store", store)
     assert 0 == done.code
     assert re.fullmatch(r"sessions with a new uid: \d+\n", done.out)
+
+
+async def test_a_backup_is_not_renewed_with_the_log_of_the_store_whose_place_it_took(tmp_path: Path) -> None:
+    """SQLite would apply the log that a killed server left, and the restored store would have what came later."""
+    file, copy = tmp_path / "notecase.db", tmp_path / "copy.db"
+    server = await Spawned.start(f"sqlite:{file}", tmp_path / "log")
+    assert 0 == (await notecase("backup", str(copy), "--store", f"sqlite:{file}")).code
+    env = {"NOTECASE_ADDRESS": server.address}
+    assert 0 == (await notecase("sessions", "create", env=env)).code
+    await server.kill()
+    file.write_bytes(copy.read_bytes())
+    refused = await notecase("store", "renew", "--store", f"sqlite:{file}")
+    assert (1, True) == (refused.code, "If a backup was put there since, delete the -wal file" in refused.err)
+    Path(f"{file}-wal").unlink()
+    done = await notecase("store", "renew", "--store", f"sqlite:{file}")
+    assert (0, "sessions with a new uid: 0\n") == (done.code, done.out)

@@ -132,7 +132,7 @@ async def test_an_erasure_is_answered_when_the_last_row_is_gone(
     "fault",
     [
         Fault(method, mode)
-        for method in ("delete_session", "sweep_sessions", "erase_state", "list_sessions", "expired_sessions")
+        for method in ("delete_session", "sweep_sessions", "erase_state", "session_keys", "expired_sessions")
         for mode in (Mode.PASSING, Mode.AFTER)
     ],
     ids=str,

@@ -208,7 +208,16 @@ FAULTS = st.tuples(
     st.sampled_from(
         [
             *("commit", "commit", "commit", "find_commit", "claim", "recall", "recall_command", "update_state"),
-            *("get_session", "find_session", "delete_session", "get_run", "active_run", "active_runs", "idle_runs"),
+            *(
+                "get_session",
+                "find_session",
+                "find_session_key",
+                "delete_session",
+                "get_run",
+                "active_run",
+                "active_runs",
+                "idle_runs",
+            ),
             *("read_events", "list_messages", "get_state", "get_agent"),
         ]
     ),

@@ -1,5 +1,6 @@
 """A stop ends the process, whatever the tools of its runs do."""
 
+import signal
 from pathlib import Path
 
 import grpc
@@ -11,6 +12,7 @@ from notecase_server.models.offline import OfflineProvider
 from tests.e2e.driving import said
 from tests.support.crashing import GATE, Crashing, Gate
 from tests.support.openai_server import OpenAIServer, reply, tool_calls
+from tests.support.polling import until
 from tests.support.server import running
 
 GRACE = 0.2
@@ -78,3 +80,22 @@ async def test_what_fails_in_a_stop_keeps_nothing_else_open(tmp_path: Path) -> N
             await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
     async with running(store) as served:
         assert "sessions/s" == (await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/s"))).name
+
+
+async def test_a_second_signal_ends_the_time_that_runs_have(tmp_path: Path, model: OpenAIServer) -> None:
+    """Somebody presses Ctrl-C twice. The run is left as by the first signal, for the next process."""
+    model.script(tool_calls(("hang", "{}")))
+    env = {"OPENAI_BASE_URL": model.url, "OPENAI_API_KEY": "test-key"}
+    async with Gate() as gate:
+        server = await Crashing.launch(tmp_path, "--grace", "3600", env={**env, GATE: str(gate.port)})
+        async with server, grpc.aio.insecure_channel(server.address) as channel:
+            declared = v1.Tool(name="hang", server=v1.ServerTool(function="hang"))
+            agent = v1.Agent(llm=v1.LlmAgent(model="m", tools=[declared]))
+            await v1.AgentServiceStub(channel).CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=agent))
+            start = v1.StartRun(new_session=v1.Session(name="sessions/s", agent="agents/a"), messages=[said("Go")])
+            await v1.RunServiceStub(channel).CreateRun(v1.CreateRunRequest(start=start))
+            await gate.arrival()
+            server.process.send_signal(signal.SIGTERM)
+            await until(lambda: "server_draining" in (tmp_path / "log").read_text())
+            assert 0 == await server.stop()
+    assert 2 == (tmp_path / "log").read_text().count("server_draining")

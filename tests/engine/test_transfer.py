@@ -189,10 +189,20 @@ async def test_a_foreign_and_a_newer_file_have_different_errors() -> None:
 
 
 async def test_keys_that_tools_once_could_set_are_read() -> None:
-    keys = ("", "k" * 257, "user")
+    keys = ("", "k" * 1024, "user")
     change = v1.StateChanged(version=1, ops=[put(key, 1) for key in keys])
     store = await stored(made_of(numbered(v1.Event(state_changed=change)), v1.ExportHeader()))
     assert set(keys) == (await store.get_state(OTHER.state, keys)).entries.keys()
+
+
+async def test_keys_and_ids_that_not_every_store_can_hold_are_refused_on_all() -> None:
+    """A SQLite file would take them, and an index of PostgreSQL would not."""
+    for told, event in (
+        ("a key of state of more than 1024 bytes", versioned(v1.Value(int_value=1), "é" * 513)),
+        ("the id of a call of more than 1024 bytes", called("m1", "", "c" * 1025)),
+    ):
+        file = made_of(numbered(said("m0"), event), v1.ExportHeader())
+        assert f"The file has {told} in event 2; nothing was imported." == await problem_of_log(file)
 
 
 @pytest.mark.parametrize(("version", "kept"), [(1, []), (2, ["i1"])])

@@ -215,6 +215,21 @@ async def test_runs_behind_a_page_of_which_none_decodes_are_found(store: Postgre
     assert damaged * 2 == [line["uid"] for line in logs if line["event"] == "run_unreadable"]
 
 
+async def test_a_session_whose_row_is_damaged_is_listed_and_deleted_with_its_runs(
+    store: PostgresStore, second_connection: Any
+) -> None:
+    await create(store)
+    await start(store, "r1")
+    await second_connection.execute("UPDATE sessions SET body = '\\xffff'")
+    found = await store.list_sessions(KEY.tenant, Query(10))
+    assert [(KEY.session, KEY.uid)] == [(row.name, row.uid) for row in found.rows]
+    assert (KEY, "users/ada") == await store.find_session_key(KEY.tenant, KEY.session)
+    assert [KEY] == await store.session_keys(KEY.tenant, "", 10)
+    await store.delete_session(KEY)
+    assert 0 == await second_connection.fetchval("SELECT count(*) FROM active_runs")
+    assert [] == await store.session_keys(KEY.tenant, "", 10)
+
+
 async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresStore) -> None:
     await create(store)
     for number in range(12):
@@ -1076,3 +1091,9 @@ async def test_a_url_that_leads_nowhere_is_refused_without_its_password(
 async def test_a_database_that_does_not_exist_is_named(clock: ManualClock) -> None:
     with pytest.raises(StoreOpenError, match=r"postgresql:///nowhere: there is no such database\."):
         await PostgresStore.open(postgres.shared().url("nowhere"), clock)
+
+
+def test_a_key_that_no_index_takes_is_told_where_a_store_is_copied() -> None:
+    """One that a tool once set in a SQLite store."""
+    error = asyncpg.exceptions.ProgramLimitExceededError("index row size 6056 exceeds btree version 4 maximum 2704")
+    assert postgres_database.refusal("db", error).startswith("db cannot hold a key of state of more than 2.7 KB.")

@@ -1,8 +1,10 @@
 """Every store: who the principals are that events name."""
 
+import hashlib
+
 import pytest
 from notecase import v1
-from notecase_server.store import steps
+from notecase_server.store import content, steps
 from notecase_server.store.contract import Commit, Store
 
 from tests.store.build import KEY, ManualClock, changed, put
@@ -75,3 +77,18 @@ async def test_a_principal_goes_with_its_tenant(store: Store) -> None:
         pass
     assert await store.get_principal("acme", "1") is None
     assert await store.get_principal("other", "2") is not None
+
+
+async def test_erasing_a_user_removes_who_uploaded_a_blob_that_others_have_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "FORGET_UPLOADS", 2)
+    blobs = {hashlib.sha256(data).hexdigest(): data for data in (b"one", b"two", b"three")}
+    for number, user in enumerate(("users/ada", "users/ada", "users/eve")):
+        await store.know_principal("acme", principal(number, f"keys/{number}", user))
+        for sha256, data in blobs.items():
+            await store.put_blob("acme", f"keys/{number}", sha256, data)
+    while not await store.erase_state("acme", "users/ada"):
+        pass
+    known = [await store.known_blobs("acme", f"keys/{number}", "users/nobody", blobs) for number in range(3)]
+    assert [set(), set(), set(blobs)] == known

@@ -663,6 +663,7 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
     """The log has become long during a read. Callers have their answer before; the next write begins the log again,
     although the checkpointer has not had another turn."""
     seen: list[str] = []
+    begun, go = threading.Event(), threading.Event()
     writer, tell = store._connections.writer, store._tell
     assert (0,) == writer.execute("PRAGMA wal_autocheckpoint").fetchone()
 
@@ -671,6 +672,10 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
             seen.append("told")
         tell(jobs, outcomes)
 
+    def held() -> None:
+        begun.set()
+        go.wait()
+
     store._tell = told  # type: ignore[method-assign]
     await create(store)
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
@@ -678,13 +683,17 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
         reader.execute("SELECT * FROM store").fetchall()
         for number in range(9):
             await add(store, said(f"m{number}", "x" * 500_000))
+        write = asyncio.create_task(store._write(lambda tables, now: held()))
+        await asyncio.to_thread(begun.wait)  # by then the writer has looked whether the log is long
         await moved(store)
     writer.set_trace_callback(seen.append)
-    await add(store, said("m9"))
-    size = Path(f"{path}-wal").stat().st_size
-    assert size > 4 << 20
-    for number in range(10, 13):
+    go.set()
+    await write
+    for number in range(9, 13):
         await add(store, said(f"m{number}", "x" * 500_000))
+        if number == 9:
+            size = Path(f"{path}-wal").stat().st_size
+            assert size > 4 << 20
     assert size == Path(f"{path}-wal").stat().st_size
     (at,) = (place for place, sql in enumerate(seen) if "wal_checkpoint" in sql)
     assert ["COMMIT", "told"] == seen[at - 2 : at]

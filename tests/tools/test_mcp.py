@@ -547,15 +547,14 @@ async def test_closing_does_not_wait_for_a_server_that_never_answers() -> None:
 
 async def test_closing_while_its_program_is_started_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     program, begun, go = "import sys; sys.stdin.read(-7)", asyncio.Event(), asyncio.Event()
-    create = asyncio.create_subprocess_exec
+    connect = asyncio.open_unix_connection
 
-    async def slow(*command: Any, **how: Any) -> asyncio.subprocess.Process:
-        process = await create(*command, **how)
+    async def slow(**how: Any) -> Any:
         begun.set()
         await go.wait()
-        return process
+        return await connect(**how)
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
+    monkeypatch.setattr(asyncio, "open_unix_connection", slow)
     async with tools(McpServerSettings(command=sys.executable, args=("-c", program))) as box:
         waiting = asyncio.create_task(resolved(box))
         await begun.wait()

@@ -4,13 +4,14 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import structlog
 
-from notecase_server.auth.keys import MIN_ADMIN_KEY
+from notecase_server.auth.keys import MAX_KEY, MIN_ADMIN_KEY
 from notecase_server.auth.principal import Principal
 from notecase_server.auth.settings import IssuerSettings
 from notecase_server.auth.tables import Mistake
@@ -163,8 +164,11 @@ def admin_key_from_environment() -> str:
 
 def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
     """Yields what does not go together of where a server listens, what protects it there, and who may call."""
-    if (key := settings.admin_key) and (len(key) < MIN_ADMIN_KEY or not key.isprintable() or " " in key):
-        text = f"This is not a valid key: use at least {MIN_ADMIN_KEY} printable characters without spaces."
+    if (key := settings.admin_key) and not (
+        MIN_ADMIN_KEY <= len(key) <= MAX_KEY and key.isascii() and key.isprintable() and " " not in key
+    ):
+        rule = f"use {MIN_ADMIN_KEY} to {MAX_KEY} printable ASCII characters without spaces"
+        text = f"This is not a valid key: {rule}."
         yield Mistake("NOTECASE_ADMIN_KEY", text)
     if settings.tls_cert and not settings.tls_key:
         yield Mistake("--tls-key", "--tls-cert needs its key; set this.")
@@ -220,6 +224,22 @@ def variable(name: str) -> str:
     return os.environ.get(name, "")
 
 
+class _Lossy:
+    """A stream that loses what cannot be written: the log may be on a disk that is full, or a pipe without a reader,
+    and the server goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def configure_logging(form: Literal["console", "json"], level: str) -> None:
     """Sends every log line to standard error: for people, or one JSON object a line."""
     shared: list[structlog.typing.Processor] = [
@@ -240,7 +260,7 @@ def configure_logging(form: Literal["console", "json"], level: str) -> None:
     structlog.configure(
         processors=shared + last,
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Lossy(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs every request to an MCP server

@@ -163,7 +163,7 @@ class _Secrets:
 
     def _file(self, table: Table, path: Path) -> str:
         try:
-            value = path.read_text().strip()
+            value = path.read_text(encoding="utf-8-sig").strip()
             if is_exposed(path):
                 self.exposed.append(path)
         except (OSError, UnicodeError):

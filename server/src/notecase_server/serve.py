@@ -17,7 +17,7 @@ import structlog
 import uuid_utils
 from notecase import v1
 
-from notecase_server import __version__, allocator
+from notecase_server import __version__, allocator, names
 from notecase_server.auth.certificates import Certificates
 from notecase_server.auth.chain import Chain
 from notecase_server.auth.files import Files, Watched
@@ -120,6 +120,11 @@ def new_id() -> str:
 def new_uid() -> str:
     """Returns a UUIDv4, which reveals nothing, not even when the session was created."""
     return str(uuid_utils.uuid4())
+
+
+def tenant_problem(tenant: str) -> str:
+    """Says what is wrong with the id of a tenant; empty where nothing is."""
+    return "" if names.is_id(tenant) else f"A tenant {names.ID_RULE}."
 
 
 def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -> tuple[v1.Key, str]:
@@ -405,10 +410,10 @@ class Server:
             log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
         return self.port
 
-    async def stop(self) -> None:
+    async def stop(self, hurry: asyncio.Event | None = None) -> None:
         """Accepts nothing new, brings runs to their next commit or leaves them to the next start, notifies the streams
         and all other calls, and closes the store, even if one of these steps fails. Takes about `grace` seconds at
-        most."""
+        most; runs are left at once when `hurry` is set."""
         grace = self._settings.grace
         log.info("server_draining", grace=grace)
         async with AsyncExitStack() as then:
@@ -422,10 +427,22 @@ class Server:
             then.push_async_callback(self._doorway.close, LAST_CALLS_SECONDS)
             await self._health.stop()
             self.streams.drain.begin(grace)
-            await self._runs.drain(grace)
+            await self._drain(grace, hurry or asyncio.Event())
             await self._contents.drain()
             self.streams.drain.close()
         log.info("server_stopped")
+
+    async def _drain(self, grace: float, hurry: asyncio.Event) -> None:
+        waits = Tasks("stop")
+        try:
+            draining = waits.start(self._runs.drain(grace), "drain")
+            await asyncio.wait([draining, waits.start(hurry.wait(), "hurry")], return_when=asyncio.FIRST_COMPLETED)
+            if not draining.done():
+                log.info("server_draining", grace=0)
+                await self._runs.drain(0)
+            await draining
+        finally:
+            await waits.close()
 
     async def _probe(self) -> None:
         """Tells health whether the store takes writes."""
@@ -470,8 +487,8 @@ class Server:
 
 
 def run(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
-    """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending: what
-    matters is on record by then. Raises what `serve` raises."""
+    """Serves until a signal, as `serve` does. Code of tools that will not stop does not keep the process from ending:
+    what matters is on record by then. Raises what `serve` raises."""
     import uvloop  # noqa: PLC0415  # what else is here needs no loop of its own: a backup is made without one
 
     if not variable("MALLOC_ARENA_MAX"):
@@ -560,18 +577,22 @@ async def _load(make: Callable[[], Provider], serving: asyncio.Event) -> Provide
 
 
 async def serve(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
-    """Serves until SIGTERM or SIGINT; calls `ready` once it does. Raises ServerBrokenError for what ended it, and what
+    """Serves until SIGTERM, SIGINT or, unless that is ignored, SIGHUP, and calls `ready` once it does; a second signal
+    ends the time that runs have to come to their next commit. Raises ServerBrokenError for what ended it, and what
     `make_server` raises."""
     asked, serving = asyncio.Event(), asyncio.Event()
     fetches, loads, ends = Tasks("auth"), Tasks("models"), Tasks("serve")
     loop = asyncio.get_running_loop()
+    stopping = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it: the server outlives its terminal
+        stopping.append(signal.SIGHUP)
     gc.disable()
     try:
         async with asyncio.timeout(None) as making:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stopping:
                 loop.add_signal_handler(number, making.reschedule, 0)
             server = await make_server(settings, fetches, lambda make: loads.start(_load(make, serving)))
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stopping:
             loop.add_signal_handler(number, asked.set)
         await server.start()
         # Objects loaded by now stay as long as the process: garbage collections need not look at them.
@@ -595,7 +616,10 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
         return_when=asyncio.FIRST_COMPLETED,
     )
     await ends.close()
-    await server.stop()
+    hurry = asyncio.Event()
+    for number in stopping:
+        loop.add_signal_handler(number, hurry.set)
+    await server.stop(hurry)
     await fetches.close()
     await loads.close()
     if not lost.cancelled():

@@ -1,5 +1,6 @@
 """Binds the addresses on which a server listens."""
 
+import errno
 import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,20 +38,20 @@ def _add(option: str, address: str, add: Callable[[], int]) -> int:
         try:
             return add()
         except RuntimeError as error:
-            problem = str(error)
-    raise ListenError(f"{option}: cannot listen on {address} ({problem}); another server may use it.")
+            problem = f" ({error})"
+    raise ListenError(f"{option}: cannot listen on {address}{problem}.")
 
 
 def _problem(address: str) -> str:
     """Returns why none of the sockets of an address can be bound. Empty if one can, and for an address
     that only gRPC understands."""
     host, _, port = address.rpartition(":")
-    if port == "0":
-        return ""
     problem = ""
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, ValueError):
+    except OSError as error:
+        return f" ({error.strerror or error})"
+    except ValueError:
         return ""
     for family, kind, protocol, _, place in found:
         try:
@@ -58,7 +59,11 @@ def _problem(address: str) -> str:
                 tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
                 tried.bind(place)
         except OSError as error:
-            problem = error.strerror or str(error)
+            problem = f" ({error.strerror or error})"
+            if error.errno == errno.EADDRINUSE:
+                problem += "; another server may use it"
+            elif error.errno == errno.EADDRNOTAVAIL:
+                problem += ": this machine does not have that address"
         else:
             return ""
     return problem

@@ -52,6 +52,19 @@ def driver_problem(url: str) -> str:
     return NO_DRIVER if missing else ""
 
 
+def password_problem(file: Path) -> str:
+    """Says that the password of the store cannot be read from its file; empty if it can."""
+    try:
+        _password(file)
+    except (OSError, UnicodeError):
+        return f"{file}, the file with the store's password, cannot be read."
+    return ""
+
+
+def _password(file: Path) -> str:
+    return file.read_text(encoding="utf-8-sig").strip()
+
+
 Waiting = Callable[[], Awaitable[None]]
 """Called when the wait for the end of another owner begins."""
 
@@ -95,12 +108,9 @@ async def _own(
     from notecase_server.store.postgres_database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
     from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
 
-    if (file := database.password_file) is not None:
-        try:
-            file.read_text()
-        except (OSError, UnicodeError):
-            raise StoreOpenError(f"{file}, the file with the store's password, cannot be read.") from None
-    access = await reach(Access(url, None if file is None else lambda: file.read_text().strip(), database.prepared))
+    if (file := database.password_file) is not None and (problem := password_problem(file)):
+        raise StoreOpenError(problem)
+    access = await reach(Access(url, None if file is None else lambda: _password(file), database.prepared))
     lease = PostgresLease(
         access.dial, f"{socket.gethostname()}:{os.getpid()} ({secrets.token_hex(4)})", _uptime, database.lease
     )

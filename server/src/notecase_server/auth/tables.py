@@ -161,7 +161,7 @@ def load(path: Path, option: str, *, toml: bool = False) -> Table:
     are named by their keys alone. Raises SettingsError; `option` names the file."""
     form = "JSON" if path.suffix == ".json" and not toml else "TOML"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
         values = json.loads(text) if form == "JSON" else tomllib.loads(text)
     except OSError as error:
         raise SettingsError([Mistake(option, f"{path} cannot be read: {error.strerror}.")]) from None

@@ -1,6 +1,6 @@
 """The server's certificate, and the credentials of its ports, which follow the files when they change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +11,13 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 
 from notecase_server.auth.files import Watched
 from notecase_server.auth.tables import Mistake, SettingsError
@@ -37,22 +43,28 @@ def read_identity(cert: Path, key: Path, client_ca: Path | None, clock: Callable
     """Reads the files. A certificate that has expired by `clock`, which returns microseconds since 1970, is used with a
     warning in the log. Raises SettingsError for files that cannot be read or do not belong together."""
     mistakes: list[Mistake] = []
-    chain_pem, chain = _parsed("--tls-cert", cert, x509.load_pem_x509_certificates, mistakes)
-    key_pem, private = _parsed("--tls-key", key, lambda pem: load_pem_private_key(pem, None), mistakes)
+    chain = _parsed("--tls-cert", cert, x509.load_pem_x509_certificates, mistakes)
+    private = _parsed("--tls-key", key, lambda pem: load_pem_private_key(pem, None), mistakes)
     if private and not _is_known(private):
         mistakes.append(Mistake("--tls-key", f"{key} is of a kind that gRPC does not know; give RSA, EC or Ed25519."))
-    ca_pem = None
+    authorities = None
     if client_ca is not None:
-        ca_pem, _ = _parsed("--tls-client-ca", client_ca, x509.load_pem_x509_certificates, mistakes)
+        authorities = _parsed("--tls-client-ca", client_ca, x509.load_pem_x509_certificates, mistakes)
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if chain and private and chain[0].public_key().public_bytes(*form) != private.public_key().public_bytes(*form):
         mistakes.append(Mistake("--tls-key", f"{key} is not the key of the first certificate in {cert}."))
-    if mistakes or not chain:
+    if mistakes or not chain or not private:
         raise SettingsError(mistakes)
     expires = chain[0].not_valid_after_utc
     if expires.timestamp() * 1e6 <= clock():
         log.warning("certificate_expired", file=str(cert), expires=expires.isoformat())
-    return Identity(key_pem, chain_pem, ca_pem)
+    # Written anew: gRPC's parser refuses files that this one takes, such as one that begins with a byte order mark.
+    key_pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return Identity(key_pem, _pem(chain), None if authorities is None else _pem(authorities))
+
+
+def _pem(certificates: Iterable[x509.Certificate]) -> bytes:
+    return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 
 def expires(certificate: bytes) -> float:
@@ -66,11 +78,10 @@ def _is_known(key: PrivateKeyTypes) -> bool:
     return isinstance(key, rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey)
 
 
-def _parsed(option: str, path: Path, parse: Callable[[bytes], T], mistakes: list[Mistake]) -> tuple[bytes, T | None]:
-    """Returns the content of a PEM file, as bytes and parsed, or collects the mistake."""
+def _parsed(option: str, path: Path, parse: Callable[[bytes], T], mistakes: list[Mistake]) -> T | None:
+    """Returns the content of a PEM file, or collects the mistake."""
     try:
-        content = path.read_bytes()
-        return content, parse(content)
+        return parse(path.read_bytes())
     except OSError as error:
         text = f"{path} cannot be read: {error.strerror}."
     except TypeError:
@@ -78,7 +89,7 @@ def _parsed(option: str, path: Path, parse: Callable[[bytes], T], mistakes: list
     except (ValueError, UnsupportedAlgorithm):
         text = f"{path} does not hold {'a private key' if option == '--tls-key' else 'certificates'} in PEM."
     mistakes.append(Mistake(option, text))
-    return b"", None
+    return None
 
 
 def credentials(identity: Watched[Identity], *, require_client: bool = False) -> grpc.ServerCredentials:

@@ -38,7 +38,7 @@ COMMANDS = {
     "providers": Lazy("providers:providers", "Test model providers."),
     "run": Lazy("run:run", "Send TEXT to an agent, stream its reply, and exit."),
     "runs": Lazy("runs:runs", "List, show and cancel runs."),
-    "serve": Lazy("serve:serve", "Run a server until SIGTERM or SIGINT."),
+    "serve": Lazy("serve:serve", "Run a server until SIGTERM, SIGINT or SIGHUP."),
     "sessions": Lazy(
         "sessions:sessions", "List, show, create, fork, rewind, compact, delete, export and import sessions."
     ),

@@ -21,7 +21,7 @@ def read_files(files: Sequence[str]) -> list[manifest.Declared]:
     wrong: list[str] = []
     for file in files:
         try:
-            text = read_text("-") if file == "-" else Path(file).read_text(encoding="utf-8")
+            text = read_text("-") if file == "-" else Path(file).read_text(encoding="utf-8-sig")
             found += manifest.read("standard input" if file == "-" else file, text)
         except manifest.Mistakes as mistakes:
             wrong.append(str(mistakes))

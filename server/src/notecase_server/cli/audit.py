@@ -7,7 +7,7 @@ from notecase import Client, NotecaseError, v1
 
 from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
+from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, filled
 
 
 @click.group()
@@ -34,6 +34,7 @@ def audit() -> None:
     default="",
     show_default=False,
     metavar="ID",
+    callback=filled,
     shell_complete=ids.of("tenants"),
     help="The tenant whose entries are listed; by default your own. Operators may name another tenant and see "
     "what was done to its keys.",

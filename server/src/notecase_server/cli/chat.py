@@ -5,7 +5,7 @@ import click
 from notecase_server.cli import ids
 from notecase_server.cli.ask import ask
 from notecase_server.cli.conversation import converse
-from notecase_server.cli.options import SERVER, WAIT
+from notecase_server.cli.options import SERVER, WAIT, filled
 
 
 @click.command()
@@ -25,6 +25,7 @@ from notecase_server.cli.options import SERVER, WAIT
     default="",
     show_default=False,
     metavar="ID",
+    callback=filled,
     shell_complete=ids.of("sessions"),
     help="Resume this session; with --new, create it with this id.",
 )

@@ -49,7 +49,7 @@ def connection() -> tuple[str, dict[str, Any]]:
     then variables, and then any other profile.
 
     A profile's token and authorities go to no other server than its own. Raises Refusal for a profile that is not
-    there or cannot be read, and for a file of authorities that cannot be read."""
+    there or cannot be read, and for a file of authorities that cannot be read or has none."""
     options, variables = map(dict, given_connection(click.get_current_context()))
     named = options.pop("profile", "")
     try:
@@ -69,11 +69,12 @@ def connection() -> tuple[str, dict[str, Any]]:
     if given.get("plaintext"):
         given.pop("ca", None)
     if ca := given.get("ca"):
+        told = f"The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {ca}:"
         try:
-            Path(ca).open("rb").close()
+            if b"CERTIFICATE-----" not in Path(ca).read_bytes():
+                raise Refusal(f"{told} it has no certificate in PEM.", Exit.USAGE)
         except OSError as error:
-            told = f"The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {ca}: {error.strerror}."
-            raise Refusal(told, Exit.USAGE) from None
+            raise Refusal(f"{told} {error.strerror}.", Exit.USAGE) from None
     return server, given
 
 

@@ -9,7 +9,7 @@ from notecase import Client, v1
 
 from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, confirm, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, YES
+from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, YES, filled
 from notecase_server.cli.store_config import CONFIG
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
@@ -35,6 +35,7 @@ TENANT = click.option(
     default="",
     show_default=False,
     metavar="ID",
+    callback=filled,
     shell_complete=ids.of("tenants"),
     help="The tenant of the keys; by default your own. Only operators may name another.",
 )
@@ -62,7 +63,12 @@ def keys() -> None:
 @click.option("--name", default="", show_default=False, metavar="TEXT", help="What the key is for.")
 @click.option("--role", type=click.Choice(list(ROLES)), required=True, help="The role of its callers.")
 @click.option(
-    "--user", default="", show_default=False, metavar="ID", help="The only user whose sessions and state it can access."
+    "--user",
+    default="",
+    show_default=False,
+    metavar="ID",
+    callback=filled,
+    help="The only user whose sessions and state it can access.",
 )
 @click.option("--expires", type=Span(), metavar="SPAN", help="When it expires, for example 90d; by default never.")
 @TENANT
@@ -141,10 +147,10 @@ def rotate(key: str, overlap: timedelta, tenant: str, yes: bool) -> None:
 @CONFIG
 @STORE
 @PASSWORD_FILE
-@click.option("--tenant", default="default", metavar="ID", help="The tenant of the admin key.")
+@click.option("--tenant", show_default="default", metavar="ID", help="The tenant of the admin key.")
 @click.option("--operator", is_flag=True, help="Create an operator's key, which has no tenant, instead of an admin's.")
 @click.option("--name", default="bootstrap", metavar="TEXT", help="What the key is for.")
-def bootstrap(store: str, store_password_file: Path | None, tenant: str, operator: bool, name: str) -> None:
+def bootstrap(store: str, store_password_file: Path | None, tenant: str | None, operator: bool, name: str) -> None:
     """Create the first key of a store and print it. It cannot be shown again.
 
     No server may have the store open. From then on, `notecase serve` requires a key for calls to this store.
@@ -155,11 +161,16 @@ def bootstrap(store: str, store_password_file: Path | None, tenant: str, operato
     from notecase_server.serve_stores import Database, new_file  # noqa: PLC0415
     from notecase_server.store.contract import StoreOpenError  # noqa: PLC0415
 
+    if operator and tenant is not None:
+        raise click.UsageError("--operator cannot be combined with --tenant: an operator has no tenant.")
+    of = "default" if tenant is None else tenant.removeprefix("tenants/")
+    if problem := serve.tenant_problem(of):  # an empty one, too: the key would be an operator's
+        raise click.UsageError(f"--tenant: {problem}")
     configure_logging("console", "info")
     created = new_file(store)
     try:
         database = Database(password_file=store_password_file)
-        made, secret = serve.bootstrap(store, "" if operator else tenant, name, database)
+        made, secret = serve.bootstrap(store, "" if operator else of, name, database)
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
     if created:

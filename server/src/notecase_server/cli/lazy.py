@@ -1,12 +1,19 @@
 """Loads a command's module only when the command is used, so that it does not pay for the imports of all."""
 
+import errno
 import gc
 import pkgutil
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
+
+from notecase_server.cli import closed_streams
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""Errors of a disk that takes no more. A pipe whose reader has gone ends a command without a word."""
 
 
 class Lazy(NamedTuple):
@@ -25,6 +32,17 @@ class LazyGroup(click.Group):
         names = {name: click.Command(name) for name in table}  # for the list, and for a hint at a name typed wrongly
         super().__init__(commands=names, **settings)
         self.table = table
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Runs the command line, as click does, and says so where the output is on a full disk."""
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            closed_streams.drop(sys.stdout)
+            click.echo(f"Error: The output cannot be written: {error.strerror}.", err=True)
+            sys.exit(1)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.table:

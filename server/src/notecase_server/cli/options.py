@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from notecase_server.cli import ids
 
@@ -29,6 +30,14 @@ def address(context: click.Context, option: click.Parameter, value: str, *, targ
     right = targets if is_target else place is not None and int(place[1]) <= MAX_PORT
     if not right:
         raise click.BadParameter(f"{value!r} is not an address; write HOST:PORT, for example {DEFAULT_ADDRESS}.")
+    return value
+
+
+def filled(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Returns an option's value. Raises BadParameter for an empty one on the command line, which a script's variable
+    leaves that is not set: the command would do more than it says, such as make a key for all users."""
+    if value == "" and context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE:
+        raise click.BadParameter("It is empty; give a value, or leave the option out.")
     return value
 
 

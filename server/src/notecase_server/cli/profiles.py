@@ -8,10 +8,10 @@ import click
 
 from notecase_server.cli import ids, profiles_file
 from notecase_server.cli.connection import Exit, Refusal
-from notecase_server.cli.options import DEFAULT_ADDRESS, OUTPUT, address
+from notecase_server.cli.options import DEFAULT_ADDRESS, OUTPUT, address, filled
 from notecase_server.cli.profiles_file import Profile, Profiles, ProfilesError
 
-NAME = click.argument("name", shell_complete=ids.profiles)
+NAME = click.argument("name", callback=filled, shell_complete=ids.profiles)
 
 
 @click.group()

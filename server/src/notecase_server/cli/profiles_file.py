@@ -131,7 +131,7 @@ def _from_file(name: str) -> str:
     file = Path(name).expanduser()
     try:
         refuse_readable(str(file))
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8-sig").strip()
     except ProfilesError as error:
         raise click.ClickException(str(error)) from None
     except (OSError, ValueError) as error:

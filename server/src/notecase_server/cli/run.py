@@ -10,7 +10,7 @@ from notecase_server.cli import attaching, ids, named, output, piped, screen
 from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.follow import Follower, Left
-from notecase_server.cli.options import SERVER, WAIT
+from notecase_server.cli.options import SERVER, WAIT, filled
 
 
 @click.command()
@@ -30,6 +30,7 @@ from notecase_server.cli.options import SERVER, WAIT
     default="",
     show_default=False,
     metavar="ID",
+    callback=filled,
     shell_complete=ids.of("sessions"),
     help="Run in this session instead of a new one.",
 )

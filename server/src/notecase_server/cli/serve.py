@@ -1,6 +1,7 @@
 """`notecase serve`."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -11,6 +12,7 @@ import click
 
 import notecase_server.cli.bare_structlog  # noqa: F401  # before others import structlog
 from notecase_server.auth.tables import MOST, MOST_RETRIES, SettingsError
+from notecase_server.cli import closed_streams
 from notecase_server.cli.options import DEFAULT_ADDRESS, PASSWORD_FILE, STORE, address
 from notecase_server.cli.serve_settings import load, settings
 from notecase_server.config import Settings, configure_logging
@@ -311,7 +313,7 @@ class _Serve(click.Command):
     help="The lowest level that is logged.",
 )
 def serve(listen: str, log_format: Literal["console", "json"], log_level: str, **others: Any) -> None:
-    """Run a server until SIGTERM or SIGINT.
+    """Run a server until SIGTERM, SIGINT or SIGHUP.
 
     NOTECASE_ADMIN_KEY sets a key of your choice for an admin of the tenant `default`.
 
@@ -326,6 +328,9 @@ def serve(listen: str, log_format: Literal["console", "json"], log_level: str, *
 
 
 def _announce(server: Server) -> None:
-    click.echo(f"listening on port {server.port}")
-    if server.mtls_port:
-        click.echo(f"listening for client certificates on port {server.mtls_port}")
+    try:
+        click.echo(f"listening on port {server.port}")
+        if server.mtls_port:
+            click.echo(f"listening for client certificates on port {server.mtls_port}")
+    except OSError:  # nobody reads it, or the disk is full: the log has the port, too
+        closed_streams.drop(sys.stdout)

@@ -5,7 +5,7 @@ from notecase import Client, v1
 
 from notecase_server.cli import ids, named, output, screen, transfer
 from notecase_server.cli.ask import ask, confirm, name_of
-from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES
+from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES, filled
 
 SESSION = click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 NEW_ID = click.option("--id", "new_id", default="", show_default=False, metavar="ID", help="The id of the new session.")
@@ -91,7 +91,14 @@ def show_session(session: str, form: str) -> None:
     shell_complete=ids.of("agents"),
     help="The session's default agent.",
 )
-@click.option("--user", default="", show_default=False, metavar="ID", help="The user whose state the agent reads.")
+@click.option(
+    "--user",
+    default="",
+    show_default=False,
+    metavar="ID",
+    callback=filled,
+    help="The user whose state the agent reads.",
+)
 @click.option("--name", default="", show_default=False, metavar="TEXT", help="The session's display name.")
 @NEW_ID
 @SERVER

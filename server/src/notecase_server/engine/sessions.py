@@ -22,11 +22,9 @@ from notecase_server.store.contract import (
     AuditRow,
     Commit,
     Committed,
-    Compare,
     History,
     LogStore,
     Once,
-    Query,
     Replayed,
     RequestStore,
     RunStore,
@@ -94,6 +92,13 @@ class Sessions:
         if row is None or (if_uid and row.uid != if_uid) or (user and row.user != user):
             raise errors.not_found("session", f"sessions/{session}")
         return SessionKey(tenant, session, row.uid), row
+
+    async def find_key(self, tenant: str, session: str, user: str = "") -> SessionKey:
+        """Returns the key of the session that has this id now, as `find`, also when its row is damaged."""
+        found = await self.store.find_session_key(tenant, session)
+        if found is None or (user and found[1] != user):
+            raise errors.not_found("session", f"sessions/{session}")
+        return found[0]
 
     def live(self, key: SessionKey) -> LiveSession:
         found = self._live.get(key)
@@ -255,16 +260,16 @@ class Sessions:
         returns when the last row of them is gone. Returns how many sessions this call deleted; so does the record
         `once`. Raises Replayed."""
         await self.store.recall(once)
-        mine, gone = Query(BATCH, where=Compare("user", "=", user)), 0
+        gone = 0
 
         async def erased(record: Once) -> bool:
             return await self.store.erase_state(tenant, user, record._replace(answer=Answer("erased", erased=gone)))
 
         with errors.unsure():
             while not await self.surely(once, erased):
-                while rows := (await self.store.list_sessions(tenant, mine)).rows:
-                    for row in rows:
-                        gone += await self.delete_if_there(SessionKey(tenant, row.name, row.uid), once.audit)
+                while keys := await self.store.session_keys(tenant, user, BATCH):
+                    for key in keys:
+                        gone += await self.delete_if_there(key, once.audit)
                 await self.store.sweep_sessions(tenant, user)
         return gone
 

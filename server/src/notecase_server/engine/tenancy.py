@@ -11,7 +11,7 @@ from notecase_server import errors, names
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Compare, Or, Query, RunStore, SessionKey, SessionStore, TenantStore
+from notecase_server.store.contract import Compare, Or, Query, RunStore, SessionStore, TenantStore
 
 log = structlog.get_logger()
 
@@ -78,9 +78,9 @@ class Tenancy:
     async def remove(self, tenant: str) -> None:
         """Removes a tenant with everything; returns when the last row is gone."""
         while not await self._store.erase_tenant(tenant):
-            while rows := (await self._store.list_sessions(tenant, Query(PAGE))).rows:
-                for row in rows:
-                    await self._sessions.delete_if_there(SessionKey(tenant, row.name, row.uid))
+            while keys := await self._store.session_keys(tenant, "", PAGE):
+                for key in keys:
+                    await self._sessions.delete_if_there(key)
             await self._store.sweep_sessions()
             await asyncio.sleep(REST_SECONDS)
         self._removed(tenant)

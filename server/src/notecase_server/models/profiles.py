@@ -346,7 +346,7 @@ def read(choice: str) -> dict[str, Any]:
     text = choice
     if not choice.lstrip().startswith("{"):
         try:
-            text = Path(choice).read_text()
+            text = Path(choice).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeError, ValueError):
             known = ", ".join(NAMES)
             raise ValueError(f"{choice[:80]!r} is not a profile ({known}), a JSON object or a file") from None

@@ -88,10 +88,11 @@ class Agents(v1.AgentServiceServicer):
             stale = bool(etag) and etag != (newest.etag if newest is not None else "")
             edited = v1.Agent() if newest is None else deepcopy(newest)
             merge(mask, request.agent, edited)
-            body = Check(most=sys.maxsize)  # fields outside of the mask are not applied, and are not checked
-            validate.agent(body, edited, self.desk.providers, self.desk.toolbox)
+            body = self._judged(edited)  # fields outside of the mask are not applied, and are not checked
+            paths = [f"agent.{path}" for path in mask.paths]
             whole = agent_id and not stale and (newest is not None or request.allow_missing)
-            check.within(body, ["agent"] if whole else [f"agent.{path}" for path in mask.paths])
+            before = self._judged(newest) if whole and newest is not None and body.violations else None
+            check.within(body, ["agent"] if whole else paths, paths, before)
             check.done()
             if newest is None and not request.allow_missing:
                 raise errors.not_found("agent", request.agent.name)
@@ -104,6 +105,12 @@ class Agents(v1.AgentServiceServicer):
                 if error.reason != v1.ERROR_REASON_ETAG_MISMATCH or not tries_left:
                     raise
         raise AssertionError("the last try returns or raises")
+
+    def _judged(self, agent: v1.Agent) -> Check:
+        """Checks a whole agent."""
+        check = Check(most=sys.maxsize)
+        validate.agent(check, agent, self.desk.providers, self.desk.toolbox)
+        return check
 
     async def _judge(self, check: Check, agent: v1.Agent, paths: Container[str] = ("llm",)) -> None:
         """Checks the fields that the paths name and whose check needs a thread or a process."""

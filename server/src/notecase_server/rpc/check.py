@@ -5,7 +5,7 @@ list or text of the wrong size is not checked further, and the check ends at MAX
 import asyncio
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
@@ -69,6 +69,11 @@ LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
 PLAIN = frozenset({"null_value", "bool_value", "int_value", "string_value", "bytes_value"})
 """Kinds of value that are always valid."""
+
+
+def _is_below(found: Violation, fields: Sequence[str]) -> bool:
+    """Whether it is about one of these fields, or a part of one."""
+    return f"{found.field}.".startswith(tuple(f"{field}{mark}" for field in fields for mark in ".["))
 
 
 def _name(parse: Callable[[str], T | None], nothing: T, like: str, ids: str = "") -> Callable[["Check", str, str], T]:
@@ -160,12 +165,16 @@ class Check:
             self._refusals.append(error)
             self.violations += error.violations
 
-    def within(self, other: "Check", fields: Iterable[str]) -> None:
-        """Adds what `other` found in these fields and below them."""
-        below = tuple(f"{field}{mark}" for field in fields for mark in ".[")
+    def within(
+        self, other: "Check", fields: Sequence[str], given: Sequence[str] = (), before: "Check | None" = None
+    ) -> None:
+        """Adds what `other` found in these fields and below them, except what `before` found in the same place already,
+        unless that is in the fields `given` or below them. What is found of a whole message is always added: then
+        nothing in it was checked."""
+        known = {found for found in before.violations if "." in found.field} if before is not None else set()
         self._refusals += other._refusals
         for found in other.violations:
-            if f"{found.field}.".startswith(below):
+            if _is_below(found, fields) and (found not in known or _is_below(found, given)):
                 self(False, *found)
 
     def parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str, ids: str = "") -> T | None:

@@ -136,9 +136,10 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
         session = named(request, Check.session)
-        repeat = await once(request, NOTHING)
-        key = await self.desk.session(session, repeat)
-        await self.desk.sessions.delete(key, request.etag, repeat, caller.get().audit(request.name))
+        repeat, who = await once(request, NOTHING), caller.get()
+        await self.desk.requests.recall(repeat)
+        key = await self.desk.sessions.find_key(who.tenant, session, who.user)
+        await self.desk.sessions.delete(key, request.etag, repeat, who.audit(request.name))
         return Empty()
 
     async def CompactSession(self, request: v1.CompactSessionRequest, context: Any) -> v1.Session:

@@ -145,6 +145,12 @@ class TableStore(ABC):
         found = await self._read(lambda tables: tables.session_of_name(tenant, session))
         return found.session if found else None
 
+    async def find_session_key(self, tenant: str, session: str) -> tuple[SessionKey, str] | None:
+        return await self._read(lambda tables: tables.session_key(tenant, session), alone=True)
+
+    async def session_keys(self, tenant: str, user: str, limit: int) -> list[SessionKey]:
+        return await self._read(lambda tables: tables.session_keys(tenant, user, limit), alone=True)
+
     async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
         return await self._read(lambda tables: tables.start_of(tenant, session, agent), alone=True)
 
@@ -174,6 +180,10 @@ class TableStore(ABC):
             pass
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
+        # They are looked for beside the writes, since a tenant may have very many.
+        find = partial(content.uploaded_by, tenant=tenant, user=user)
+        while found := await self._read(find):
+            await self._write(partial(content.forget_uploaders, tenant=tenant, found=found), piece=True)
         return await self._write(partial(steps.erase_state, tenant=tenant, user=user, once=once))
 
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None:

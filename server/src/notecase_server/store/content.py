@@ -22,6 +22,10 @@ SWEEP_ROWS = 16
 """Pieces removed in one transaction: about 4 MiB, whose zeroing takes some ten milliseconds of everybody's commits."""
 
 
+FORGET_UPLOADS = 250
+"""Records of who uploaded a blob that one transaction removes."""
+
+
 def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], list[dict[str, int]]]:
     """The events or operations with the size of each blob in them, copied where they have any; and for each, the blobs
     by digest. BLOB_NOT_FOUND."""
@@ -171,6 +175,17 @@ def expire_uploads(tables: Tables, now: int, limit: int) -> int:
             tables.content.discard(row.content)
         tables.content.delete_upload(tenant, upload_id)
     return len(expired)
+
+
+def uploaded_by(tables: Tables, tenant: str, user: str) -> list[tuple[str, str]]:
+    """Some of the blobs that callers bound to a user uploaded, by digest and subject."""
+    return tables.content.uploaded_by(tenant, user, FORGET_UPLOADS)
+
+
+def forget_uploaders(tables: Tables, now: int, tenant: str, found: Iterable[tuple[str, str]]) -> None:
+    """Removes the records of who uploaded these blobs."""
+    for sha256, subject in found:
+        tables.content.forget_uploader(tenant, sha256, subject)
 
 
 def find_loose(tables: Tables, before: int, after: tuple[str, str], limit: int) -> list[tuple[str, str]]:

@@ -504,6 +504,16 @@ class SessionStore(Protocol):
         """The session that has this name now; its `uid` makes the key."""
         ...
 
+    async def find_session_key(self, tenant: str, session: str) -> tuple[SessionKey, str] | None:
+        """The key and the user ("users/{user}" or empty) of the session that has this name now, also when its row is
+        damaged."""
+        ...
+
+    async def session_keys(self, tenant: str, user: str, limit: int) -> list[SessionKey]:
+        """At most `limit` sessions of a tenant, or of one of its users ("users/{user}"), in no order, also those whose
+        rows are damaged."""
+        ...
+
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
         """The last created first; those of one microsecond by uid descending. Positions are (create_time, uid)."""
         ...
@@ -518,7 +528,8 @@ class SessionStore(Protocol):
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
         """Removes the session: from now on nothing of it is found, and its name is free. SESSION_NOT_FOUND,
         ETAG_MISMATCH. A commit that is under way for it either comes before or is refused. Its rows are removed by
-        `sweep_sessions`, so this is one small transaction however long the log is."""
+        `sweep_sessions`, so this is one small transaction however long the log is. A session whose row is damaged is
+        removed, too; no `if_etag` matches it."""
         ...
 
     async def expired_sessions(self, now: int, limit: int) -> list[SessionKey]:
@@ -538,9 +549,10 @@ class SessionStore(Protocol):
         ...
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
-        """Removes a user's state ("users/{user}"), and the principals that are bound to the user, when there is no
-        session of that user, nor a row of a deleted one. True when all of it is gone; then it is recorded. False when
-        it is to be called again: a session is left, or there are more rows than one transaction removes."""
+        """Removes a user's state ("users/{user}"), the principals that are bound to the user, and the record of which
+        blobs they uploaded, when there is no session of that user, nor a row of a deleted one. True when all of it is
+        gone; then it is recorded. False when it is to be called again: a session is left, or there are more rows than
+        one transaction removes."""
         ...
 
 

@@ -35,6 +35,10 @@ PIECE = 5
 """Entries of a piece are so many times fewer than the rows that a transaction writes: one takes as long to replay as
 several rows to write, and makes some of them."""
 
+FOUND_BYTES = 1024
+"""Of a key of state, and of the id of a call, by which rows are found: an index of PostgreSQL refuses some 2.7 KB, and
+a key takes twice its bytes there at most. Keys that may be set now are shorter, but tools could once set any."""
+
 KEYS = 1000
 """That are asked for at a time: anybody may have written an event that changes more of them than a statement takes."""
 
@@ -69,6 +73,8 @@ class Replay:
         for event in events:
             if not _looks_back(event):
                 raise _cannot_follow(event)
+            if problem := _too_long(event):
+                raise errors.import_invalid(f"has {problem} in event {event.sequence}")
         key, scope, rows = self._key, self._key.state, self._load(tables, events)
         added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
         taken = {name for _, name in tables.named_messages(key.tenant, added)}
@@ -159,6 +165,15 @@ def _looks_back(event: v1.Event) -> bool:
             summary = event.summarized
             return 1 <= summary.last_sequence < event.sequence and 0 <= summary.previous < event.sequence
     return True
+
+
+def _too_long(event: v1.Event) -> str:
+    """Says which key or id of an entry is one that not every store can hold; empty where all are fine."""
+    if any(len(op.key.encode()) > FOUND_BYTES for op in event.state_changed.ops):
+        return f"a key of state of more than {FOUND_BYTES} bytes"
+    if any(len(part.tool_call.call_id.encode()) > FOUND_BYTES for part in event.message_added.parts):
+        return f"the id of a call of more than {FOUND_BYTES} bytes"
+    return ""
 
 
 def _times_fit(message: Message) -> bool:

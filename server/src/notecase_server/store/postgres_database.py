@@ -372,6 +372,10 @@ async def check(connection: Any, where: str) -> int:
     return version
 
 
+TOO_LONG = "54000"
+"""What PostgreSQL says of a row that is too long for an index."""
+
+
 def refusal(where: str, error: BaseException) -> str:
     if isinstance(error, Unconnected):
         error = error.reason
@@ -402,4 +406,6 @@ def refusal(where: str, error: BaseException) -> str:
         return f"{where} has invalid parameters."
     if isinstance(error, OSError | TimeoutError | asyncpg.PostgresConnectionError) or code[:3] == "57P":
         return f"{where} cannot be reached. Start it, or choose another."
+    if code == TOO_LONG:
+        return f"{where} cannot hold a key of state of more than 2.7 KB. Delete the session with it in the other store."
     return f"{where} cannot be used as a store: PostgreSQL says {code or type(error).__name__}."

@@ -373,6 +373,10 @@ class PostgresTables(Tables):
     def drop_record(self, key: SessionKey, run: str) -> None:
         self.do(DROP_RECORD, *of(key), run)
 
+    def unended_runs(self, key: SessionKey) -> list[str]:
+        rows = self.rows("SELECT run FROM active_runs WHERE tenant = $1 AND uid = $2", *of(key))
+        return [unescaped(run) for (run,) in rows]
+
     def runs(
         self, tenant: str, session: SessionKey | None, query: Query, user: str
     ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:

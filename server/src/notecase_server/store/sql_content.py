@@ -86,6 +86,19 @@ class SqlContent:
             LIMIT 1"""
         return bool(self._sql.one(uploaded, tenant, sha256, subject) or self._sql.one(referred, tenant, sha256, user))
 
+    def uploaded_by(self, tenant: str, user: str, limit: int) -> list[tuple[str, str]]:
+        rows = self._sql.rows(
+            """SELECT sha256, subject FROM uploaders WHERE tenant = $1 AND subject IN
+                (SELECT subject FROM principals WHERE tenant = $1 AND "user" = $2) LIMIT $3""",
+            *(tenant, user, limit),
+        )
+        return [(sha256, self._sql.read(subject)) for sha256, subject in rows]
+
+    def forget_uploader(self, tenant: str, sha256: str, subject: str) -> None:
+        self._sql.remove(
+            "DELETE FROM uploaders WHERE tenant = $1 AND sha256 = $2 AND subject = $3", tenant, sha256, subject
+        )
+
     def delete_blob(self, tenant: str, sha256: str) -> None:
         for table in ("blobs", "uploaders"):
             self._sql.do(f"DELETE FROM {table} WHERE tenant = $1 AND sha256 = $2", tenant, sha256)

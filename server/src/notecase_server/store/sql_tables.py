@@ -128,6 +128,10 @@ class Tables(Pieces):
         """Makes it one of the others: it has ended, or its session is about to be deleted."""
 
     @abstractmethod
+    def unended_runs(self, key: SessionKey) -> list[str]:
+        """The runs of a session that have not ended, without a look at their rows."""
+
+    @abstractmethod
     def runs(
         self, tenant: str, session: SessionKey | None, query: Query, user: str
     ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
@@ -190,6 +194,19 @@ class Tables(Pieces):
         """The uid of the session that has this name, or empty."""
         row = self.one("SELECT uid FROM session_names WHERE tenant = $1 AND session = $2", tenant, session)
         return str(row[0]) if row else ""
+
+    def session_key(self, tenant: str, session: str) -> tuple[SessionKey, str] | None:
+        row = self.one(
+            """SELECT s.uid, s."user" FROM session_names n JOIN sessions s ON s.tenant = n.tenant AND s.uid = n.uid
+                WHERE n.tenant = $1 AND n.session = $2""",
+            *(tenant, session),
+        )
+        return (SessionKey(tenant, session, row[0]), row[1]) if row else None
+
+    def session_keys(self, tenant: str, user: str, limit: int) -> list[SessionKey]:
+        whose, values = (' AND "user" = $3', (user,)) if user else ("", ())
+        rows = self.rows(f"SELECT session, uid FROM sessions WHERE tenant = $1{whose} LIMIT $2", tenant, limit, *values)
+        return [SessionKey(tenant, session, uid) for session, uid in rows]
 
     def exists(self, tenant: str, uid: str) -> bool:
         """Whether there is such a session. Of one that there is not, there may be rows: those of a deleted one, or of a
@@ -264,11 +281,18 @@ class Tables(Pieces):
         values = list[Any]([tenant])
         where = self.where(query, SESSION_COLUMNS, ("create_time", "uid"), "<", values)
         rows = self.page(
-            f"SELECT create_time, uid, body, length(body) AS size FROM {self.listed} WHERE tenant = $1{where}",
+            f"""SELECT create_time, uid, session, "user", body, length(body) AS size FROM {self.listed}
+                WHERE tenant = $1{where}""",
             *("create_time DESC, uid DESC", values, query.limit + 1),
         )
-        for create_time, uid, body, size, *_ in rows:
-            yield Found((create_time, uid), v1.Session.FromString(body), size)
+        for create_time, uid, session, user, body, size, *_ in rows:
+            try:
+                row = v1.Session.FromString(body)
+            except DecodeError:  # listed by its columns, so that it can be found and deleted
+                log.error("session_damaged", tenant=tenant, session=session)
+                row = v1.Session(name=session, uid=uid, user=user)
+                row.create_time.FromMicroseconds(create_time)
+            yield Found((create_time, uid), row, size)
 
     def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
         """The last that begins before that sequence. Messages are read as stretches leave them."""

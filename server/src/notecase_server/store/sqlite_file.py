@@ -3,14 +3,15 @@
 The owner holds a lock of the operating system for as long as it lives, and its death frees the lock. So no owner before
 this one can still be at work, and a stale commit cannot reach the file: taking a run over needs no waiting for leases.
 
-Two limits: hard links to one file are taken for two files, and the lock is as good as flock is on the file system,
-which on NFS may be not at all.
+The lock is as good as the locks of the file system, which on NFS may be not at all. Where the system is not Linux, hard
+links to one file are taken for two files.
 """
 
 import errno
 import fcntl
 import os
 import sqlite3
+import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,9 @@ APPLICATION_ID = 0x6E746373
 
 UNFINISHED = "unfinished_copy"
 """A table that only a store has that another one is being copied into."""
+
+OWNER_BYTE = 1 << 62
+"""The byte of the database that its owner locks: no file is so long."""
 
 BUSY_SECONDS = 5.0
 """How long to wait for a lock of SQLite's own: no other server holds one, but a backup or a curious shell may."""
@@ -100,14 +104,37 @@ def in_memory() -> tuple[sqlite3.Connection, bytes]:
 
 
 def _lock(path: Path, opened: ExitStack) -> None:
-    """Locks a file beside the database, since closing any handle of the database itself would drop SQLite's own locks,
-    and sees to it that the database exists, readable by its owner only."""
+    """Locks a file beside the database, then the database, and sees to it that this exists, readable by its owner
+    only. The database is touched last, since closing any handle of it drops SQLite's own locks in this process."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    _require_file(path)
     lock = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     opened.callback(os.close, lock)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    database = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    opened.callback(os.close, database)  # once all connections are closed
+    _lock_byte(database)
+
+
+def _lock_byte(database: int) -> None:
+    """Locks a byte of the database itself, behind all that SQLite locks, where the system has locks that belong to a
+    handle. The other lock is another file's where the database has a second name: a hard link, or a mount of it alone
+    into another container."""
+    if not hasattr(fcntl, "F_OFD_SETLK"):
+        return
+    try:
+        fcntl.fcntl(database, fcntl.F_OFD_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, OWNER_BYTE, 1, 0))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        log.debug("store_byte_not_locked", error=errno.errorcode.get(error.errno or 0, ""))
+
+
+def _require_file(path: Path) -> None:
+    """Refuses what exists and is not a file, such as a device or a pipe."""
+    if path.exists() and not path.is_file():
+        raise StoreOpenError(f"{path} is not a file. Choose another path.")
 
 
 def _secret(connection: sqlite3.Connection) -> bytes:
@@ -148,6 +175,24 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
         raise StoreOpenError(f"{path} has tables of an unknown schema, {version}. Choose another path.")
 
 
+def require_closed(path: Path) -> None:
+    """Raises StoreOpenError when somebody has the store open, and when a write-ahead log was left next to it: SQLite
+    would apply that to whatever file has been put there."""
+    path = Path(os.path.realpath(path))
+    log_left = Path(f"{path}-wal")
+    with ExitStack() as opened:
+        try:
+            _lock(path, opened)
+            if not log_left.exists() or not log_left.stat().st_size:
+                return
+        except OSError as error:
+            raise StoreOpenError(_refusal(path, error)) from error
+    raise StoreOpenError(
+        f"{log_left} was left by a server that was killed, and would be applied to {path}. If a backup was put there"
+        " since, delete the -wal file; otherwise start a server with the store, and stop it."
+    )
+
+
 def backup(path: Path, destination: Path, force: bool) -> None:
     """Copies the database as it is at one moment, whoever owns it, into a file that is whole or not there. No lock of
     the owner's is taken, and its commits do not wait.
@@ -180,11 +225,14 @@ def backup(path: Path, destination: Path, force: bool) -> None:
     except OSError as error:
         raise StoreOpenError(_backup_refusal(destination, error)) from error
     except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:  # only the copy is written
+            raise StoreOpenError(f"{destination} cannot be written: the disk is full.") from error
         raise StoreOpenError(_sqlite_refusal(path, error)) from error
 
 
 def _require_free(path: Path, destination: Path, force: bool, opened: ExitStack) -> None:
     """Refuses a place that a copy would do harm in: what a store's log holds would be put into the copy."""
+    _require_file(destination)
     if destination.exists() and not force:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     if destination == path or Path(f"{destination}-wal").exists():

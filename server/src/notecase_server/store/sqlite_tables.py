@@ -471,6 +471,10 @@ class SqliteTables(Tables):
         )
         self._execute("DELETE FROM retired_revisions WHERE tenant = ? AND uses = 0", (key.tenant,))
 
+    def unended_runs(self, key: SessionKey) -> list[str]:
+        runs = "SELECT run FROM runs INDEXED BY runs_by_time WHERE unended = 1 AND tenant = ? AND uid = ?"
+        return [run for (run,) in self._execute(runs, of(key))]
+
     def runs(
         self, tenant: str, session: SessionKey | None, query: Query, user: str
     ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:

@@ -5,11 +5,11 @@ written nothing, and the others of its transaction are kept.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from contextlib import suppress
 from copy import deepcopy
 from itertools import islice
 from typing import NamedTuple, Self
 
+import msgspec
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import DecodeError
 from notecase import v1
@@ -18,12 +18,10 @@ from notecase_server import errors
 from notecase_server.store import answers, content, fold, past
 from notecase_server.store.contract import (
     REMEMBERED_COMMITS,
-    And,
     AuditRow,
     CommandId,
     Commit,
     Committed,
-    Compare,
     Duplicate,
     Once,
     Page,
@@ -388,15 +386,29 @@ def _take_back(tables: Tables, key: SessionKey, session: v1.Session, given: v1.S
 def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once: Once | None) -> None:
     """Store.delete_session."""
     recall(tables, once)
-    session = existing(tables, key).session
-    if if_etag and if_etag != session.etag:
-        raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
+    session = _undamaged(tables, key)
+    etag = session.etag if session is not None else ""
+    if if_etag and if_etag != etag:
+        raise errors.etag_mismatch(f"sessions/{key.session}", etag)
     remember(tables, once, None, now)
     _delete(tables, key, session)
 
 
-def _delete(tables: Tables, key: SessionKey, session: v1.Session) -> None:
-    for run in {session.active_run, *(queued.run for queued in session.queued_commands)} - {""}:
+def _undamaged(tables: Tables, key: SessionKey) -> v1.Session | None:
+    """Returns the session, or None if its row does not decode. Raises NotecaseError SESSION_NOT_FOUND."""
+    try:
+        return existing(tables, key).session
+    except (DecodeError, msgspec.DecodeError):
+        return None
+
+
+def _delete(tables: Tables, key: SessionKey, session: v1.Session | None) -> None:
+    """Deletes a session by its row, or without one if that is damaged."""
+    if session is None:
+        runs = set(tables.unended_runs(key))
+    else:
+        runs = {session.active_run, *(queued.run for queued in session.queued_commands)} - {""}
+    for run in runs:
         tables.drop_record(key, run)
     tables.delete_session(key)
 
@@ -404,27 +416,19 @@ def _delete(tables: Tables, key: SessionKey, session: v1.Session) -> None:
 EXPIRED_LOOK = 1000
 """Expired sessions among which one is looked for whose row is damaged: it is deleted when fewer are older than it."""
 
-UNENDED = And(tuple(Compare("state", "!=", state) for state in sorted(fold.ENDED)))
-
 
 def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
     """Store.expire_session."""
-    try:
-        found = tables.session(key)
-    except DecodeError:  # its row is damaged: the time is in a column, too
+    if not tables.exists(key.tenant, key.uid):
+        return False
+    session = _undamaged(tables, key)
+    if session is None:  # the time is in a column, too
         expired = key in tables.expired(now, EXPIRED_LOOK)
-        if expired:
-            with suppress(DecodeError):  # a run's row is damaged, too
-                for _, run in list(tables.runs(key.tenant, key, Query(1 + fold.MAX_QUEUED, where=UNENDED), "")):
-                    tables.drop_record(key, run.row.name)
-            tables.delete_session(key)
-        return expired
-    if found is None or not found.session.HasField("expire_time"):
-        return False
-    if found.session.expire_time.ToMicroseconds() > now:
-        return False
-    _delete(tables, key, found.session)
-    return True
+    else:
+        expired = session.HasField("expire_time") and session.expire_time.ToMicroseconds() <= now
+    if expired:
+        _delete(tables, key, session)
+    return expired
 
 
 def sweep_sessions(
@@ -447,7 +451,7 @@ def forget_requests(tables: Tables, now: int, before: int) -> tuple[int, bool]:
 def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | None) -> bool:
     """Store.erase_state."""
     recall(tables, once)
-    if take(tables.sessions(tenant, Query(1, where=Compare("user", "=", user))), 1).rows:
+    if tables.session_keys(tenant, user, 1):
         return False
     if tables.deleted_sessions(tenant, user, 1):
         return False

@@ -1,14 +1,18 @@
 """An MCP server that is a program and speaks on its pipes, one message a line.
 
-The protocol's library has such a transport, but it reads lines of any length.
+The protocol's library has such a transport, but it reads lines of any length. And it forks under uvloop: gRPC's
+handlers for forks crash in the new process while the server has calls. subprocess uses vfork, which runs no handlers.
 """
 
 import asyncio
 import os
 import signal
+import socket
+import subprocess
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TextIO
+from dataclasses import dataclass
+from typing import Any, Self, TextIO
 
 import anyio
 import structlog
@@ -30,13 +34,71 @@ EXIT_SECONDS = 2.0
 """How long a program may take to end by itself once its input is closed; and once more after SIGTERM."""
 
 LOOK_SECONDS = 0.01
-"""How often it is checked whether a program has ended. The loop would notice only after the end of its pipes, which its
-children may hold open."""
+"""How often it is checked whether a program has ended: the end of its pipes does not tell, because its children may
+hold them open."""
 
 ANSWERS = (types.JSONRPCResponse, types.JSONRPCError)
 
 CLOSED = (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
 """What is raised where the other side of a stream or a pipe has gone."""
+
+
+@dataclass
+class _Program:
+    """A program that was started. `output` and `input` are what it writes and reads."""
+
+    process: subprocess.Popen[bytes]
+    output: asyncio.StreamReader
+    input: asyncio.StreamWriter
+    _unused: asyncio.StreamWriter
+
+    @classmethod
+    async def start(cls, settings: McpServerSettings, errors: TextIO) -> Self:
+        """Starts it. Raises OSError when that is not possible."""
+        # Sockets, as libuv gives to programs: a transport over a file closes its descriptor twice under uvloop.
+        (tells, told), (hears, said) = socket.socketpair(), socket.socketpair()
+        with told, said:
+            try:
+                process = subprocess.Popen(  # noqa: ASYNC220  (it returns once the program is executed)
+                    [settings.command or "", *settings.args],
+                    env=get_default_environment() | dict(settings.env or {}),
+                    cwd=settings.cwd,
+                    stdin=told.fileno(),
+                    stdout=said.fileno(),
+                    stderr=errors,
+                    start_new_session=True,
+                )
+            except BaseException:
+                tells.close()
+                hears.close()
+                raise
+        _, into = await asyncio.open_unix_connection(sock=tells)
+        output, unused = await asyncio.open_unix_connection(sock=hears, limit=MAX_ANSWER)
+        return cls(process, output, into, unused)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the program and its children, as far as they are there and it may."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+    async def ended(self) -> bool:
+        """Whether the program ends within EXIT_SECONDS."""
+        with anyio.move_on_after(EXIT_SECONDS):
+            while self.process.poll() is None:  # noqa: ASYNC110  (see LOOK_SECONDS)
+                await anyio.sleep(LOOK_SECONDS)
+        return self.process.returncode is not None
+
+    async def end(self) -> int | None:
+        """Closes the program's input, and ends it with its children when it does not end by itself: then returns None,
+        otherwise its exit code."""
+        self.input.close()
+        code = self.process.returncode if await self.ended() else None
+        if code is None:
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                self.signal(number)
+                await self.ended()
+        self._unused.close()  # a child that is left may hold the other side
+        return code
 
 
 @asynccontextmanager
@@ -47,23 +109,13 @@ async def program(
     output and its input, as mcp.Client expects them. A line that is not an answer of an accepted size ends the program.
     Calls `exited` with the exit code of a program that ended by itself. Raises OSError when it cannot be started."""
     with anyio.CancelScope(shield=True):  # otherwise a caller who leaves meanwhile would leave the program behind
-        process = await asyncio.create_subprocess_exec(
-            settings.command or "",
-            *settings.args,
-            env=get_default_environment() | dict(settings.env or {}),
-            cwd=settings.cwd,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-            limit=MAX_ANSWER,
-        )
+        started = await _Program.start(settings, errors)
     said, hears = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     tells, told = anyio.create_memory_object_stream[SessionMessage](0)
     pipes = Tasks(f"mcp {name}")
     asked = Asked()
-    pipes.start(_read(name, process, said, asked), "read")
-    writing = pipes.start(_write(process, told, said, asked), "write")
+    pipes.start(_read(name, started, said, asked), "read")
+    writing = pipes.start(_write(started.input, told, said, asked), "write")
     try:
         yield hears, tells
     finally:
@@ -71,32 +123,31 @@ async def program(
             hears.close()
             tells.close()
             await asyncio.wait([writing], timeout=FLUSH_SECONDS)
-            if (code := await _end(process)) is not None:
+            if (code := await started.end()) is not None:
                 exited(code)
             await pipes.close()
 
 
 async def _read(
     name: str,
-    process: asyncio.subprocess.Process,
+    started: _Program,
     said: MemoryObjectSendStream[SessionMessage | Exception],
     asked: Asked,
 ) -> None:
     """Passes on the program's output, and removes the ids of its answers from `asked`. Output that nobody reads any
     more is dropped, because a program that waits for a full pipe would never end."""
-    assert process.stdout is not None
     with suppress(*CLOSED):
         async with said:
-            while line := await _line(process.stdout):
+            while line := await _line(started.output):
                 message = read_message(line, asked)
                 if isinstance(message, SessionMessage) and isinstance(message.message, ANSWERS):
                     asked.discard(message.message.id)
                 await said.send(message)
             if line is None:
                 log.warning("mcp_answer_too_large", server=name)
-                _signal(process, signal.SIGKILL)
+                started.signal(signal.SIGKILL)
     with suppress(OSError):
-        while await process.stdout.read(1 << 16):
+        while await started.output.read(1 << 16):
             pass
 
 
@@ -110,14 +161,13 @@ async def _line(pipe: asyncio.StreamReader) -> bytes | None:
 
 
 async def _write(
-    process: asyncio.subprocess.Process,
+    pipe: asyncio.StreamWriter,
     told: MemoryObjectReceiveStream[SessionMessage],
     said: MemoryObjectSendStream[SessionMessage | Exception],
     asked: Asked,
 ) -> None:
     """Writes the messages to the program, and adds the ids of requests to `asked`. When the program has closed its
     input, its output is not read any more either."""
-    assert process.stdin is not None
     try:
         async with told:
             async for message in told:
@@ -126,37 +176,7 @@ async def _write(
                 elif isinstance(message.message, types.JSONRPCNotification):
                     asked.discard((message.message.params or {}).get("requestId", 0))
                 text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
-                process.stdin.write(f"{text}\n".encode())
-                await process.stdin.drain()
+                pipe.write(f"{text}\n".encode())
+                await pipe.drain()
     except CLOSED:
         await said.aclose()
-
-
-async def _end(process: asyncio.subprocess.Process) -> int | None:
-    """Closes the program's input, and ends it with its children when it does not end by itself: then returns None,
-    otherwise its exit code."""
-    assert process.stdin is not None
-    process.stdin.close()
-    code = process.returncode if await _ended(process) else None
-    if code is None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            _signal(process, number)
-            await _ended(process)
-    # A child that is left may hold the pipes, which the loop would then keep open.
-    with suppress(PermissionError):  # of a program that runs as somebody else
-        process._transport.close()  # type: ignore[attr-defined]
-    return code
-
-
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    """Sends a signal to the program and its children, as far as they are there and it may."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
-
-
-async def _ended(process: asyncio.subprocess.Process) -> bool:
-    """Whether the program ends within EXIT_SECONDS."""
-    with anyio.move_on_after(EXIT_SECONDS):
-        while process.returncode is None:  # noqa: ASYNC110  (see LOOK_SECONDS)
-            await anyio.sleep(LOOK_SECONDS)
-    return process.returncode is not None

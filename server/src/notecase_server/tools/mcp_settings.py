@@ -9,6 +9,7 @@ Members that other clients add and this server does not know are refused: ignori
 what a model can do.
 """
 
+import codecs
 import os
 import shutil
 from pathlib import Path
@@ -82,7 +83,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
 def read_mcp_servers(path: Path) -> dict[str, McpServerSettings]:
     """The servers of a file by name; it is TOML when its name ends so, and JSON otherwise. Raises ToolSettingsError."""
     try:
-        content = path.read_bytes()
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         read = msgspec.toml.decode if path.suffix == ".toml" else msgspec.json.decode
         return read(content, type=_File).mcp_servers
     except OSError as error:
