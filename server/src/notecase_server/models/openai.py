@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.limit import Limit
-from notecase_server.models.answers import media, provider_errors, too_long
+from notecase_server.models.answers import media, provider_errors
 from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import UNREADABLE, ChatReply, Piece
@@ -120,21 +121,49 @@ class OpenAIProvider:
             head_timeout=first_timeout,
         )
 
-    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+    def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         Once the reply is whole it ends, or is closed, within wire.DRAIN_SECONDS: its connection may be used again."""
+        return self._tried(request) if request.only_text else self._tried_twice(request)
+
+    async def _tried_twice(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        """As `_tried`. If the provider refuses a request that holds its own data, the request is sent once more without
+        the data. A failure that may pass is raised only if that fails as well."""
+        begun = False
+        try:
+            async with aclosing(self._tried(request)) as stream:
+                async for delta in stream:
+                    begun = True
+                    yield delta
+            return
+        except NotecaseError as error:
+            if begun or not error.of_request or not await self._returns_data(request):
+                raise
+            refused = error
+        log.info("provider_data_refused", status=refused.metadata.get("status"))
+        try:
+            async with aclosing(self._tried(request, with_data=False)) as stream:
+                async for delta in stream:
+                    begun = True
+                    yield delta
+        except NotecaseError:
+            if begun or refused.reason == v1.ERROR_REASON_MODEL_ERROR:
+                raise
+            raise refused from None
+
+    async def _returns_data(self, request: ModelRequest) -> bool:
+        look = partial(returns_data, request, request.model or self._default_model, self._tag)
+        return await asyncio.to_thread(look) if is_large(request) else look()
+
+    async def _tried(self, request: ModelRequest, *, with_data: bool = True) -> AsyncGenerator[Delta, None]:
         model = request.model or self._default_model
         profile = self._profiles.of(model)
         large, behind_calls = is_large(request), False
-        plainer: Callable[[], _Sent] | None = None
         if not request.only_text:
             given, request = request, await loaded(request, profile)
             large = large or request is not given
             behind_calls = _is_behind_calls(request.messages)
-            look = partial(returns_data, request, model, self._tag)
-            if await asyncio.to_thread(look) if large else look():
-                plainer = partial(_written, request, model, profile, "", with_data=False)
-        write = partial(_written, request, model, profile, self._tag)
+        write = partial(_written, request, model, profile, self._tag, with_data=with_data)
         sent = await asyncio.to_thread(write) if large else write()
         think_tags = (profile if sent.model == model else self._profiles.of(sent.model)).think_tags
         reply = ChatReply(sent.model, self._redactor, behind_calls, think_tags, sent.audio_format)
@@ -145,7 +174,7 @@ class OpenAIProvider:
         try:
             try:
                 async with Limit() as limit:
-                    answer = await self._answer(sent, plainer, large, limit)
+                    answer = await self._answer(sent, limit)
                     clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:
                         limit.due = clock.due
@@ -185,27 +214,18 @@ class OpenAIProvider:
                 made[name.lower()] = name, value  # an operator may have written a name in another case
         return dict(made.values())
 
-    async def _answer(self, sent: _Sent, plainer: Callable[[], _Sent] | None, large: bool, limit: Limit) -> Answer:
-        """Returns the provider's answer, its body unread. Where the provider refuses the request, `plainer` makes the
-        one that is tried once instead, in a thread if it is `large`. Raises what a refusal or a failure to reach it
-        comes to; `limit` ends it where the provider is silent."""
-        model = sent.model
+    async def _answer(self, sent: _Sent, limit: Limit) -> Answer:
+        """Returns the provider's answer, its body unread. Raises what a refusal or a failure to reach it comes to;
+        `limit` ends it where the provider is silent."""
         try:
             answer = await self._wire.post(sent.body, limit)
-            if plainer is not None and answer.status in {400, 422}:
-                told = await self._words(answer)
-                if too_long.is_too_long(told.codes, told.words):
-                    raise provider_errors.failure(answer.status, told, model, self._redactor)
-                log.info("provider_data_refused", status=answer.status)
-                sent = await asyncio.to_thread(plainer) if large else plainer()
-                answer = await self._wire.post(sent.body, limit)
         except BROKEN as error:
             raise self._broken(error, "The model provider cannot be reached.") from error
         if 200 <= answer.status < 300:
             return answer
         told = await self._words(answer)
         wait = provider_errors.retry_after(answer.headers, self._clock)
-        refused = provider_errors.failure(answer.status, told, model, self._redactor, wait)
+        refused = provider_errors.failure(answer.status, told, sent.model, self._redactor, wait)
         if answer.headers.get("x-should-retry") == "false":
             refused.repeats = 0
         raise refused
@@ -266,7 +286,7 @@ def _silent(seconds: float, *, again: bool) -> NotecaseError:
     return failure
 
 
-def _written(request: ModelRequest, model: str, profile: Profile, tag: str, *, with_data: bool = True) -> _Sent:
+def _written(request: ModelRequest, model: str, profile: Profile, tag: str, *, with_data: bool) -> _Sent:
     made = body(request, model, profile, tag, with_data=with_data)
     audio_format = _audio_format(made["audio"]) if "audio" in made else ""
     return _Sent(str(made["model"]), audio_format, encoded(made))

@@ -25,6 +25,9 @@ _MAX_RETRY_AFTER = 24 * 3600.0
 _TOO_LARGE = 413
 """The status with which proxies refuse a body that is too large, often in a web page that says nothing."""
 
+_OF_REQUESTS = frozenset({None, 400, 415, 422, 501})
+"""The statuses with which servers refuse a member of a request; none, within a reply."""
+
 _MOST = 200
 """Values of an error that are looked at, and how deep: what is larger is no error but an attack."""
 
@@ -402,12 +405,22 @@ def failure(
             return errors.model_error(f"The server's account with the model provider is used up{words}", **facts)
         case Verdict.PASSING:
             wait = told.retry_after if retry_after is None else retry_after
-            return errors.model_unavailable(
+            failed = errors.model_unavailable(
                 f"The model provider cannot answer just now ({answer}){words}", wait, **facts
             )
+            failed.of_request = _may_be_refused(status, told.words)
+            return failed
     refused = errors.model_error(f"The model provider refused the call of {model!r} ({answer}){words}", **facts)
     refused.repeats = 1 if verdict is Verdict.AGAIN else None
+    refused.of_request = verdict is Verdict.REFUSED and status in _OF_REQUESTS
     return refused
+
+
+def _may_be_refused(status: int | None, words: str) -> bool:
+    """Whether a server error may be about the request: it says so, or it is a 500 that does not say that it passes.
+    Gateways and templates that cannot handle a member of a message fail that way."""
+    verdict = error_table.by_words(words)
+    return status is not None and status >= 500 and (verdict is Verdict.REFUSED or (status == 500 and verdict is None))
 
 
 def documents_in(value: object) -> Iterator[object]:
