@@ -30,6 +30,8 @@ class ProviderSettings:
     kind: Literal["openai", "offline"] = "openai"
     """`offline` is the built-in provider, which uses only `max_concurrent` and the settings of the breaker."""
     api_key: str = field(default="none", repr=False)
+    key_source: str = ""
+    """The setting that has the key, as the error for a key that the provider refuses names it."""
     base_url: str | None = None
     default_model: str = DEFAULT_MODEL
     profile: str = ""
@@ -210,7 +212,10 @@ def providers_from_environment() -> tuple[ProviderSettings, ...]:
     if not api_key and not base_url:
         return ()
     model = os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL
-    openai = ProviderSettings(name="openai", api_key=api_key or "none", base_url=base_url, default_model=model)
+    source = "OPENAI_API_KEY" if api_key else "OPENAI_API_KEY, which is not set"
+    openai = ProviderSettings(
+        name="openai", api_key=api_key or "none", key_source=source, base_url=base_url, default_model=model
+    )
     return openai, OFFLINE
 
 

@@ -61,6 +61,7 @@ class OpenAIProvider:
         base_url: str | None,
         default_model: str,
         *,
+        key_source: str = "",
         headers: Mapping[str, str] = MappingProxyType({}),
         connect_timeout: float = 10.0,
         first_timeout: float = 600.0,
@@ -71,8 +72,9 @@ class OpenAIProvider:
         clock: Callable[[], int] = lambda: 0,
     ) -> None:
         """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own; a query in it goes with
-        each request, and so do `headers`, whose values are kept as secret as the key. `profile` is an operator's choice
-        as `profiles.read` gives it.
+        each request, and so do `headers`, whose values are kept as secret as the key. `key_source` is the setting that
+        has the key, for the error that the provider refuses it. `profile` is an operator's choice as `profiles.read`
+        gives it.
 
         Seconds: `connect_timeout` to connect; `first_timeout` until the first piece of a reply, `idle_timeout` between
         two, whatever else the server sends meanwhile; `whole_timeout` for a whole answer. A server that was silent for
@@ -94,7 +96,7 @@ class OpenAIProvider:
         url, host = endpoint.url, endpoint.url.host
         self._base_url = url.copy_with(query=None)
         secrets = [value for name, value in url.params.multi_items() if name != "api-version"]
-        self._redactor = Redactor(api_key, *secrets, *headers.values())
+        self._redactor = Redactor(api_key, *secrets, *headers.values(), source=key_source)
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
         """Stands for the endpoint, whose address is nobody's business, in the data that it gets back."""

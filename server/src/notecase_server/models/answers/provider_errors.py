@@ -400,7 +400,8 @@ def failure(
         return errors.model_error(f"The conversation is too long for the model {model!r}{words}", **facts)
     match verdict:
         case Verdict.CREDENTIAL:
-            return errors.model_error(f"The model provider refused the server's credential ({answer}).", **facts)
+            where = f"; check {redactor.source}" if redactor.source else ""
+            return errors.model_error(f"The model provider refused the server's credential ({answer}){where}.", **facts)
         case Verdict.ACCOUNT:
             return errors.model_error(f"The server's account with the model provider is used up{words}", **facts)
         case Verdict.PASSING:
