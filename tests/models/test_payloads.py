@@ -700,6 +700,43 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         + chunk(usage={"prompt_tokens": 3, "completion_tokens": 2}, timings={"prompt_n": 1, "predicted_n": 2}),
         Came(SAID, tokens=(3, 0, 2, 0)),
     ),
+    "reasoning counted beside the output": (
+        HI
+        + STOP
+        + chunk(
+            usage={
+                "prompt_tokens": 9,
+                "completion_tokens": 3,
+                "total_tokens": 17,
+                "prompt_tokens_details": {"cached_tokens": 4},
+                "completion_tokens_details": {"reasoning_tokens": 5},
+            }
+        ),
+        Came(SAID, tokens=(9, 4, 8, 5)),
+    ),
+    "reasoning counted in the total alone": (
+        HI + STOP + chunk(usage={"promptTokenCount": 9, "candidatesTokenCount": 3, "totalTokenCount": 17}),
+        Came(SAID, tokens=(9, 0, 8, 0)),
+    ),
+    "more reasoning than output": (
+        HI + STOP + chunk(usage={"prompt_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 5}}),
+        Came(SAID, tokens=(9, 0, 5, 5)),
+    ),
+    "cached input beside the input": (
+        HI
+        + chunk(
+            finish="stop",
+            usage={"input_tokens": 9, "cache_read_input_tokens": 4, "output_tokens": 3, "total_tokens": 16},
+        )
+        + DONE,
+        Came(SAID, tokens=(9, 4, 3, 0)),
+    ),
+    "newly cached input beside the input": (
+        HI
+        + chunk(usage={"input_tokens": 9, "cache_creation_input_tokens": 4, "output_tokens": 3, "total_tokens": 16})
+        + END,
+        Came(SAID, tokens=(9, 0, 3, 0)),
+    ),
     "usage of odd types": (
         HI + chunk(finish="stop", usage=[1]) + chunk(usage={"prompt_tokens": {}, "completion_tokens": True}) + DONE,
         Came(SAID),
