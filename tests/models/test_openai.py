@@ -583,8 +583,25 @@ class TestRefused:
             ),
             (
                 Answer((b"<html>404</html>",), 404, {"Content-Type": "text/html"}),
-                "The model provider refused the call of 'default-model' (status 404).",
+                "The model provider refused the call of 'default-model' (status 404; its base URL may be wrong).",
                 {"status": "404"},
+            ),
+            (
+                Answer((b'{"detail": "Not Found"}',), 404, {"Content-Type": "application/json"}),
+                "The model provider refused the call of 'default-model' (status 404; its base URL may be wrong): "
+                "Not Found",
+                {"status": "404"},
+            ),
+            (
+                error(404, "Unknown request URL: POST /chat/completions.", code="unknown_url"),
+                "The model provider refused the call of 'default-model' (status 404; its base URL may be wrong): "
+                "Unknown request URL: POST /chat/completions.",
+                {"status": "404", "code": "unknown_url"},
+            ),
+            (
+                Answer((b"",), 405),
+                "The model provider refused the call of 'default-model' (status 405; its base URL may be wrong).",
+                {"status": "405"},
             ),
             (
                 error(400, "This model's maximum context length is 8 tokens", code="context_length_exceeded"),

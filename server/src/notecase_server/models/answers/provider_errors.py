@@ -28,6 +28,12 @@ _TOO_LARGE = 413
 _OF_REQUESTS = frozenset({None, 400, 415, 422, 501})
 """The statuses with which servers refuse a member of a request; none, within a reply."""
 
+_NO_ADDRESS = re.compile(
+    r"(?i)(404 )?((page|resource|path|url|route|endpoint) )?(is |was )?not found\W*"
+    r"|(unknown|invalid)( request)? url\b.*|no route\b.*|cannot post\b.*|method not allowed\W*|the requested url\b.*|"
+)
+"""What a server says, if anything, that does not have the address that was asked."""
+
 _MOST = 200
 """Values of an error that are looked at, and how deep: what is larger is no error but an attack."""
 
@@ -388,6 +394,8 @@ def failure(
     said = redactor.told(told.words)
     words = f": {said}" if said else "."
     answer = f"status {status}" if status else "an error"
+    if status in {404, 405} and _NO_ADDRESS.fullmatch(told.words):
+        answer += "; its base URL may be wrong"
     facts: dict[str, object] = {"status": status} if status else {}
     if code := redactor.name(told.code):
         facts["code"] = code
