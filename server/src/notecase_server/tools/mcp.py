@@ -47,7 +47,8 @@ from notecase_server.tools.outcome import failed, succeeded
 log = structlog.get_logger()
 
 # Its records tell of what could not be parsed by quoting it, and no message's content belongs into a log.
-logging.getLogger("mcp").setLevel(logging.CRITICAL + 1)
+for _name in ("mcp", "client"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 LIST_SECONDS = 60.0
 """How long a list of tools is trusted. A server may tell of changes, but not every one does, and a notice can be lost
