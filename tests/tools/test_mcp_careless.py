@@ -67,8 +67,14 @@ async def listed(box: Toolbox) -> list[str]:
         (lambda cursor: {"tools": [{"a": "a"}, T, {**U, "description": 5}, True]}, ["t"], 1),
         (lambda cursor: {"tools": [{"name": "a"}, {**U, "inputSchema": None, "description": None}]}, ["a", "u"], 1),
         (lambda cursor: {"tools": [{**T, "title": 5, "annotations": {"readOnlyHint": "yes"}}]}, ["t"], 1),
+        (lambda cursor: {"tools": None}, [], 1),
+        (lambda cursor: {}, [], 1),
+        (lambda cursor: {"tools": [U]} if cursor == "2" else {"tools": [T], "nextCursor": 2}, ["t", "u"], 2),
     ],
-    ids=["empty", "same", "empty once", "ignored", "twice", "wrong tools", "no schema", "not used"],
+    ids=[
+        *("empty", "same", "empty once", "ignored", "twice", "wrong tools", "no schema", "not used"),
+        *("null", "left out", "numbered"),
+    ],
 )
 async def test_a_list_is_what_can_be_used_of_it(
     page: Callable[[str | None], Any], names: list[str], asked: int
@@ -170,6 +176,29 @@ def program(pids: Path, **settings: Any) -> McpServerSettings:
 
 TEXT = '{"jsonrpc":"2.0","id":ID,"result":{"content":[{"type":"text","text":"%s"}]}}'
 REFUSED = "The MCP server 's' refused the call: "
+
+
+A = {"type": "object", "properties": {"a": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        ({}, {"type": "object"}),
+        ({"properties": A["properties"]}, A),
+        ({"type": None, "properties": None}, {"type": "object", "properties": None}),
+        ({"type": ["object", "null"], "properties": A["properties"]}, A),
+        ({"$ref": "#/$defs/A", "$defs": {"A": A}}, {"$ref": "#/$defs/A", "$defs": {"A": A}, "type": "object"}),
+        ({"anyOf": [A]}, {"anyOf": [A], "type": "object"}),
+        (True, {"type": "object"}),
+        ([], {"type": "object"}),
+    ],
+)
+async def test_a_schema_of_arguments_is_one_of_an_object(given: object, schema: object) -> None:
+    """Generators of schemas leave its type out, or refer to a definition: the protocol has the type there."""
+    async with Lists(lambda cursor: {"tools": [{"name": "t", "inputSchema": given}]}).box() as box:
+        (function,) = await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
+    assert schema == msgspec.json.decode(function.parameters)
 
 
 LINES = {

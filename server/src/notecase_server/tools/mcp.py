@@ -81,6 +81,9 @@ SESSION = "mcp-session-id"
 UNUSED = frozenset({"outputSchema", "annotations", "title", "icons"})
 """Members of a tool that nobody is shown."""
 
+EMPTY = frozenset({"isError", "_meta", "nextCursor"})
+"""Members of a result that holds nothing."""
+
 GONE = frozenset({httpx2.codes.NOT_FOUND, httpx2.codes.GONE})
 """The answers of a server that does not know the session of a request."""
 
@@ -429,23 +432,31 @@ class _Connection:
         if not self.settled.is_set() or self.over:
             return
         message = getattr(said, "message", None)
-        result = message.result if isinstance(message, types.JSONRPCResponse) else {}
-        if "content" in result or "structuredContent" in result:
+        if not isinstance(message, types.JSONRPCResponse):
+            return
+        result = message.result
+        if result.keys() <= EMPTY:  # of a call or of a list: servers in Go leave out what is empty in them
+            result |= {"content": [], "tools": []}
+        elif "content" in result or "structuredContent" in result:
             mend_content(result)
-        elif isinstance(result.get("tools"), list):
+        elif "tools" in result:
             self._mend_tools(result)
 
     def _mend_tools(self, result: dict[str, Any]) -> None:
         """Takes out of a list of tools those that are not as the protocol has them, and of each what is null or not
         used here, such as the schema of what it gives: a result that does not fit it is still what the call came to.
-        One without a schema of its arguments takes any."""
-        tools = result["tools"]
+        The schema of its arguments is one of an object, whatever else the server calls it; one without takes any."""
+        tools = result["tools"] = result["tools"] or []
+        if isinstance(cursor := result.get("nextCursor"), int):
+            result["nextCursor"] = str(cursor)
+        if not isinstance(tools, list):
+            return
         for tool in tools:
             if isinstance(tool, dict):
                 for name in [name for name in tool if name in UNUSED or tool[name] is None]:
                     del tool[name]
-                if tool.get("inputSchema") is None:
-                    tool["inputSchema"] = {"type": "object"}
+                schema = tool.get("inputSchema")
+                tool["inputSchema"] = {**(schema if isinstance(schema, dict) else {}), "type": "object"}
         if self._is_list(result):
             return
         result["tools"] = [tool for tool in tools if self._is_list(result | {"tools": [tool]})]
