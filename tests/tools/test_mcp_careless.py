@@ -143,6 +143,33 @@ async def test_a_handshake_that_lists_tools_is_one() -> None:
         assert ["t", "u"] == await listed(box)
 
 
+@pytest.mark.parametrize("status", [401, 404, 503])
+async def test_an_error_status_is_told(status: int) -> None:
+    """Of 401 and 403, where to look, too."""
+
+    class Refusing(Lists):
+        refuses = "tools/call"
+
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") in {self.refuses, "server/discover"}:
+                return f"HTTP/1.1 {status} Sorry\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nno".encode()
+            return super()._answer(asked)
+
+    told = f": it answered with status {status}" + ("; check the `headers` in its settings" if status == 401 else "")
+    server = Refusing(lambda cursor: {"tools": [T]})
+    async with server.box() as box:
+        assert f"The MCP server 's' refused the call{told}" == (await box.call(BINDING, {}, context())).error
+        server.refuses = "tools/list"
+        with pytest.raises(NotecaseError) as refused:
+            await listed(box)
+        assert f"The MCP server 's' does not list its tools{told}." == refused.value.message
+    server.refuses = "initialize"
+    async with server.box() as box:
+        with pytest.raises(NotecaseError) as refused:
+            await listed(box)
+        assert f"The MCP server 's' cannot be reached{told}." == refused.value.message
+
+
 async def test_a_redirect_in_the_middle_tells_no_address() -> None:
     class Moved(Lists):
         def _answer(self, asked: dict[str, Any]) -> bytes:

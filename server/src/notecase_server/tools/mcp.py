@@ -73,6 +73,11 @@ LIST_BYTES = MAX_ANSWER
 LOST = ("Connection closed", "SSE stream failed", "SSE stream ended")
 """How the library's own messages begin where an answer is lost. Servers use its code for errors of theirs, too."""
 
+REFUSING = "Server returned an error response", "Not Found"
+"""The library's messages for an error status, which do not say which."""
+
+ANSWERED = "it answered with status"
+
 REDIRECTED = "Redirect to "
 """How the library's message begins that quotes an address, which may hold a token."""
 
@@ -158,7 +163,9 @@ class McpServer:
             log.warning("mcp_list_failed", server=self._name, error=type(error).__name__)
             if isinstance(error, TimeoutError) and connection.questions.idle:
                 connection.end()  # a program that hangs is replaced
-            raise errors.tool_error(f"The MCP server {self._name!r} does not list its tools.") from error
+            told = error.message if isinstance(error, MCPError) and error.message.startswith(ANSWERED) else ""
+            told = f"does not list its tools{told and ': '}{told}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {told}.") from error
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
         """Calls a tool by the server's own name of it, as Toolbox.call promises."""
@@ -233,7 +240,8 @@ class McpServer:
         except TimeoutError:
             connection.end()
         if connection.over:
-            raise errors.tool_error(f"The MCP server {self._name!r} cannot be reached.")
+            told = f"cannot be reached{connection.refusal and ': '}{connection.refusal}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {told}.")
         return connection
 
 
@@ -256,6 +264,10 @@ class _Connection:
         self._output_ended = False
         self._exit_code: int | None = None
         """Of a program that ended by itself."""
+        self._refusals: dict[int | str | None, str] = {}
+        """What error statuses say, by the id of what was asked, until the library tells of it."""
+        self.refusal = ""
+        """What the last of them says."""
         self._listing = asyncio.Lock()
         self._listed: Sequence[types.Tool] | None = None
         self._changes = 0
@@ -297,10 +309,10 @@ class _Connection:
         if opened:
             log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
             return
-        known: dict[str, int] = {}
+        known: dict[str, object] = {"refusal": self.refusal} if self.refusal else {}
         if self._output_ended:
             wrong.add("OutputEnded")
-            known = {} if self._exit_code is None else {"exit_code": self._exit_code}
+            known |= {} if self._exit_code is None else {"exit_code": self._exit_code}
         log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}), **known)
 
     async def _opened(self, stack: AsyncExitStack) -> Client:
@@ -429,10 +441,12 @@ class _Connection:
     def _mend(self, said: object) -> None:
         """Mends what the library would refuse as a whole: a list of tools, and what a call gave. Nothing that is said
         in the handshake is either."""
-        if not self.settled.is_set() or self.over:
-            return
         message = getattr(said, "message", None)
-        if not isinstance(message, types.JSONRPCResponse):
+        if isinstance(message, types.JSONRPCError):
+            refusal = self._refusals.pop(message.id, "")
+            if refusal and message.error.message in REFUSING:
+                message.error.message = refusal
+        if not isinstance(message, types.JSONRPCResponse) or not self.settled.is_set() or self.over:
             return
         result = message.result
         if result.keys() <= EMPTY:  # of a call or of a list: servers in Go leave out what is empty in them
@@ -477,8 +491,10 @@ class _Connection:
         server that never had a stream for GET has no such address, and says nothing of a session."""
         kind = response.headers.get("content-type", "").lower()
         body = response.stream = Bounded(response, events=kind.startswith("text/event-stream"))
-        asked = _asked(response.request) if response.is_success and kind.startswith("application/json") else None
-        if asked is not None:
+        asked = _asked(response.request)
+        if asked is not None and response.is_error:
+            self.refusal = self._refusals[asked] = _refusal(response.status_code)
+        elif asked is not None and response.is_success and kind.startswith("application/json"):
             response.stream = Mended(body, asked)
         if SESSION not in response.request.headers:
             return
@@ -551,6 +567,12 @@ def _asked(request: httpx2.Request) -> int | str | None:
     asked = json.loads(request.content or b"{}") if request.method == "POST" else {}
     asked_id: int | str | None = asked.get("id") if "method" in asked else None
     return asked_id
+
+
+def _refusal(status: int) -> str:
+    """What an error status says of a server."""
+    wrong = "; check the `headers` in its settings" if status in {401, 403} else ""
+    return f"{ANSWERED} {status}{wrong}"
 
 
 def _errors_of(settings: McpServerSettings) -> TextIO:
