@@ -20,7 +20,7 @@ from notecase_server.tools.toolbox import make_toolbox
 
 from tests.support.mcp_process import ROOT
 from tests.tools.calls import context
-from tests.tools.test_mcp_answers import ABOUT, JSON, Hostile, _http, _result, answer
+from tests.tools.test_mcp_answers import ABOUT, EVENTS, JSON, Hostile, _http, _result, answer
 
 T = {"name": "t", "inputSchema": {"type": "object"}}
 U = {"name": "u", "inputSchema": {"type": "object"}}
@@ -237,29 +237,47 @@ LINES = {
     '{"jsonrpc":"2.0","id":ID,"result":5}': f"{REFUSED}It gave an answer that is not valid.",
     '{"jsonrpc":"2.0","id":null,"error":{"code":1,"message":"No city."}}': f"{REFUSED}No city.",
     '{"jsonrpc":"2.0","error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
+    (TEXT % "a").replace('"jsonrpc":"2.0",', ""): "a",
+    (TEXT % "a").replace("ID", "ID.0"): "a",
+    f'[{{"jsonrpc":"2.0","method":"notifications/message","params":{{}}}},{TEXT % "a"}]': "a",
+    '{"jsonrpc":"2.0","id":ID,"result":{}}': "",
+    '{"jsonrpc":"2.0","id":ID,"result":{"isError":true}}': "The tool failed.",
 }
+OF_HTTP = {TEXT.replace("ID", "999") % "a": "a", "No JSON.": f"{REFUSED}It gave an answer that is not valid."}
+"""There an answer is to what was asked with it, whatever it says."""
 
 
-@pytest.mark.parametrize("transport", ["pipes", "http"])
+@pytest.mark.parametrize("transport", ["pipes", "http", "events"])
 async def test_an_answer_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp_path: Path, transport: str) -> None:
     """And never waited for until its time is over."""
 
     class Saying(Lists):
         def _answer(self, asked: dict[str, Any]) -> bytes:
             if asked.get("method") == "tools/call":
-                line = asked["params"]["arguments"]["line"].replace("ID", str(asked["id"]))
-                return _http(f"Content-Type: {JSON}\r\n", line.encode("latin-1"))
+                line = asked["params"]["arguments"]["line"].replace("ID", str(asked["id"])).encode("latin-1")
+                if transport == "events":
+                    return _http(f"Content-Type: {EVENTS}\r\n", b"data: %b\n\n" % line)
+                return _http(f"Content-Type: {JSON}\r\n", line)
             return super()._answer(asked)
 
     async with Saying(lambda cursor: {"tools": [T]}).serving() as url:
         over = McpServerSettings(url=url, timeout=60)
-        box = make_toolbox([], {"s": over if transport == "http" else program(tmp_path / "pids", timeout=60)})
+        box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60) if transport == "pipes" else over})
         try:
-            for line, told in LINES.items():
+            for line, told in (LINES if transport == "pipes" else LINES | OF_HTTP).items():
                 outcome = await box.call(BINDING, {"line": line}, context())
                 assert told == (outcome.error or "".join(part.text for part in outcome.parts)), line
         finally:
             await box.close()
+
+
+async def test_a_line_of_a_log_in_json_is_no_answer(tmp_path: Path) -> None:
+    box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60)})
+    try:
+        line = '{"level":30,"msg":"t is called","error":"none"}\n' + TEXT % "a"
+        assert ["a"] == [part.text for part in (await box.call(BINDING, {"line": line}, context())).parts]
+    finally:
+        await box.close()
 
 
 async def test_a_program_that_hangs_is_replaced_once_it_does_not_list_its_tools(
@@ -311,6 +329,9 @@ GIVEN = {
     b'{"content":[{"type":"text","text":"x","annotations":{"priority":7}}],"isError":null}': "x",
     b'{"content":[{"type":"text","text":"x"},{"type":"chart","points":[1]}]}': "x[chart that cannot be read]",
     b'{"content":[{"type":"text","text":"x"},{"type":"text","text":null}]}': "x[text that cannot be read]",
+    b'{"content":[{"type":"text","text":5},{"type":"text","text":{"a":1}}]}': '5{"a": 1}',
+    b'{"content":[{"type":"resource_link","uri":"plan://a"}]}': "resource: plan://a",
+    b'{"content":[{"type":"resource","resource":{"text":"x"}}]}': "x",
     b'{"content":[{"type":"text","text":"x"},{"type":"image","data":"%","mimeType":"image/png"}]}': (
         "x[1 more that cannot be read]"
     ),

@@ -36,6 +36,7 @@ from notecase_server.tools.mcp_answers import (
     MAX_ANSWER,
     Bounded,
     Mended,
+    MendedEvents,
     mend_content,
     tells_of_lost_session,
 )
@@ -75,6 +76,9 @@ LOST = ("Connection closed", "SSE stream failed", "SSE stream ended")
 
 REFUSING = "Server returned an error response", "Not Found"
 """The library's messages for an error status, which do not say which."""
+
+UNREAD = "Failed to parse SSE message", "Failed to parse JSON response"
+"""How those begin that quote an answer."""
 
 ANSWERED = "it answered with status"
 
@@ -446,6 +450,8 @@ class _Connection:
             refusal = self._refusals.pop(message.id, "")
             if refusal and message.error.message in REFUSING:
                 message.error.message = refusal
+            elif message.error.code == types.PARSE_ERROR and message.error.message.startswith(UNREAD):
+                message.error.message = "It gave an answer that is not valid."
         if not isinstance(message, types.JSONRPCResponse) or not self.settled.is_set() or self.over:
             return
         result = message.result
@@ -494,8 +500,10 @@ class _Connection:
         asked = _asked(response.request)
         if asked is not None and response.is_error:
             self.refusal = self._refusals[asked] = _refusal(response.status_code)
-        elif asked is not None and response.is_success and kind.startswith("application/json"):
+        elif asked is not None and kind.startswith("application/json"):
             response.stream = Mended(body, asked)
+        elif asked is not None and kind.startswith("text/event-stream"):
+            response.stream = MendedEvents(body, asked)
         if SESSION not in response.request.headers:
             return
         self._has_session = True
