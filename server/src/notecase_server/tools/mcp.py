@@ -78,7 +78,7 @@ REFUSING = "Server returned an error response", "Not Found"
 """The library's messages for an error status, which do not say which."""
 
 UNREAD = "Failed to parse SSE message", "Failed to parse JSON response"
-"""How those begin that quote an answer."""
+"""How those begin that quote an answer, in several lines."""
 
 ANSWERED = "it answered with status"
 
@@ -450,7 +450,7 @@ class _Connection:
             refusal = self._refusals.pop(message.id, "")
             if refusal and message.error.message in REFUSING:
                 message.error.message = refusal
-            elif message.error.code == types.PARSE_ERROR and message.error.message.startswith(UNREAD):
+            elif message.error.message.startswith(UNREAD) and "\n" in message.error.message:
                 message.error.message = "It gave an answer that is not valid."
         if not isinstance(message, types.JSONRPCResponse) or not self.settled.is_set() or self.over:
             return
