@@ -320,6 +320,13 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         said_in("hm\n</think>") + call("look", '{"q":"x"}', index=0, id="a") + CALLS,
         Came(reasoning="hm\n", calls=LOOK, finish="tool_calls"),
     ),
+    "the channels of gpt-oss": (
+        said_in(
+            "<|channel|>", "analysis", "<|message|>hm", "<|end|><|start|>assistant<|channel|>final<|message|>", SAID
+        )
+        + END,
+        Came(SAID, "hm"),
+    ),
     "what only begins as a closing tag": (said_in("a </thi", "s> b <") + END, Came("a </this> b <")),
     "what only begins as a closing tag, before a call": (
         said_in("a </thi") + call("look", '{"q":"x"}', index=0, id="a") + CALLS,

@@ -285,6 +285,12 @@ ROWS: Sequence[Row] = (
         model=r"(.*[/:])?apertus\b.*",
     ),
     Row(
+        "gpt-oss",
+        {"think_tags": True},
+        "ml-explore/mlx-lm#1867, kekzl/imp#768, NVIDIA/TensorRT-LLM#9256: on servers that do not know its channels",
+        model=r"(.*[/:])?gpt-oss\b.*",
+    ),
+    Row(
         "reka",
         {"think_tags": True},
         "huggingface.co/RekaAI/reka-flash-3: <reasoning>",

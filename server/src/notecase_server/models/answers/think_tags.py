@@ -32,6 +32,11 @@ TAGS = (
     Tag("<|channel>thought", "<channel|>", "Gemma 4: NousResearch/hermes-agent#67632, jundot/omlx#560"),
     Tag("<|START_THINKING|>", "<|END_THINKING|>", "Cohere Command A Reasoning"),
     Tag("<longcat_think>", "</longcat_think>", "LongCat"),
+    Tag(
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+        "gpt-oss on servers without its format: ml-explore/mlx-lm#1867, kekzl/imp#768, Augustas11/macprovider#743",
+    ),
 )
 
 _LONGEST = max(len(tag.opens) for tag in TAGS)
