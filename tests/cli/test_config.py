@@ -493,6 +493,21 @@ async def test_the_error_for_a_wrong_key_names_the_setting_that_has_it(
     assert told == caught.value.message
 
 
+@pytest.mark.parametrize("of_file", [False, True], ids=["variable", "file"])
+async def test_the_error_for_a_default_model_that_is_not_there_names_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_file: bool
+) -> None:
+    async with OpenAIServer(lambda _: error(404, "model 'gpt-4.1-mini' not found")) as models:
+        monkeypatch.setenv("OPENAI_BASE_URL", models.url)
+        table = f'[[provider]]\nname = "openai"\nbase_url = "{models.url}"\n'
+        path = written(tmp_path, table) if of_file else None
+        given = next(one for one in settings_of(serve, path) if one.name == "openai")
+        with pytest.raises(NotecaseError) as caught:
+            await _ask(given)
+    source = "OPENAI_MODEL" if path is None else "model of the provider 'openai'"
+    assert caught.value.message.endswith(f" not found (the agent names no model; the default is {source})")
+
+
 async def test_a_provider_that_the_file_does_not_have_is_told_with_those_that_it_has(tmp_path: Path) -> None:
     path = written(tmp_path, '[[provider]]\nname = "main"\nkind = "offline"\n')
     done = await notecase("providers", "test", "mian", env={"NOTECASE_CONFIG": str(path)})

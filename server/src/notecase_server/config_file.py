@@ -186,6 +186,7 @@ def _provider(table: Table, secrets: _Secrets) -> dict[str, Any]:
         **secrets.key(table, name),
         "base_url": table.text("base_url", needed=False),
         "default_model": table.text("model", needed=False),
+        "model_source": f"model of the provider {name!r}",
         "profile": table.text("profile", needed=False),
         "headers": secrets.headers(table),
         "retry_time": table.number("retry_time"),

@@ -62,6 +62,7 @@ class OpenAIProvider:
         default_model: str,
         *,
         key_source: str = "",
+        model_source: str = "",
         headers: Mapping[str, str] = MappingProxyType({}),
         connect_timeout: float = 10.0,
         first_timeout: float = 600.0,
@@ -72,8 +73,9 @@ class OpenAIProvider:
         clock: Callable[[], int] = lambda: 0,
     ) -> None:
         """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own; a query in it goes with
-        each request, and so do `headers`, whose values are kept as secret as the key. `key_source` is the setting that
-        has the key, for the error that the provider refuses it. `profile` is an operator's choice as `profiles.read`
+        each request, and so do `headers`, whose values are kept as secret as the key. `key_source` and
+        `model_source` are the settings that have the key and the default model, for the errors that the provider
+        refuses them. `profile` is an operator's choice as `profiles.read`
         gives it.
 
         Seconds: `connect_timeout` to connect; `first_timeout` until the first piece of a reply, `idle_timeout` between
@@ -90,6 +92,7 @@ class OpenAIProvider:
         endpoint = endpoint_of(api_key, base_url, headers)
         self._clock = clock
         self._default_model = default_model
+        self._model_source = model_source
         self._first_timeout = first_timeout
         self._idle_timeout = idle_timeout
         self._whole_timeout = whole_timeout
@@ -176,7 +179,7 @@ class OpenAIProvider:
         try:
             try:
                 async with Limit() as limit:
-                    answer = await self._answer(sent, limit)
+                    answer = await self._answer(sent, limit, default=not request.model)
                     clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:
                         limit.due = clock.due
@@ -216,9 +219,9 @@ class OpenAIProvider:
                 made[name.lower()] = name, value  # an operator may have written a name in another case
         return dict(made.values())
 
-    async def _answer(self, sent: _Sent, limit: Limit) -> Answer:
+    async def _answer(self, sent: _Sent, limit: Limit, *, default: bool) -> Answer:
         """Returns the provider's answer, its body unread. Raises what a refusal or a failure to reach it comes to;
-        `limit` ends it where the provider is silent."""
+        `limit` ends it where the provider is silent. `default` says that the agent names no model."""
         try:
             answer = await self._wire.post(sent.body, limit)
         except BROKEN as error:
@@ -230,6 +233,8 @@ class OpenAIProvider:
         refused = provider_errors.failure(answer.status, told, sent.model, self._redactor, wait)
         if answer.headers.get("x-should-retry") == "false":
             refused.repeats = 0
+        if default and self._model_source and provider_errors.lacks_model(answer.status, told):
+            refused.message += f" (the agent names no model; the default is {self._model_source})"
         raise refused
 
     async def _words(self, answer: Answer) -> provider_errors.Told:

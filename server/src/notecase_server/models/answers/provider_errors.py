@@ -34,6 +34,10 @@ _NO_ADDRESS = re.compile(
 )
 """What a server says, if anything, that does not have the address that was asked."""
 
+_NO_MODEL = re.compile(
+    r"(?i)\bmodels?\b.{0,80}?\b(not found|not exist|unknown|invalid)|\b(unknown|invalid|no such) models?\b"
+)
+
 _MOST = 200
 """Values of an error that are looked at, and how deep: what is larger is no error but an attack."""
 
@@ -423,6 +427,11 @@ def failure(
     refused.repeats = 1 if verdict is Verdict.AGAIN else None
     refused.of_request = verdict is Verdict.REFUSED and status in _OF_REQUESTS
     return refused
+
+
+def lacks_model(status: int, told: Told) -> bool:
+    """Whether a refusal says that there is no such model."""
+    return "modelnotfound" in told.codes or (status in {400, 404} and _NO_MODEL.search(told.words) is not None)
 
 
 def _may_be_refused(status: int | None, words: str) -> bool:
