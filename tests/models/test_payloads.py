@@ -1062,6 +1062,15 @@ def test_a_tag_that_is_mentioned_is_text(said: str) -> None:
     assert Came(said) == read([said_in(*said) + END])
 
 
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["</think>", "<think>", "[/THINK]", "</thi", "<", "`", "```", "a", ".", " ", "\n"])))
+def test_what_tags_mean_does_not_depend_on_how_the_text_was_cut(pieces: list[str]) -> None:
+    said = "".join(pieces)
+    whole = read([said_in(said) + END])
+    assert whole == read([said_in(*pieces) + END])
+    assert whole == read([said_in(*said) + END])
+
+
 def test_text_beside_reasoning_of_its_own_is_no_reasoning() -> None:
     said = "hm\n</think>\n\nHi"
     assert Came(said, "so") == read([chunk({"reasoning": "so"}) + said_in(said) + END])

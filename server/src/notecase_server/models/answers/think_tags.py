@@ -166,16 +166,20 @@ class ThinkTags:
         return self._hold(text, len(text))
 
     def _hold(self, text: str, at: int) -> list[Text | Reasoning | Thought]:
-        """Gives out what stands before `at`."""
+        """Gives out what stands before `at`, unless it is only space at the beginning of a reply."""
+        if at < len(text) and not self._said and not text[:at].strip():
+            at = 0
         said, self._held = text[:at], text[at:]
+        if not said:
+            return []
         self._said.append(said)
-        return [Text(said)] if said else []
+        return [Text(said)]
 
     def _thought(self, before: str, rest: str, unsaid: int) -> list[Text | Reasoning | Thought]:
         """Gives out the text so far as reasoning, and begins the text proper behind it."""
         found: list[Text | Reasoning | Thought] = []
         if before.strip():
-            found.append(Thought(before) if any(self._said) else Reasoning(before))
+            found.append(Thought(before) if self._said else Reasoning(before))
         self.skipped += sum(map(len, self._said)) + unsaid
         self._said, self._strip, self.begun = [], True, False
         return found + self.feed(rest)
