@@ -1,5 +1,6 @@
 """MCP servers that do not keep to the protocol: what they say of use is used, and nobody waits for what never comes."""
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -461,6 +462,27 @@ async def test_a_server_that_has_no_stream_keeps_its_session() -> None:
         for _ in range(3):
             assert not (await box.call(BINDING, {}, context())).error
     assert 1 == connected
+
+
+async def test_a_stream_that_ends_at_once_is_not_asked_for_without_pause() -> None:
+    asked: list[float] = []
+    enough, now = asyncio.Event(), asyncio.get_running_loop().time
+
+    class Ending(Lists):
+        def _answer(self, request: dict[str, Any]) -> bytes:
+            if not request:
+                asked.append(now())
+                if len(asked) == 4:
+                    enough.set()
+                return _http(f"Content-Type: {EVENTS}\r\n", b"retry: 0\n\n")
+            if request.get("method") == "initialize":
+                return _http(f"Content-Type: {JSON}\r\nMcp-Session-Id: one\r\n", _result(request, ABOUT))
+            return super()._answer(request)
+
+    async with Ending(lambda cursor: {"tools": [T]}).box() as box:
+        await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
+        await enough.wait()
+    assert asked[3] - asked[0] > 1.5 * mcp.STREAM_SECONDS
 
 
 async def test_a_tool_that_is_missing_or_has_no_name_leaves_the_others() -> None:

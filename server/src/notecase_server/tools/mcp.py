@@ -64,6 +64,9 @@ INVALID = (RuntimeError, ValueError)
 CLOSE_SECONDS = 10.0
 """How long a server may take to end when its connection is closed; its process is killed well before that."""
 
+STREAM_SECONDS = 0.1
+"""Between two requests for a stream. A server may end each at once, and ask to be asked again after no time."""
+
 LIST_PAGES = 100
 """More pages than any list has: one that has more fails."""
 
@@ -281,6 +284,8 @@ class _Connection:
         """A call was refused with a status and in words that may mean the session."""
         self._listens = False
         """The server has had a stream for GET."""
+        self._stream_due = 0.0
+        """When the next answer to a GET is taken."""
 
     @property
     def over(self) -> bool:
@@ -495,6 +500,10 @@ class _Connection:
         """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
         the session; some servers say it with another status, in words, as some tools do of something of their own. A
         server that never had a stream for GET has no such address, and says nothing of a session."""
+        if response.request.method == "GET":
+            due = max(self._stream_due, now := asyncio.get_running_loop().time())
+            self._stream_due = due + STREAM_SECONDS
+            await asyncio.sleep(due - now)
         kind = response.headers.get("content-type", "").lower()
         body = response.stream = Bounded(response, events=kind.startswith("text/event-stream"))
         asked = _asked(response.request)
