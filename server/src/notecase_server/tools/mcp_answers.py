@@ -81,7 +81,7 @@ class Mended(httpx2.AsyncByteStream):
 
 class MendedEvents(httpx2.AsyncByteStream):
     """The events that answer a request of that id. Data of one line, as all of it usually is, is mended as
-    `read_message` does."""
+    `read_message` does, unless it has megabytes, which would take too long to read twice."""
 
     def __init__(self, stream: httpx2.AsyncByteStream, asked: int | str) -> None:
         self._stream = stream
@@ -101,7 +101,7 @@ class MendedEvents(httpx2.AsyncByteStream):
 
     def _mended(self, line: bytes) -> bytes:
         data = line.removeprefix(b"data:")
-        if data is line or not data.lstrip().startswith((b"{", b"[")):
+        if data is line or len(data) > MAX_RESULT or not data.lstrip().startswith((b"{", b"[")):
             return line
         try:
             types.jsonrpc_message_adapter.validate_json(data, by_name=False)
