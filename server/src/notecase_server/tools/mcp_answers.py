@@ -100,8 +100,8 @@ class MendedEvents(httpx2.AsyncByteStream):
         yield b"".join(begun)
 
     def _mended(self, line: bytes) -> bytes:
-        data = line.removeprefix(b"data:")
-        if data is line or len(data) > MAX_RESULT or not data.lstrip().startswith((b"{", b"[")):
+        data = line[5:]
+        if not line.startswith(b"data:") or len(data) > MAX_RESULT or not data.lstrip().startswith((b"{", b"[")):
             return line
         try:
             types.jsonrpc_message_adapter.validate_json(data, by_name=False)
