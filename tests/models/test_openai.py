@@ -819,6 +819,19 @@ async def test_logs_hold_neither_the_key_nor_what_is_said(
     assert "private" not in logged
 
 
+async def test_the_log_holds_no_password_of_a_proxy(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A proxy that refuses to connect is named with its address."""
+    monkeypatch.setenv("HTTPS_PROXY", server.url.removesuffix("/v1").replace("//", "//me:p@ss-word@"))
+    provider = OpenAIProvider(KEY, "https://models.example/v1", "m")
+    assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await failure(provider)).reason
+    await provider.close()
+    logged = capsys.readouterr()
+    assert "model_unreachable" in logged.out + logged.err
+    assert "ss-word" not in logged.out + logged.err
+
+
 RECORDED = {
     "text": reply("Grüße, 世界 😀\n\u2028" * 5, chunks=9),
     "calls": tool_calls(("search", '{"q": "naïve 😀", "n": 3}'), ("noop", "{}")),

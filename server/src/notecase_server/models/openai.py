@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -39,6 +40,9 @@ from notecase_server.models.request_content import loaded
 from notecase_server.models.wire import BROKEN, Answer, Wire
 
 log = structlog.get_logger(__name__)
+
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
+"""What an address may have before its host: a proxy's user and password."""
 
 _MAX_REFUSAL_BYTES = 64 << 10
 """What is read of a refusal, unpacked: a sentence and its frame."""
@@ -254,7 +258,8 @@ class OpenAIProvider:
         root = error
         while root.__cause__ is not None:
             root = root.__cause__
-        log.warning("model_unreachable", cause=self._redactor.told(f"{type(root).__name__}: {root}"))
+        cause = _CREDENTIALS.sub("//", f"{type(root).__name__}: {root}")
+        log.warning("model_unreachable", cause=self._redactor.told(cause))
         return errors.model_unavailable(message)
 
 
