@@ -36,10 +36,13 @@ from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
 from notecase_server.models.profiles import ROWS, Profile, Profiles, Row
 from notecase_server.models.request import body, is_large, returns_data
-from notecase_server.models.request_content import loaded
+from notecase_server.models.request_content import in_names, loaded
 from notecase_server.models.wire import BROKEN, Answer, Wire
 
 log = structlog.get_logger(__name__)
+
+_OF_CONTENT = re.compile(r"(?i)\bimages?\b|image_url|vision|multi-?modal|modalit|\baudio\b|\bmedia\b|\bfiles?\b|`text`")
+"""What a provider says that does not take content. DeepSeek: unknown variant `image_url`, expected `text`."""
 
 _CREDENTIALS = re.compile(r"//[^/\s]*@")
 """What an address may have before its host: a proxy's user and password."""
@@ -136,8 +139,8 @@ class OpenAIProvider:
         return self._tried(request) if request.only_text else self._tried_twice(request)
 
     async def _tried_twice(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
-        """As `_tried`. If the provider refuses a request that holds its own data, the request is sent once more without
-        the data. A failure that may pass is raised only if that fails as well."""
+        """As `_tried`. If the provider refuses something that the request can do without, it is sent once more without
+        that. A failure that may pass is raised only if that fails as well."""
         begun = False
         try:
             async with aclosing(self._tried(request)) as stream:
@@ -146,12 +149,11 @@ class OpenAIProvider:
                     yield delta
             return
         except NotecaseError as error:
-            if begun or not error.of_request or not await self._returns_data(request):
+            if begun or (plainer := await self._plainer(request, error)) is None:
                 raise
             refused = error
-        log.info("provider_data_refused", status=refused.metadata.get("status"))
         try:
-            async with aclosing(self._tried(request, with_data=False)) as stream:
+            async with aclosing(plainer) as stream:
                 async for delta in stream:
                     begun = True
                     yield delta
@@ -160,9 +162,20 @@ class OpenAIProvider:
                 raise
             raise refused from None
 
-    async def _returns_data(self, request: ModelRequest) -> bool:
+    async def _plainer(self, request: ModelRequest, error: NotecaseError) -> AsyncGenerator[Delta, None] | None:
+        """What to try after the error: the request with older content named, if the model takes none, or without the
+        provider's own data."""
+        status, large = error.metadata.get("status"), is_large(request)
+        if error.reason == v1.ERROR_REASON_MODEL_ERROR and _OF_CONTENT.search(error.message):
+            name = partial(in_names, request.messages)
+            if (named := await asyncio.to_thread(name) if large else name()) is not None:
+                log.info("content_refused", status=status)
+                return self._tried(request._replace(messages=named))
         look = partial(returns_data, request, request.model or self._default_model, self._tag)
-        return await asyncio.to_thread(look) if is_large(request) else look()
+        if error.of_request and (await asyncio.to_thread(look) if large else look()):
+            log.info("provider_data_refused", status=status)
+            return self._tried(request, with_data=False)
+        return None
 
     async def _tried(self, request: ModelRequest, *, with_data: bool = True) -> AsyncGenerator[Delta, None]:
         model = request.model or self._default_model
