@@ -641,6 +641,33 @@ class TestRefused:
         assert 1 == len(server.requests)
         assert KEY not in "".join(traceback.format_exception(caught))
 
+    @pytest.mark.parametrize(
+        ("words", "members"),
+        [
+            ("This response_format type is unavailable now", {"response_format"}),
+            ("does not support 'json_schema' response format", {"response_format"}),
+            ("Extra inputs are not permitted, field: 'stream_options'", {"stream_options"}),
+            ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", {"max_tokens"}),
+        ],
+    )
+    async def test_a_form_that_is_refused_is_changed_once(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str, members: set[str]
+    ) -> None:
+        """The schema is then told in words, and the limit has its other name."""
+        request = ask(max_output_tokens=9)._replace(output_schema='{"type": "object", "title": "Plan"}', only_text=True)
+        server.script(error(400, words), reply("{}"), error(400, words), error(400, words))
+        assert "{}" == fold(await pieces_of(provider, request)).text
+        first, second = server.requests
+        assert members == first.keys() - second.keys()
+        assert ("response_format" in members) == ('"title": "Plan"' in str(second["messages"]))
+        assert ("max_tokens" in members) == (second.get("max_completion_tokens") == 9)
+        assert words in (await failure(provider, request)).message
+        assert 4 == len(server.requests)
+
+    async def test_an_invalid_schema_is_told(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(error(400, "Invalid schema for response_format 'reply': no type"))
+        assert "no type" in (await failure(provider, ask()._replace(output_schema="{}"))).message
+
     async def test_a_long_message_is_cut(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(error(400, f"{KEY} " + "x" * 100_000))
         caught = await failure(provider)

@@ -34,7 +34,7 @@ from notecase_server.models.chat_stream import UNREADABLE, ChatReply, Piece
 from notecase_server.models.contract import Delta, Media, ModelRequest, Returned, Text
 from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
-from notecase_server.models.profiles import ROWS, Profile, Profiles, Row
+from notecase_server.models.profiles import ROWS, Profile, Profiles, Row, after
 from notecase_server.models.request import body, is_large, returns_data
 from notecase_server.models.request_content import in_names, loaded
 from notecase_server.models.wire import BROKEN, Answer, Wire
@@ -185,8 +185,8 @@ class OpenAIProvider:
             given, request = request, await loaded(request, profile)
             large = large or request is not given
             behind_calls = _is_behind_calls(request.messages)
-        write = partial(_written, request, model, profile, self._tag, with_data=with_data)
-        sent = await asyncio.to_thread(write) if large else write()
+        write = partial(_written, request, model, self._tag, with_data=with_data)
+        sent = await asyncio.to_thread(write, profile) if large else write(profile)
         think_tags = (profile if sent.model == model else self._profiles.of(sent.model)).think_tags
         reply = ChatReply(sent.model, self._redactor, behind_calls, think_tags, sent.audio_format)
         made = itertools.count(1)
@@ -196,7 +196,7 @@ class OpenAIProvider:
         try:
             try:
                 async with Limit() as limit:
-                    answer = await self._answer(sent, limit, default=not request.model)
+                    answer = await self._accepted(sent, write, profile, limit, default=not request.model)
                     clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:
                         limit.due = clock.due
@@ -235,6 +235,19 @@ class OpenAIProvider:
             if isinstance(value, str):
                 made[name.lower()] = name, value  # an operator may have written a name in another case
         return dict(made.values())
+
+    async def _accepted(
+        self, sent: _Sent, write: Callable[[Profile], _Sent], profile: Profile, limit: Limit, *, default: bool
+    ) -> Answer:
+        """As `_answer`. If the provider refuses the form of the request, and says what it takes instead, the request is
+        sent once more in that form."""
+        try:
+            return await self._answer(sent, limit, default=default)
+        except NotecaseError as error:
+            if not error.of_request or (other := after(error.message, profile)) == profile:
+                raise
+            log.info("request_form_refused", status=error.metadata.get("status"))
+        return await self._answer(await asyncio.to_thread(write, other), limit, default=default)
 
     async def _answer(self, sent: _Sent, limit: Limit, *, default: bool) -> Answer:
         """Returns the provider's answer, its body unread. Raises what a refusal or a failure to reach it comes to;
@@ -311,7 +324,7 @@ def _silent(seconds: float, *, again: bool) -> NotecaseError:
     return failure
 
 
-def _written(request: ModelRequest, model: str, profile: Profile, tag: str, *, with_data: bool) -> _Sent:
+def _written(request: ModelRequest, model: str, tag: str, profile: Profile, *, with_data: bool) -> _Sent:
     made = body(request, model, profile, tag, with_data=with_data)
     audio_format = _audio_format(made["audio"]) if "audio" in made else ""
     return _Sent(str(made["model"]), audio_format, encoded(made))
