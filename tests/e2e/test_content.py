@@ -25,7 +25,7 @@ from notecase_server.tools.toolbox import make_toolbox
 from tests.client.proxy import Proxy
 from tests.e2e.driving import fields_of, log_of, metadata_of, reason_of, said
 from tests.store.build import ManualClock
-from tests.support.openai_server import OpenAIServer, reply, tool_calls
+from tests.support.openai_server import Answer, OpenAIServer, reply, tool_calls
 from tests.support.openai_server import error as refusal
 from tests.support.server import Running, Spawned, running
 
@@ -425,10 +425,20 @@ async def test_an_image_that_the_model_does_not_take_fails_no_later_run(
     assert "[image/png: plan.png, not shown]\n\nWhat is on it?" == model.requests[-1]["messages"][-1]["content"]
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        NO_IMAGES,
+        refusal(500, "image input is not supported - hint: you may need to provide the mmproj"),
+        refusal(404, "No endpoints found that support image input"),
+        refusal(400, "'messages.0.content' : value must be a string"),
+    ],
+    ids=["DeepSeek", "llama.cpp", "OpenRouter", "Groq"],
+)
 async def test_an_image_of_a_result_that_the_model_does_not_take_is_named(
-    served: Running, session: str, model: OpenAIServer
+    served: Running, session: str, model: OpenAIServer, refused: Answer
 ) -> None:
-    model.script(tool_calls(("draw", "{}")), NO_IMAGES, reply("A fine drawing."))
+    model.script(tool_calls(("draw", "{}")), refused, reply("A fine drawing."))
     tool = v1.Tool(name="draw", client=v1.ClientTool())
     start = v1.StartRun(session=session, messages=[said("Draw")], client_tools=[tool])
     waiting = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run

@@ -646,6 +646,8 @@ class TestRefused:
         [
             ("This response_format type is unavailable now", {"response_format"}),
             ("does not support 'json_schema' response format", {"response_format"}),
+            ("Function calling with a response mime type: 'application/json' is unsupported", {"response_format"}),
+            ("json mode cannot be combined with tool/function calling", {"response_format"}),
             ("Extra inputs are not permitted, field: 'stream_options'", {"stream_options"}),
             ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", {"max_tokens"}),
         ],

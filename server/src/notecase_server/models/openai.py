@@ -41,8 +41,12 @@ from notecase_server.models.wire import BROKEN, Answer, Wire
 
 log = structlog.get_logger(__name__)
 
-_OF_CONTENT = re.compile(r"(?i)\bimages?\b|image_url|vision|multi-?modal|modalit|\baudio\b|\bmedia\b|\bfiles?\b|`text`")
-"""What a provider says that does not take content. DeepSeek: unknown variant `image_url`, expected `text`."""
+_OF_CONTENT = re.compile(
+    r"(?i)\bimages?\b|image_url|vision|multi-?modal|modalit|\baudio\b|\bmedia\b|\bfiles?\b|`text`"
+    r"|\bcontent\b.{0,80}\bstring\b"
+)
+"""What a provider says that takes text alone. DeepSeek: unknown variant `image_url`, expected `text`; Groq:
+'messages.1.content' : value must be a string."""
 
 _CREDENTIALS = re.compile(r"//[^/\s]*@")
 """What an address may have before its host: a proxy's user and password."""
@@ -166,7 +170,8 @@ class OpenAIProvider:
         """What to try after the error: the request with older content named, if the model takes none, or without the
         provider's own data."""
         status, large = error.metadata.get("status"), is_large(request)
-        if error.reason == v1.ERROR_REASON_MODEL_ERROR and _OF_CONTENT.search(error.message):
+        refused = error.of_request or error.reason == v1.ERROR_REASON_MODEL_ERROR
+        if refused and _OF_CONTENT.search(error.message):
             name = partial(in_names, request.messages)
             if (named := await asyncio.to_thread(name) if large else name()) is not None:
                 log.info("content_refused", status=status)

@@ -322,7 +322,10 @@ class Refused(NamedTuple):
 
 REFUSED: Sequence[Refused] = (
     Refused(
-        re.compile(r"(?is)\A(?!.*\binvalid\b.{0,30}\bschema).*(response_format|response format|json_schema)"),
+        re.compile(
+            r"(?is)\A(?!.*\binvalid\b.{0,30}\bschema)"
+            r".*(response_format|response format|response mime type|json_schema|\bjson mode)"
+        ),
         {"output": "words"},
         "diegosouzapw/OmniRoute#9992, caura-ai/caura#1475: This response_format type is unavailable now",
     ),
