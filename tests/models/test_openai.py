@@ -8,11 +8,12 @@ import logging
 import random
 import threading
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import openai
 import pytest
+import structlog
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
@@ -825,6 +826,17 @@ class TestErrorWithinTheReply:
         assert {"code": "context_length_exceeded"} == (await failure(provider)).metadata
 
 
+@pytest.fixture
+def printed_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Logs are printed as by default, whatever an earlier test of this process has set."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    monkeypatch.setattr("notecase_server.models.openai.log", structlog.get_logger())
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("printed_logs")
 async def test_logs_hold_neither_the_key_nor_what_is_said(
     server: OpenAIServer, provider: OpenAIProvider, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -848,6 +860,7 @@ async def test_logs_hold_neither_the_key_nor_what_is_said(
     assert "private" not in logged
 
 
+@pytest.mark.usefixtures("printed_logs")
 async def test_the_log_holds_no_password_of_a_proxy(
     server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
