@@ -15,8 +15,11 @@ from click.testing import CliRunner
 from cryptography import x509
 from notecase import Client, v1
 from notecase_server.cli import main
+from notecase_server.cli.providers import _ask
 from notecase_server.cli.serve import serve
+from notecase_server.cli.serve_settings import providers as settings_of
 from notecase_server.config_file import KEYS
+from notecase_server.errors import NotecaseError
 
 from tests.cli.command import COMMAND, Done, notecase, spawn
 from tests.promises import ROOT
@@ -475,6 +478,52 @@ async def test_a_provider_is_tried_out_with_one_question(tmp_path: Path, answer:
     assert code == done.code
     assert re.fullmatch(told, done.err if code else done.out)
     assert 1 == len(models.received)
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "source"),
+    [
+        (None, {"OPENAI_API_KEY": "wrong-key-1"}, "OPENAI_API_KEY"),
+        (None, {}, "OPENAI_API_KEY, which is not set"),
+        ('key_env = "SECOND"', {"SECOND": "wrong-key-1"}, "SECOND, which is key_env of the provider 'openai'"),
+        ('key_file = "PATH/key"', {}, "key_file of the provider 'openai'"),
+        ("", {}, "the provider 'openai', which has neither key_env nor key_file"),
+    ],
+    ids=["variable", "no variable", "key_env", "key_file", "no key"],
+)
+async def test_the_error_for_a_wrong_key_names_the_setting_that_has_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: str | None,
+    environment: dict[str, str],
+    source: str,
+) -> None:
+    (tmp_path / "key").write_text("wrong-key-1")
+    async with OpenAIServer(lambda _: error(401, "who is that")) as models:
+        for name, value in ({"OPENAI_API_KEY": ""} | environment | {"OPENAI_BASE_URL": models.url}).items():
+            monkeypatch.setenv(name, value)
+        table = f'[[provider]]\nname = "openai"\nbase_url = "{models.url}"\n{settings}\n'
+        path = None if settings is None else written(tmp_path, table.replace("PATH", str(tmp_path)))
+        given = next(one for one in settings_of(serve, path) if one.name == "openai")
+        with pytest.raises(NotecaseError) as caught:
+            await _ask(given)
+    told = f"The model provider refused the server's credential (status 401); check {source}."
+    assert told == caught.value.message
+
+
+@pytest.mark.parametrize("of_file", [False, True], ids=["variable", "file"])
+async def test_the_error_for_a_default_model_that_is_not_there_names_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_file: bool
+) -> None:
+    async with OpenAIServer(lambda _: error(404, "model 'gpt-4.1-mini' not found")) as models:
+        monkeypatch.setenv("OPENAI_BASE_URL", models.url)
+        table = f'[[provider]]\nname = "openai"\nbase_url = "{models.url}"\n'
+        path = written(tmp_path, table) if of_file else None
+        given = next(one for one in settings_of(serve, path) if one.name == "openai")
+        with pytest.raises(NotecaseError) as caught:
+            await _ask(given)
+    source = "OPENAI_MODEL" if path is None else "model of the provider 'openai'"
+    assert caught.value.message.endswith(f" not found (the agent names no model; the default is {source})")
 
 
 async def test_the_error_of_an_unknown_provider_lists_those_in_the_file(tmp_path: Path) -> None:

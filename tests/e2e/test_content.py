@@ -25,7 +25,8 @@ from notecase_server.tools.toolbox import make_toolbox
 from tests.client.proxy import Proxy
 from tests.e2e.driving import fields_of, log_of, metadata_of, reason_of, said
 from tests.store.build import ManualClock
-from tests.support.openai_server import OpenAIServer, reply, tool_calls
+from tests.support.openai_server import Answer, OpenAIServer, reply, tool_calls
+from tests.support.openai_server import error as refusal
 from tests.support.server import Running, Spawned, running
 
 PDF = v1.Blob(media_type="application/pdf", filename="plan.pdf")
@@ -401,6 +402,50 @@ async def test_a_tools_content_is_a_blob_in_the_log_and_shown_behind_its_answer(
     }
     (finished,) = [event.tool_finished for event in await log_of(served, session) if event.HasField("tool_finished")]
     assert finished.result[1].blob.name == f"blobs/{digest(b'png')}"
+
+
+NO_IMAGES = refusal(400, "messages[0]: unknown variant `image_url`, expected `text`")
+
+
+async def test_an_image_that_the_model_does_not_take_fails_no_later_run(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """The run that begins with it fails; after that it is named."""
+    image = v1.Message(parts=[v1.Part(data=v1.InlineData(data=b"png", media_type="image/png", filename="plan.png"))])
+    model.script(NO_IMAGES, NO_IMAGES, reply("Nothing."))
+    runs = [
+        (await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[message])))).run
+        for message in (image, said("What is on it?"))
+    ]
+    assert [v1.Run.STATE_FAILED, v1.Run.STATE_SUCCEEDED] == [run.state for run in runs]
+    assert "expected `text`" in runs[0].error.message
+    assert 3 == len(model.requests)
+    assert "[image/png: plan.png, not shown]\n\nWhat is on it?" == model.requests[-1]["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        NO_IMAGES,
+        refusal(500, "image input is not supported - hint: you may need to provide the mmproj"),
+        refusal(404, "No endpoints found that support image input"),
+        refusal(400, "'messages.0.content' : value must be a string"),
+    ],
+    ids=["DeepSeek", "llama.cpp", "OpenRouter", "Groq"],
+)
+async def test_an_image_of_a_result_that_the_model_does_not_take_is_named(
+    served: Running, session: str, model: OpenAIServer, refused: Answer
+) -> None:
+    model.script(tool_calls(("draw", "{}")), refused, reply("A fine drawing."))
+    tool = v1.Tool(name="draw", client=v1.ClientTool())
+    start = v1.StartRun(session=session, messages=[said("Draw")], client_tools=[tool])
+    waiting = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    parts = [v1.Part(text="drawn "), v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))]
+    command = v1.RunRequest(tool_result=v1.ToolResult(call_id=waiting.pending_calls[0].call_id, result=parts))
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
+    told = {"role": "tool", "tool_call_id": "call_0", "content": "drawn [image/png, not shown]"}
+    assert told == model.requests[-1]["messages"][-1]
 
 
 async def test_a_tools_media_may_be_larger_than_text(served: Running, session: str, model: OpenAIServer) -> None:

@@ -467,6 +467,15 @@ async def test_a_compaction_of_more_than_the_model_takes_covers_less(served: Run
     assert made.usage.model_calls == 6
 
 
+async def test_a_summary_has_no_text_that_turned_out_to_be_reasoning(served: Running, model: OpenAIServer) -> None:
+    session = await opened(served)
+    await talk(served, model, session, 1, 2)
+    model.script(reply("They may have met.\n</think>\n\nThey met.", chunks=9))
+    await served.sessions.CompactSession(v1.CompactSessionRequest(name=session, keep_recent=1))
+    (text,) = (event.summarized.text for event in await log_of(served, session) if event.HasField("summarized"))
+    assert text == "They met."
+
+
 async def test_large_results_are_summarised_as_they_were_shown(served: Running, model: OpenAIServer) -> None:
     """Whole they would be more than the model takes, although each turn fitted."""
     context = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=2, instruction=ASK))

@@ -187,6 +187,29 @@ async def test_a_reply_cut_in_mid_stream_is_requested_again_under_another_name(
     assert discarded[0] != kept[0].name
 
 
+async def test_text_that_a_closing_tag_shows_to_be_reasoning_comes_anew_as_that(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """Watchers are told to forget the text, and joined deltas are what the log has."""
+    seen = asyncio.Event()
+    model.script(reply("I weigh it.\n</think>\n\nLight.", chunks=2).held(seen, after=2))
+    call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))
+    frames = []
+    async for frame in call:
+        frames.append(frame)
+        if any(event.HasField("block_delta") for event in frame.batch.events):
+            seen.set()
+    events = events_of(frames)
+    (discarded,) = (event.message_discarded.message for event in events if event.HasField("message_discarded"))
+    (kept,) = (e.message_added for e in durable(frames) if e.message_added.role == v1.Message.ROLE_ASSISTANT)
+    assert discarded != kept.name
+    assert ["I weigh it.\n", "Light."] == [part.reasoning.text or part.text for part in kept.parts]
+    assert ["reasoning", "text"] == [part.WhichOneof("kind") for part in kept.parts]
+    deltas = [event.block_delta for event in events if event.block_delta.message == kept.name]
+    assert "I weigh it.\n" == "".join(delta.reasoning for delta in deltas)
+    assert "Light." == "".join(delta.text for delta in deltas)
+
+
 async def test_a_reply_that_is_cut_again_and_again_fails_and_keeps_what_came(
     served: Running, session: str, model: OpenAIServer
 ) -> None:

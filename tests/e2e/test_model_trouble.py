@@ -313,6 +313,7 @@ async def test_json_behind_words_tags_and_fences_is_the_reply(served: Running, m
         'hm { hm\n</think>\n\n{"a": 1}',
         'Here you are:\n\n```json\n{"a": 1}\n```\nI hope it helps.',
         '<think>hm</think>It is:\n```\n{"a": 1}\n```',
+        "I weigh it. " * 2000 + '\n</think>\n{"a": 1}',
         'Here you are: {"a": 1}',
         '{"a": 1}\n\nI hope it helps.',
     ]

@@ -13,7 +13,7 @@ from tests.e2e.driving import reason_of, said
 from tests.e2e.test_past import fork, rewind, turn
 from tests.e2e.test_tools import client_tool, result, start_with
 from tests.e2e.test_transfer import export, load
-from tests.support.openai_server import Answer, OpenAIServer, chunk, error, reply, stream
+from tests.support.openai_server import Answer, OpenAIServer, chunk, error, event, reply, stream
 from tests.support.server import Running, running
 
 SIGNED = {"extra_content": {"google": {"thought_signature": "c2ln"}}}
@@ -132,13 +132,38 @@ async def test_another_endpoint_is_sent_none_of_it(served: Running, weighed: str
     assert (9, None, None) == (len(call_id), reasoning, extra)
 
 
-async def test_what_is_refused_is_left_out_once(served: Running, session: str, model: OpenAIServer) -> None:
+REFUSED_WITHIN = stream(event({"error": {"message": "reasoning_content: Extra inputs are not permitted", "code": 400}}))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        error(400, "invalid signature"),
+        error(415, "no reasoning"),
+        error(500, "Unsupported field reasoning_content"),
+        error(500, "can only concatenate str to str"),
+        error(502, "upstream: messages.1.extra_content is not supported"),
+        REFUSED_WITHIN,
+    ],
+    ids=["400", "415", "500", "500, crashed", "502", "within the reply"],
+)
+async def test_what_is_refused_is_left_out_once(
+    served: Running, session: str, model: OpenAIServer, refused: Answer
+) -> None:
     """An account or a model changed: the request is sent once more, without."""
-    run = await called(served, session, model, error(400, "invalid signature"), reply("Light."))
+    run = await called(served, session, model, refused, reply("Light."))
     assert v1.Run.STATE_SUCCEEDED == run.state
     again, without = (sent_back(request) for request in model.requests[1:])
     assert [OWN] == again
     assert [(9, None, None)] == [(len(call_id), reasoning, extra) for call_id, reasoning, extra in without]
+
+
+async def test_a_failure_that_passes_is_repeated_with_it(served: Running, session: str, model: OpenAIServer) -> None:
+    """As is one that did not pass without it, whatever was wrong with that request."""
+    later, bare, unsigned = error(500, "Please try again later."), error(500), error(400, "no signature")
+    run = await called(served, session, model, later, bare, unsigned, reply("Light."))
+    assert v1.Run.STATE_SUCCEEDED == run.state
+    assert [True, True, False, True] == [[OWN] == sent_back(request) for request in model.requests[1:]]
 
 
 async def test_a_request_that_is_refused_without_it_too_is_refused(

@@ -8,7 +8,7 @@ from notecase import v1
 from notecase_server.engine.draft import MAX_MEDIA, MAX_REPLY_BYTES, Draft
 from notecase_server.engine.unfenced import Unfenced
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import MAX_MEDIA_BYTES, Call, Cited, Link, Reasoning, Source, Text
+from notecase_server.models.contract import MAX_MEDIA_BYTES, Call, Cited, Link, Reasoning, Source, Text, Thought
 
 COMPLETED = v1.Message.STATUS_COMPLETED
 
@@ -26,6 +26,16 @@ def test_text_of_one_kind_grows_one_block_and_calls_keep_their_own() -> None:
     assert ["Hm.", "ab"] == [parts[0].reasoning.text, parts[1].text]
     calls = [part.tool_call for part in parts[2:]]
     assert [("0", "look", "{}"), ("1", "ask", "{}")] == [(call.call_id, call.tool, call.arguments) for call in calls]
+
+
+def test_text_that_has_turned_out_to_be_reasoning_makes_it_another_message() -> None:
+    ids = map(str, itertools.count())
+    made = Draft("m", "r", lambda: next(ids), as_json=True)
+    for delta in (Text('I weigh {"a": 0}.'), Thought('I weigh {"a": 0}.'), Text('{"a": 1}')):
+        made.feed(delta)
+    message = made.message("a", COMPLETED)
+    assert "0" == message.name
+    assert ['I weigh {"a": 0}.', '{"a": 1}'] == [message.parts[0].reasoning.text, message.parts[1].json]
 
 
 def test_a_reply_that_is_cut_has_no_calls_left_open_and_nothing_is_no_message() -> None:

@@ -8,11 +8,12 @@ import logging
 import random
 import threading
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import openai
 import pytest
+import structlog
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
@@ -583,8 +584,25 @@ class TestRefused:
             ),
             (
                 Answer((b"<html>404</html>",), 404, {"Content-Type": "text/html"}),
-                "The model provider refused the call of 'default-model' (status 404).",
+                "The model provider refused the call of 'default-model' (status 404; its base URL may be wrong).",
                 {"status": "404"},
+            ),
+            (
+                Answer((b'{"detail": "Not Found"}',), 404, {"Content-Type": "application/json"}),
+                "The model provider refused the call of 'default-model' (status 404; its base URL may be wrong): "
+                "Not Found",
+                {"status": "404"},
+            ),
+            (
+                error(404, "Unknown request URL: POST /chat/completions.", code="unknown_url"),
+                "The model provider refused the call of 'default-model' (status 404; its base URL may be wrong): "
+                "Unknown request URL: POST /chat/completions.",
+                {"status": "404", "code": "unknown_url"},
+            ),
+            (
+                Answer((b"",), 405),
+                "The model provider refused the call of 'default-model' (status 405; its base URL may be wrong).",
+                {"status": "405"},
             ),
             (
                 error(400, "This model's maximum context length is 8 tokens", code="context_length_exceeded"),
@@ -623,6 +641,35 @@ class TestRefused:
         assert (v1.ERROR_REASON_MODEL_ERROR, message, metadata) == (caught.reason, caught.message, caught.metadata)
         assert 1 == len(server.requests)
         assert KEY not in "".join(traceback.format_exception(caught))
+
+    @pytest.mark.parametrize(
+        ("words", "members"),
+        [
+            ("This response_format type is unavailable now", {"response_format"}),
+            ("does not support 'json_schema' response format", {"response_format"}),
+            ("Function calling with a response mime type: 'application/json' is unsupported", {"response_format"}),
+            ("json mode cannot be combined with tool/function calling", {"response_format"}),
+            ("Extra inputs are not permitted, field: 'stream_options'", {"stream_options"}),
+            ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", {"max_tokens"}),
+        ],
+    )
+    async def test_a_form_that_is_refused_is_changed_once(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str, members: set[str]
+    ) -> None:
+        """The schema is then told in words, and the limit has its other name."""
+        request = ask(max_output_tokens=9)._replace(output_schema='{"type": "object", "title": "Plan"}', only_text=True)
+        server.script(error(400, words), reply("{}"), error(400, words), error(400, words))
+        assert "{}" == fold(await pieces_of(provider, request)).text
+        first, second = server.requests
+        assert members == first.keys() - second.keys()
+        assert ("response_format" in members) == ('"title": "Plan"' in str(second["messages"]))
+        assert ("max_tokens" in members) == (second.get("max_completion_tokens") == 9)
+        assert words in (await failure(provider, request)).message
+        assert 4 == len(server.requests)
+
+    async def test_an_invalid_schema_is_told(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(error(400, "Invalid schema for response_format 'reply': no type"))
+        assert "no type" in (await failure(provider, ask()._replace(output_schema="{}"))).message
 
     async def test_a_long_message_is_cut(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(error(400, f"{KEY} " + "x" * 100_000))
@@ -779,6 +826,17 @@ class TestErrorWithinTheReply:
         assert {"code": "context_length_exceeded"} == (await failure(provider)).metadata
 
 
+@pytest.fixture
+def printed_logs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Logs are printed as by default, whatever an earlier test of this process has set."""
+    before = structlog.get_config()
+    structlog.reset_defaults()
+    monkeypatch.setattr("notecase_server.models.openai.log", structlog.get_logger())
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("printed_logs")
 async def test_logs_hold_neither_the_key_nor_what_is_said(
     server: OpenAIServer, provider: OpenAIProvider, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -800,6 +858,20 @@ async def test_logs_hold_neither_the_key_nor_what_is_said(
     assert "model_unreachable" in logged
     assert KEY not in logged
     assert "private" not in logged
+
+
+@pytest.mark.usefixtures("printed_logs")
+async def test_the_log_holds_no_password_of_a_proxy(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A proxy that refuses to connect is named with its address."""
+    monkeypatch.setenv("HTTPS_PROXY", server.url.removesuffix("/v1").replace("//", "//me:p@ss-word@"))
+    provider = OpenAIProvider(KEY, "https://models.example/v1", "m")
+    assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await failure(provider)).reason
+    await provider.close()
+    logged = capsys.readouterr()
+    assert "model_unreachable" in logged.out + logged.err
+    assert "ss-word" not in logged.out + logged.err
 
 
 RECORDED = {

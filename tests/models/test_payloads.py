@@ -16,7 +16,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.answers.media import Encoded, decoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply, Piece
-from notecase_server.models.contract import Call, Cited, Finish, Link, Reasoning, Refusal, Source, Text
+from notecase_server.models.contract import Call, Cited, Finish, Link, Reasoning, Refusal, Source, Text, Thought
 
 from tests.support.openai_server import DONE, chunk, event
 
@@ -67,6 +67,9 @@ def come(pieces: Iterable[Piece], failure: NotecaseError | None) -> Came:
                 calls[key] = (before[0] + tool, before[1] + arguments)
             case Finish():
                 finish = piece
+            case Thought(text):
+                assert said[Text] == text[: len(said[Text])], "it begins with all text so far"
+                said[Text], said[Reasoning] = "", text
             case Text() | Reasoning() | Refusal():
                 said[type(piece)] += piece.text
     used = (failure.usage if failure else finish.usage) or v1.Usage()
@@ -111,6 +114,10 @@ SAID = "Grüß dich"
 STOP = chunk(finish="stop")
 CALLS = chunk(finish="tool_calls")
 END = STOP + DONE
+
+
+def said_in(*pieces: str) -> bytes:
+    return b"".join(chunk({"content": piece}) for piece in pieces)
 
 
 def whole(data: bytes) -> bytes:
@@ -290,6 +297,40 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         b"".join(chunk({"content": text}) for text in ("\n<th", "ink>h", "m</thi", "nk>\n", "\nGrüß dich <think>"))
         + END,
         Came(SAID + " <think>", "hm"),
+    ),
+    "the closing tag alone": (
+        said_in("I weigh ", "<it>.\n</th", "ink>\n", "\nGrüß dich </think>") + END,
+        Came(SAID + " </think>", "I weigh <it>.\n"),
+    ),
+    "the closing tag alone, within a line": (
+        said_in("Answer ", "briefly.</think>", SAID) + END,
+        Came(SAID, "Answer briefly."),
+    ),
+    "the closing tag alone, behind a mention of it": (
+        said_in("Do I write `</think>`? ", "No. </think>\n", SAID) + END,
+        Came(SAID, "Do I write `</think>`? No. "),
+    ),
+    "another closing tag alone": (said_in("hm[/THI", "NK]", SAID) + END, Came(SAID, "hm")),
+    "the closing tag first": (said_in("</think>", "\n\n", SAID) + END, Came(SAID)),
+    "the closing tag first, behind reasoning": (
+        chunk({"reasoning": "hm"}) + said_in("</think>\n", SAID) + END,
+        Came(SAID, "hm"),
+    ),
+    "the closing tag alone, before a call": (
+        said_in("hm\n</think>") + call("look", '{"q":"x"}', index=0, id="a") + CALLS,
+        Came(reasoning="hm\n", calls=LOOK, finish="tool_calls"),
+    ),
+    "the channels of gpt-oss": (
+        said_in(
+            "<|channel|>", "analysis", "<|message|>hm", "<|end|><|start|>assistant<|channel|>final<|message|>", SAID
+        )
+        + END,
+        Came(SAID, "hm"),
+    ),
+    "what only begins as a closing tag": (said_in("a </thi", "s> b <") + END, Came("a </this> b <")),
+    "what only begins as a closing tag, before a call": (
+        said_in("a </thi") + call("look", '{"q":"x"}', index=0, id="a") + CALLS,
+        Came("a </thi", calls=LOOK, finish="tool_calls"),
     ),
     "what only begins as a tag": (chunk({"content": "<th"}) + chunk({"content": "ree>"}) + END, Came("<three>")),
     "an opened tag alone": (chunk({"content": "<thi"}) + END, Came("<thi")),
@@ -666,6 +707,43 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         + chunk(usage={"prompt_tokens": 3, "completion_tokens": 2}, timings={"prompt_n": 1, "predicted_n": 2}),
         Came(SAID, tokens=(3, 0, 2, 0)),
     ),
+    "reasoning counted beside the output": (
+        HI
+        + STOP
+        + chunk(
+            usage={
+                "prompt_tokens": 9,
+                "completion_tokens": 3,
+                "total_tokens": 17,
+                "prompt_tokens_details": {"cached_tokens": 4},
+                "completion_tokens_details": {"reasoning_tokens": 5},
+            }
+        ),
+        Came(SAID, tokens=(9, 4, 8, 5)),
+    ),
+    "reasoning counted in the total alone": (
+        HI + STOP + chunk(usage={"promptTokenCount": 9, "candidatesTokenCount": 3, "totalTokenCount": 17}),
+        Came(SAID, tokens=(9, 0, 8, 0)),
+    ),
+    "more reasoning than output": (
+        HI + STOP + chunk(usage={"prompt_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 5}}),
+        Came(SAID, tokens=(9, 0, 5, 5)),
+    ),
+    "cached input beside the input": (
+        HI
+        + chunk(
+            finish="stop",
+            usage={"input_tokens": 9, "cache_read_input_tokens": 4, "output_tokens": 3, "total_tokens": 16},
+        )
+        + DONE,
+        Came(SAID, tokens=(9, 4, 3, 0)),
+    ),
+    "newly cached input beside the input": (
+        HI
+        + chunk(usage={"input_tokens": 9, "cache_creation_input_tokens": 4, "output_tokens": 3, "total_tokens": 16})
+        + END,
+        Came(SAID, tokens=(9, 0, 3, 0)),
+    ),
     "usage of odd types": (
         HI + chunk(finish="stop", usage=[1]) + chunk(usage={"prompt_tokens": {}, "completion_tokens": True}) + DONE,
         Came(SAID),
@@ -957,6 +1035,51 @@ def test_tags_are_text_where_no_profile_says_otherwise() -> None:
     annotation = {"url": "https://a.example", "start_index": 17, "end_index": 19}
     data = chunk({"content": said, "annotations": [annotation]}) + END
     assert Came(said, sources=(Source("https://a.example", "", 17, 19),)) == read([data], think_tags=False)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "The tag </think> closes it.",
+        "It ends with </think>",
+        "It ends with </think>\n\nAnd so on.",
+        "`</think>` closes it.",
+        "Write `a\u00a0</think>b`.",
+        "```\nhm\n</think>\n\nHi\n```",
+        'print("a</think>")',
+        '{"a": "hm</think>"}',
+        "(</think>)",
+        "Use <think>\nhm\n</think>\n\nHi",
+        "</think>",
+        "</think>\n",
+        "- </think>: the end",
+        "\u201c</think>\u201d",
+        "a\n</think> is the end",
+    ],
+)
+def test_a_tag_that_is_mentioned_is_text(said: str) -> None:
+    assert Came(said) == read([said_in(said) + END])
+    assert Came(said) == read([said_in(*said) + END])
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["</think>", "<think>", "[/THINK]", "</thi", "<", "`", "```", "a", ".", " ", "\n"])))
+def test_what_tags_mean_does_not_depend_on_how_the_text_was_cut(pieces: list[str]) -> None:
+    said = "".join(pieces)
+    whole = read([said_in(said) + END])
+    assert whole == read([said_in(*pieces) + END])
+    assert whole == read([said_in(*said) + END])
+
+
+def test_text_beside_reasoning_of_its_own_is_no_reasoning() -> None:
+    said = "hm\n</think>\n\nHi"
+    assert Came(said, "so") == read([chunk({"reasoning": "so"}) + said_in(said) + END])
+
+
+def test_mentions_of_a_tag_are_looked_at_a_few_times() -> None:
+    said = "a </think> b" * 9 + "\n</think>\nHi"
+    assert Came(said) == read([said_in(said) + END])
+    assert Came("Hi", said[72:-11]) == read([said_in(said[72:]) + END])
 
 
 @pytest.mark.parametrize("reason", ["null", "None", "undefined"])

@@ -871,6 +871,12 @@ THOUGHTS = [
     Thought("models.example", "moonshotai/Kimi-VL-A3B-Thinking", "◁think▷", "◁/think▷"),
     Thought("models.example", "ByteDance-Seed/Seed-OSS-36B-Instruct", "<seed:think>", "</seed:think>"),
     Thought("models.example", "swiss-ai/Apertus-70B", "<|inner_prefix|>", "<|inner_suffix|>"),
+    Thought(
+        "models.example",
+        "mlx-community/gpt-oss-20b-MXFP4-Q8",
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
     Thought("models.example", "RekaAI/reka-flash-3", "<reasoning>", "</reasoning>"),
     Thought("api.perplexity.ai", "sonar-reasoning-pro"),
     Thought("models.example", "perplexity/sonar-deep-research"),

@@ -448,6 +448,7 @@ TAGGED = (
     "<|channel>thoughthm<channel|>Hi",
     "<|START_THINKING|>hm<|END_THINKING|>Hi",
     "<longcat_think>hm</longcat_think>Hi",
+    "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Hi",
 )
 
 

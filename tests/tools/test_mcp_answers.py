@@ -125,6 +125,17 @@ async def test_an_answer_that_is_too_large_fails_the_call_and_takes_no_memory(
             await box.close()
 
 
+async def test_what_the_library_cannot_use_is_quoted_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    notice = b'{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":{"secret":1}}}'
+    async with Hostile(EVENTS, event(notice) + event(SMALL)).serving() as url:
+        box = make_toolbox([], {"s": McpServerSettings(url=url, timeout=60)})
+        try:
+            assert not (await box.call(v1.ToolBinding(mcp=v1.McpBinding(server="s", tool="t")), {}, context())).error
+        finally:
+            await box.close()
+    assert [] == caplog.records
+
+
 @pytest.mark.parametrize(("kind", "body"), [(JSON, SMALL), (EVENTS, event(SMALL)), (EVENTS, b": wait\n\n" * 99_000)])
 async def test_an_answer_is_bounded_for_itself_and_not_with_what_came_before_it(kind: str, body: bytes) -> None:
     """Comments and events before it are no part of it."""

@@ -1,6 +1,7 @@
 """MCP servers that deviate from the protocol: their usable data is used, and no call waits for data that never
 comes."""
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from notecase_server.tools.toolbox import make_toolbox
 
 from tests.support.mcp_process import ROOT
 from tests.tools.calls import context
-from tests.tools.test_mcp_answers import ABOUT, JSON, Hostile, _http, _result, answer
+from tests.tools.test_mcp_answers import ABOUT, EVENTS, JSON, Hostile, _http, _result, answer
 
 T = {"name": "t", "inputSchema": {"type": "object"}}
 U = {"name": "u", "inputSchema": {"type": "object"}}
@@ -68,8 +69,14 @@ async def listed(box: Toolbox) -> list[str]:
         (lambda cursor: {"tools": [{"a": "a"}, T, {**U, "description": 5}, True]}, ["t"], 1),
         (lambda cursor: {"tools": [{"name": "a"}, {**U, "inputSchema": None, "description": None}]}, ["a", "u"], 1),
         (lambda cursor: {"tools": [{**T, "title": 5, "annotations": {"readOnlyHint": "yes"}}]}, ["t"], 1),
+        (lambda cursor: {"tools": None}, [], 1),
+        (lambda cursor: {}, [], 1),
+        (lambda cursor: {"tools": [U]} if cursor == "2" else {"tools": [T], "nextCursor": 2}, ["t", "u"], 2),
     ],
-    ids=["empty", "same", "empty once", "ignored", "twice", "wrong tools", "no schema", "not used"],
+    ids=[
+        *("empty", "same", "empty once", "ignored", "twice", "wrong tools", "no schema", "not used"),
+        *("null", "left out", "numbered"),
+    ],
 )
 async def test_a_list_is_what_can_be_used_of_it(
     page: Callable[[str | None], Any], names: list[str], asked: int
@@ -138,6 +145,33 @@ async def test_a_handshake_that_lists_tools_is_one() -> None:
         assert ["t", "u"] == await listed(box)
 
 
+@pytest.mark.parametrize("status", [401, 404, 503])
+async def test_an_error_status_is_told(status: int) -> None:
+    """Of 401 and 403, where to look, too."""
+
+    class Refusing(Lists):
+        refuses = "tools/call"
+
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") in {self.refuses, "server/discover"}:
+                return f"HTTP/1.1 {status} Sorry\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nno".encode()
+            return super()._answer(asked)
+
+    told = f": it answered with status {status}" + ("; check the `headers` in its settings" if status == 401 else "")
+    server = Refusing(lambda cursor: {"tools": [T]})
+    async with server.box() as box:
+        assert f"The MCP server 's' refused the call{told}" == (await box.call(BINDING, {}, context())).error
+        server.refuses = "tools/list"
+        with pytest.raises(NotecaseError) as refused:
+            await listed(box)
+        assert f"The MCP server 's' does not list its tools{told}." == refused.value.message
+    server.refuses = "initialize"
+    async with server.box() as box:
+        with pytest.raises(NotecaseError) as refused:
+            await listed(box)
+        assert f"The MCP server 's' cannot be reached{told}." == refused.value.message
+
+
 async def test_a_redirect_in_the_middle_tells_no_address() -> None:
     class Moved(Lists):
         def _answer(self, asked: dict[str, Any]) -> bytes:
@@ -173,6 +207,29 @@ TEXT = '{"jsonrpc":"2.0","id":ID,"result":{"content":[{"type":"text","text":"%s"
 REFUSED = "The MCP server 's' refused the call: "
 
 
+A = {"type": "object", "properties": {"a": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        ({}, {"type": "object"}),
+        ({"properties": A["properties"]}, A),
+        ({"type": None, "properties": None}, {"type": "object", "properties": None}),
+        ({"type": ["object", "null"], "properties": A["properties"]}, A),
+        ({"$ref": "#/$defs/A", "$defs": {"A": A}}, {"$ref": "#/$defs/A", "$defs": {"A": A}, "type": "object"}),
+        ({"anyOf": [A]}, {"anyOf": [A], "type": "object"}),
+        (True, {"type": "object"}),
+        ([], {"type": "object"}),
+    ],
+)
+async def test_a_schema_of_arguments_is_one_of_an_object(given: object, schema: object) -> None:
+    """Generators of schemas leave its type out, or refer to a definition: the protocol has the type there."""
+    async with Lists(lambda cursor: {"tools": [{"name": "t", "inputSchema": given}]}).box() as box:
+        (function,) = await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
+    assert schema == msgspec.json.decode(function.parameters)
+
+
 LINES = {
     TEXT % "a\\ud83d": "a\ufffd",
     TEXT % "caf\xe9": "caf\ufffd",
@@ -182,29 +239,47 @@ LINES = {
     '{"jsonrpc":"2.0","id":ID,"result":5}': f"{REFUSED}It gave an answer that is not valid.",
     '{"jsonrpc":"2.0","id":null,"error":{"code":1,"message":"No city."}}': f"{REFUSED}No city.",
     '{"jsonrpc":"2.0","error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
+    (TEXT % "a").replace('"jsonrpc":"2.0",', ""): "a",
+    (TEXT % "a").replace("ID", "ID.0"): "a",
+    f'[{{"jsonrpc":"2.0","method":"notifications/message","params":{{}}}},{TEXT % "a"}]': "a",
+    '{"jsonrpc":"2.0","id":ID,"result":{}}': "",
+    '{"jsonrpc":"2.0","id":ID,"result":{"isError":true}}': "The tool failed.",
 }
+OF_HTTP = {TEXT.replace("ID", "999") % "a": "a", "No JSON.": f"{REFUSED}It gave an answer that is not valid."}
+"""There an answer is to what was asked with it, whatever it says."""
 
 
-@pytest.mark.parametrize("transport", ["pipes", "http"])
+@pytest.mark.parametrize("transport", ["pipes", "http", "events"])
 async def test_an_answer_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp_path: Path, transport: str) -> None:
     """And never waited for until its time is over."""
 
     class Saying(Lists):
         def _answer(self, asked: dict[str, Any]) -> bytes:
             if asked.get("method") == "tools/call":
-                line = asked["params"]["arguments"]["line"].replace("ID", str(asked["id"]))
-                return _http(f"Content-Type: {JSON}\r\n", line.encode("latin-1"))
+                line = asked["params"]["arguments"]["line"].replace("ID", str(asked["id"])).encode("latin-1")
+                if transport == "events":
+                    return _http(f"Content-Type: {EVENTS}\r\n", b"data: %b\n\n" % line)
+                return _http(f"Content-Type: {JSON}\r\n", line)
             return super()._answer(asked)
 
     async with Saying(lambda cursor: {"tools": [T]}).serving() as url:
         over = McpServerSettings(url=url, timeout=60)
-        box = make_toolbox([], {"s": over if transport == "http" else program(tmp_path / "pids", timeout=60)})
+        box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60) if transport == "pipes" else over})
         try:
-            for line, told in LINES.items():
+            for line, told in (LINES if transport == "pipes" else LINES | OF_HTTP).items():
                 outcome = await box.call(BINDING, {"line": line}, context())
                 assert told == (outcome.error or "".join(part.text for part in outcome.parts)), line
         finally:
             await box.close()
+
+
+async def test_a_line_of_a_log_in_json_is_no_answer(tmp_path: Path) -> None:
+    box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60)})
+    try:
+        line = '{"level":30,"msg":"t is called","error":"none"}\n' + TEXT % "a"
+        assert ["a"] == [part.text for part in (await box.call(BINDING, {"line": line}, context())).parts]
+    finally:
+        await box.close()
 
 
 async def test_a_program_that_hangs_is_replaced_once_it_does_not_list_its_tools(
@@ -256,6 +331,9 @@ GIVEN = {
     b'{"content":[{"type":"text","text":"x","annotations":{"priority":7}}],"isError":null}': "x",
     b'{"content":[{"type":"text","text":"x"},{"type":"chart","points":[1]}]}': "x[chart that cannot be read]",
     b'{"content":[{"type":"text","text":"x"},{"type":"text","text":null}]}': "x[text that cannot be read]",
+    b'{"content":[{"type":"text","text":5},{"type":"text","text":{"a":1}}]}': '5{"a": 1}',
+    b'{"content":[{"type":"resource_link","uri":"plan://a"}]}': "resource: plan://a",
+    b'{"content":[{"type":"resource","resource":{"text":"x"}}]}': "x",
     b'{"content":[{"type":"text","text":"x"},{"type":"image","data":"%","mimeType":"image/png"}]}': (
         "x[1 more that cannot be read]"
     ),
@@ -385,6 +463,27 @@ async def test_a_server_that_has_no_stream_keeps_its_session() -> None:
         for _ in range(3):
             assert not (await box.call(BINDING, {}, context())).error
     assert 1 == connected
+
+
+async def test_a_stream_that_ends_at_once_is_not_asked_for_without_pause() -> None:
+    asked: list[float] = []
+    enough, now = asyncio.Event(), asyncio.get_running_loop().time
+
+    class Ending(Lists):
+        def _answer(self, request: dict[str, Any]) -> bytes:
+            if not request:
+                asked.append(now())
+                if len(asked) == 4:
+                    enough.set()
+                return _http(f"Content-Type: {EVENTS}\r\n", b"retry: 0\n\n")
+            if request.get("method") == "initialize":
+                return _http(f"Content-Type: {JSON}\r\nMcp-Session-Id: one\r\n", _result(request, ABOUT))
+            return super()._answer(request)
+
+    async with Ending(lambda cursor: {"tools": [T]}).box() as box:
+        await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
+        await enough.wait()
+    assert asked[3] - asked[0] > 1.5 * mcp.STREAM_SECONDS
 
 
 async def test_a_tool_that_is_missing_or_has_no_name_leaves_the_others() -> None:

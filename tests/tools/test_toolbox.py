@@ -152,6 +152,15 @@ def test_servers_are_read_from_json_and_toml(tmp_path: Path) -> None:
         ('{"mcpServers": {"a": {"command": "a", "headers": {"b": "c"}}}}', "`headers` has no meaning"),
         ('{"mcpServers": {"a": {"url": "http://b", "env": {"b": "c"}}}}', "`env` has no meaning"),
         ('{"mcpServers": {"a": {"url": "file:///b"}}}', "`url` begins with http:// or https://"),
+        (
+            '{"mcpServers": {"a": {"url": "https://${HOST}/b"}}}',
+            r"`url` contains \$\{HOST\}; variables are not",
+        ),
+        (
+            '{"mcpServers": {"a": {"url": "https://b", "headers": {"Authorization": "Bearer ${env:T}"}}}}',
+            r"`headers` contains \$\{env:T\}; variables are not",
+        ),
+        ('{"mcpServers": {"a": {"command": "b", "env": {"T": "${T}"}}}}', r"`env` contains \$\{T\}; variables are not"),
         ('{"mcpServers": {"a": {"command": "a", "timeout": 0}}}', "time-outs are seconds above 0"),
         ('{"mcpServers": {"a": {"command": "a", "timeout": 1e10}}}', "time-outs are seconds above 0 and at most"),
         ('{"mcpServers": {"a": {"type": "sse", "url": "http://b"}}}', "Invalid enum value 'sse'"),

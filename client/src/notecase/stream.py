@@ -192,8 +192,9 @@ class RunStream(Generic[Parsed]):
         the text of all its runs. Joined, the pieces of one message are exactly its text. Between two messages it yields
         "\\n\\n".
 
-        A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
-        remove the text that was discarded from a screen, iterate the events and show `view` instead.
+        A model call that is repeated, after a failure or a takeover, starts its reply again as another message, and so
+        does a reply whose text has turned out to be reasoning. To remove the text that was discarded from a screen,
+        iterate the events and show `view` instead.
 
         A stream that attaches in the middle of a reply yields it from its start. With `after`, the last delta that was
         read before, by an earlier stream, it begins where that ended, and leaves out the messages before that one.

@@ -31,8 +31,12 @@ class ProviderSettings:
     kind: Literal["openai", "offline"] = "openai"
     """`offline` is the built-in provider, which uses only `max_concurrent` and the settings of the breaker."""
     api_key: str = field(default="none", repr=False)
+    key_source: str = ""
+    """The setting that has the key, as the error for a key that the provider refuses names it."""
     base_url: str | None = None
     default_model: str = DEFAULT_MODEL
+    model_source: str = ""
+    """The setting that has the default model, for the error that there is no such model."""
     profile: str = ""
     """The name of a built-in profile, a JSON object of overrides, or the path of a file with one."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -215,7 +219,15 @@ def providers_from_environment() -> tuple[ProviderSettings, ...]:
     if not api_key and not base_url:
         return ()
     model = os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL
-    openai = ProviderSettings(name="openai", api_key=api_key or "none", base_url=base_url, default_model=model)
+    source = "OPENAI_API_KEY" if api_key else "OPENAI_API_KEY, which is not set"
+    openai = ProviderSettings(
+        name="openai",
+        api_key=api_key or "none",
+        key_source=source,
+        base_url=base_url,
+        default_model=model,
+        model_source="OPENAI_MODEL",
+    )
     return openai, OFFLINE
 
 

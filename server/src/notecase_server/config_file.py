@@ -148,13 +148,16 @@ class _Secrets:
     def __init__(self) -> None:
         self.exposed: list[Path] = []
 
-    def key(self, table: Table) -> str:
-        """What `key_env` or `key_file` names; empty where there is neither."""
+    def key(self, table: Table, provider: str) -> dict[str, str]:
+        """What `key_env` or `key_file` of a provider names, and which of them does; no key where there is neither."""
         name, file = table.text("key_env", needed=False), table.text("key_file", needed=False)
         table.check(not (name and file), "key_file", "Set either key_env or key_file, not both.")
         if name:
-            return self.variable(table, "key_env", name)
-        return self._file(table, Path(file)) if file else ""
+            key = self.variable(table, "key_env", name)
+            return {"api_key": key, "key_source": f"{name}, which is key_env of the provider {provider!r}"}
+        if file:
+            return {"api_key": self._file(table, Path(file)), "key_source": f"key_file of the provider {provider!r}"}
+        return {"key_source": f"the provider {provider!r}, which has neither key_env nor key_file"}
 
     def variable(self, table: Table, key: str, name: str) -> str:
         value = variable(name)
@@ -185,12 +188,14 @@ class _Secrets:
 
 def _provider(table: Table, secrets: _Secrets) -> dict[str, Any]:
     kinds = ("openai", "offline")
+    name = table.text("name")
     given: dict[str, Any] = {
-        "name": table.text("name"),
+        "name": name,
         "kind": table.matching("kind", kinds.__contains__, "This must be openai or offline.", needed=False),
-        "api_key": secrets.key(table),
+        **secrets.key(table, name),
         "base_url": table.text("base_url", needed=False),
         "default_model": table.text("model", needed=False),
+        "model_source": f"model of the provider {name!r}",
         "profile": table.text("profile", needed=False),
         "headers": secrets.headers(table),
         "retry_time": table.number("retry_time"),

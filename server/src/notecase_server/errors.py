@@ -112,6 +112,8 @@ class NotecaseError(Exception):
         self.retry_after = kind.retry_after if retry_after is None else retry_after
         self.repeats: int | None = None
         """How often a repeat of the model call that failed so is worth it; None leaves that to its reason."""
+        self.of_request = False
+        """The provider may have refused something in the request of the model call; without it, it may be accepted."""
         self.usage: v1.Usage | None = None
         """What the failed model call consumed, as far as its provider reported it."""
         self.cause = ""

@@ -200,6 +200,8 @@ def make_provider(given: ProviderSettings) -> Provider:
         given.api_key,
         given.base_url,
         given.default_model,
+        key_source=given.key_source,
+        model_source=given.model_source,
         headers=given.headers,
         connect_timeout=given.connect_timeout,
         first_timeout=given.first_timeout,

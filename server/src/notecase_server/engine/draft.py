@@ -19,6 +19,7 @@ from notecase_server.models.contract import (
     Returned,
     Source,
     Text,
+    Thought,
 )
 from notecase_server.store.contract import PAGE_BYTES
 
@@ -69,8 +70,8 @@ class Draft:
     __slots__ = ("_calls", "_media_bytes", "_new_id", "_size", "_unfenced", "blocks", "name", "run", "settled")
 
     def __init__(self, name: str, run: str, new_id: Callable[[], str], as_json: bool = False) -> None:
-        """`name` is the message's id, `new_id` makes the ids of calls. With `as_json` the text is the JSON that the
-        agent's output_schema asks for."""
+        """`name` is the message's id, `new_id` makes further ones and those of calls. With `as_json` the text is the
+        JSON that the agent's output_schema asks for."""
         self.name = name
         self.run = run
         self.blocks: list[Block] = []
@@ -83,7 +84,7 @@ class Draft:
         self._calls: dict[int, Block] = {}
         self._unfenced = Unfenced() if as_json else None
 
-    def feed(self, delta: Text | Reasoning | Refusal | Call | Link | Cited | Returned) -> bool:
+    def feed(self, delta: Text | Reasoning | Thought | Refusal | Call | Link | Cited | Returned) -> bool:
         """Takes in a delta, and returns whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is
         larger than MAX_REPLY_BYTES, or has more than MAX_MEDIA of images and clips."""
         block: Block | None
@@ -120,6 +121,9 @@ class Draft:
                     return False
                 block = self._json()
             case Reasoning(text):
+                block = self._current("reasoning")
+            case Thought(text):
+                self._begin_anew()
                 block = self._current("reasoning")
             case Refusal(text):
                 block = self._current("refusal")
@@ -237,6 +241,11 @@ class Draft:
             if self._size + BLOCK_BYTES * len(self.blocks) > MAX_REPLY_BYTES:
                 return
             blocks[at if source.end else -1].citations.append(citation)
+
+    def _begin_anew(self) -> None:
+        """Forgets everything: what watchers got of it is discarded, and this is another message."""
+        self.name, self.blocks, self._size = self._new_id(), [], 0
+        self._unfenced = None if self._unfenced is None else Unfenced()
 
     def _begin(self, block: Block) -> Block:
         self.blocks.append(block)

@@ -17,7 +17,7 @@ from notecase_server import errors
 from notecase_server.engine.content import Contents
 from notecase_server.engine.results import Results
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool, Used, is_many
+from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Thought, Tool, Used, is_many
 from notecase_server.store.contract import History, Query, SessionKey
 
 KEEP_RECENT = 10
@@ -143,6 +143,8 @@ async def write(
                 data += delta.text.encode("utf-8", "surrogatepass")
                 if len(data) > MAX_BYTES:
                     raise errors.model_error(f"The model's summary is longer than {MAX_BYTES} bytes.")
+            elif isinstance(delta, Thought):
+                data.clear()
             elif isinstance(delta, Used | Finish):
                 used(delta.usage)
             if isinstance(delta, Finish):

@@ -446,9 +446,12 @@ class ChatReply:
         if said.extra_content is not None and _is_thought(said.extra_content):
             thought, content = content, None
         if reasoning := self._mended(Reasoning, thought):
+            self._interrupt(pieces)
             pieces.append(Reasoning(reasoning))
         if text := self._mended(Text, content):
             self._take_text(text, pieces)
+        if said.refusal or said.images or said.image or said.tool_calls or said.function_call:
+            self._interrupt(pieces)
         if refusal := self._mended(Refusal, said.refusal):
             pieces.append(Refusal(refusal))
             self._spoken = True
@@ -466,10 +469,14 @@ class ChatReply:
 
     def _take_text(self, text: str, pieces: list[Piece]) -> None:
         self._so_far.append(text)
-        if self._think is None or self._think.begun:
+        if self._think is None or self._think.settled:
             pieces.append(Text(text))
         else:
             pieces += self._think.feed(text)
+
+    def _interrupt(self, pieces: list[Piece]) -> None:
+        if self._think is not None:
+            pieces += self._think.interrupt()
 
     def _extras(self) -> _Extras:
         if self._found is None:

@@ -80,6 +80,12 @@ class Reasoning(msgspec.Struct, frozen=True, gc=False):
     text: str
 
 
+class Thought(msgspec.Struct, frozen=True, gc=False):
+    """All text of the reply so far has turned out to be the model's reasoning. `text` is all of it."""
+
+    text: str
+
+
 class Refusal(msgspec.Struct, frozen=True, gc=False):
     """More of the model's own words for not answering."""
 
@@ -150,7 +156,7 @@ class Finish(msgspec.Struct, frozen=True, gc=False):
     """The reply was cut at a limit or by a filter: no call in it is run, and a repeat would end the same."""
 
 
-Delta = Text | Reasoning | Refusal | Call | Media | Link | Cited | Returned | Used | Finish
+Delta = Text | Reasoning | Thought | Refusal | Call | Media | Link | Cited | Returned | Used | Finish
 
 
 class Repeats(NamedTuple):

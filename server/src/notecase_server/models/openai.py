@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -25,19 +27,29 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.limit import Limit
-from notecase_server.models.answers import media, provider_errors, too_long
+from notecase_server.models.answers import media, provider_errors
 from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import UNREADABLE, ChatReply, Piece
 from notecase_server.models.contract import Delta, Media, ModelRequest, Returned, Text
 from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
-from notecase_server.models.profiles import ROWS, Profile, Profiles, Row
+from notecase_server.models.profiles import ROWS, Profile, Profiles, Row, after
 from notecase_server.models.request import body, is_large, returns_data
-from notecase_server.models.request_content import loaded
+from notecase_server.models.request_content import in_names, loaded
 from notecase_server.models.wire import BROKEN, Answer, Wire
 
 log = structlog.get_logger(__name__)
+
+_OF_CONTENT = re.compile(
+    r"(?i)\bimages?\b|image_url|vision|multi-?modal|modalit|\baudio\b|\bmedia\b|\bfiles?\b|`text`"
+    r"|\bcontent\b.{0,80}\bstring\b"
+)
+"""What a provider says that takes text alone. DeepSeek: unknown variant `image_url`, expected `text`; Groq:
+'messages.1.content' : value must be a string."""
+
+_CREDENTIALS = re.compile(r"//[^/\s]*@")
+"""What an address may have before its host: a proxy's user and password."""
 
 _MAX_REFUSAL_BYTES = 64 << 10
 """What is read of a refusal, unpacked: a sentence and its frame."""
@@ -60,6 +72,8 @@ class OpenAIProvider:
         base_url: str | None,
         default_model: str,
         *,
+        key_source: str = "",
+        model_source: str = "",
         headers: Mapping[str, str] = MappingProxyType({}),
         connect_timeout: float = 10.0,
         first_timeout: float = 600.0,
@@ -70,8 +84,10 @@ class OpenAIProvider:
         clock: Callable[[], int] = lambda: 0,
     ) -> None:
         """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own; a query in it goes with
-        each request, and so do `headers`, whose values are kept as secret as the key. `profile` is an operator's choice
-        as `profiles.read` gives it.
+        each request, and so do `headers`, whose values are kept as secret as the key. `key_source` and
+        `model_source` are the settings that have the key and the default model, for the errors that the provider
+        refuses them. `profile` is an operator's choice as `profiles.read`
+        gives it.
 
         Seconds: `connect_timeout` to connect; `first_timeout` until the first piece of a reply, `idle_timeout` between
         two, whatever else the server sends meanwhile; `whole_timeout` for a whole answer. A server that was silent for
@@ -87,13 +103,14 @@ class OpenAIProvider:
         endpoint = endpoint_of(api_key, base_url, headers)
         self._clock = clock
         self._default_model = default_model
+        self._model_source = model_source
         self._first_timeout = first_timeout
         self._idle_timeout = idle_timeout
         self._whole_timeout = whole_timeout
         url, host = endpoint.url, endpoint.url.host
         self._base_url = url.copy_with(query=None)
         secrets = [value for name, value in url.params.multi_items() if name != "api-version"]
-        self._redactor = Redactor(api_key, *secrets, *headers.values())
+        self._redactor = Redactor(api_key, *secrets, *headers.values(), source=key_source)
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
         """Stands for the endpoint, whose address is nobody's business, in the data that it gets back."""
@@ -120,22 +137,61 @@ class OpenAIProvider:
             head_timeout=first_timeout,
         )
 
-    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+    def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         Once the reply is whole it ends, or is closed, within wire.DRAIN_SECONDS: its connection may be used again."""
+        return self._tried(request) if request.only_text else self._tried_twice(request)
+
+    async def _tried_twice(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        """As `_tried`. If the provider refuses something that the request can do without, it is sent once more without
+        that. A failure that may pass is raised only if that fails as well."""
+        begun = False
+        try:
+            async with aclosing(self._tried(request)) as stream:
+                async for delta in stream:
+                    begun = True
+                    yield delta
+            return
+        except NotecaseError as error:
+            if begun or (plainer := await self._plainer(request, error)) is None:
+                raise
+            refused = error
+        try:
+            async with aclosing(plainer) as stream:
+                async for delta in stream:
+                    begun = True
+                    yield delta
+        except NotecaseError:
+            if begun or refused.reason == v1.ERROR_REASON_MODEL_ERROR:
+                raise
+            raise refused from None
+
+    async def _plainer(self, request: ModelRequest, error: NotecaseError) -> AsyncGenerator[Delta, None] | None:
+        """What to try after the error: the request with older content named, if the model takes none, or without the
+        provider's own data."""
+        status, large = error.metadata.get("status"), is_large(request)
+        refused = error.of_request or error.reason == v1.ERROR_REASON_MODEL_ERROR
+        if refused and _OF_CONTENT.search(error.message):
+            name = partial(in_names, request.messages)
+            if (named := await asyncio.to_thread(name) if large else name()) is not None:
+                log.info("content_refused", status=status)
+                return self._tried(request._replace(messages=named))
+        look = partial(returns_data, request, request.model or self._default_model, self._tag)
+        if error.of_request and (await asyncio.to_thread(look) if large else look()):
+            log.info("provider_data_refused", status=status)
+            return self._tried(request, with_data=False)
+        return None
+
+    async def _tried(self, request: ModelRequest, *, with_data: bool = True) -> AsyncGenerator[Delta, None]:
         model = request.model or self._default_model
         profile = self._profiles.of(model)
         large, behind_calls = is_large(request), False
-        plainer: Callable[[], _Sent] | None = None
         if not request.only_text:
             given, request = request, await loaded(request, profile)
             large = large or request is not given
             behind_calls = _is_behind_calls(request.messages)
-            look = partial(returns_data, request, model, self._tag)
-            if await asyncio.to_thread(look) if large else look():
-                plainer = partial(_written, request, model, profile, "", with_data=False)
-        write = partial(_written, request, model, profile, self._tag)
-        sent = await asyncio.to_thread(write) if large else write()
+        write = partial(_written, request, model, self._tag, with_data=with_data)
+        sent = await asyncio.to_thread(write, profile) if large else write(profile)
         think_tags = (profile if sent.model == model else self._profiles.of(sent.model)).think_tags
         reply = ChatReply(sent.model, self._redactor, behind_calls, think_tags, sent.audio_format)
         made = itertools.count(1)
@@ -145,7 +201,7 @@ class OpenAIProvider:
         try:
             try:
                 async with Limit() as limit:
-                    answer = await self._answer(sent, plainer, large, limit)
+                    answer = await self._accepted(sent, write, profile, limit, default=not request.model)
                     clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:
                         limit.due = clock.due
@@ -185,29 +241,35 @@ class OpenAIProvider:
                 made[name.lower()] = name, value  # an operator may have written a name in another case
         return dict(made.values())
 
-    async def _answer(self, sent: _Sent, plainer: Callable[[], _Sent] | None, large: bool, limit: Limit) -> Answer:
-        """Returns the provider's answer, its body unread. Where the provider refuses the request, `plainer` makes the
-        one that is tried once instead, in a thread if it is `large`. Raises what a refusal or a failure to reach it
-        comes to; `limit` ends it where the provider is silent."""
-        model = sent.model
+    async def _accepted(
+        self, sent: _Sent, write: Callable[[Profile], _Sent], profile: Profile, limit: Limit, *, default: bool
+    ) -> Answer:
+        """As `_answer`. If the provider refuses the form of the request, and says what it takes instead, the request is
+        sent once more in that form."""
+        try:
+            return await self._answer(sent, limit, default=default)
+        except NotecaseError as error:
+            if not error.of_request or (other := after(error.message, profile)) == profile:
+                raise
+            log.info("request_form_refused", status=error.metadata.get("status"))
+        return await self._answer(await asyncio.to_thread(write, other), limit, default=default)
+
+    async def _answer(self, sent: _Sent, limit: Limit, *, default: bool) -> Answer:
+        """Returns the provider's answer, its body unread. Raises what a refusal or a failure to reach it comes to;
+        `limit` ends it where the provider is silent. `default` says that the agent names no model."""
         try:
             answer = await self._wire.post(sent.body, limit)
-            if plainer is not None and answer.status in {400, 422}:
-                told = await self._words(answer)
-                if too_long.is_too_long(told.codes, told.words):
-                    raise provider_errors.failure(answer.status, told, model, self._redactor)
-                log.info("provider_data_refused", status=answer.status)
-                sent = await asyncio.to_thread(plainer) if large else plainer()
-                answer = await self._wire.post(sent.body, limit)
         except BROKEN as error:
             raise self._broken(error, "The model provider cannot be reached.") from error
         if 200 <= answer.status < 300:
             return answer
         told = await self._words(answer)
         wait = provider_errors.retry_after(answer.headers, self._clock)
-        refused = provider_errors.failure(answer.status, told, model, self._redactor, wait)
+        refused = provider_errors.failure(answer.status, told, sent.model, self._redactor, wait)
         if answer.headers.get("x-should-retry") == "false":
             refused.repeats = 0
+        if default and self._model_source and provider_errors.lacks_model(answer.status, told):
+            refused.message += f" (the agent names no model; the default is {self._model_source})"
         raise refused
 
     async def _words(self, answer: Answer) -> provider_errors.Told:
@@ -227,7 +289,8 @@ class OpenAIProvider:
         root = error
         while root.__cause__ is not None:
             root = root.__cause__
-        log.warning("model_unreachable", cause=self._redactor.told(f"{type(root).__name__}: {root}"))
+        cause = _CREDENTIALS.sub("//", f"{type(root).__name__}: {root}")
+        log.warning("model_unreachable", cause=self._redactor.told(cause))
         return errors.model_unavailable(message)
 
 
@@ -266,7 +329,7 @@ def _silent(seconds: float, *, again: bool) -> NotecaseError:
     return failure
 
 
-def _written(request: ModelRequest, model: str, profile: Profile, tag: str, *, with_data: bool = True) -> _Sent:
+def _written(request: ModelRequest, model: str, tag: str, profile: Profile, *, with_data: bool) -> _Sent:
     made = body(request, model, profile, tag, with_data=with_data)
     audio_format = _audio_format(made["audio"]) if "audio" in made else ""
     return _Sent(str(made["model"]), audio_format, encoded(made))

@@ -283,6 +283,12 @@ ROWS: Sequence[Row] = (
         model=r"(.*[/:])?apertus\b.*",
     ),
     Row(
+        "gpt-oss",
+        {"think_tags": True},
+        "ml-explore/mlx-lm#1867, kekzl/imp#768, NVIDIA/TensorRT-LLM#9256: on servers that do not know its channels",
+        model=r"(.*[/:])?gpt-oss\b.*",
+    ),
+    Row(
         "reka",
         {"think_tags": True},
         "huggingface.co/RekaAI/reka-flash-3: <reasoning>",
@@ -302,6 +308,45 @@ ROWS: Sequence[Row] = (
         "vllm-project/vllm#12938: the template takes single tool calls only",
     ),
 )
+
+
+class Refused(NamedTuple):
+    """What a server says that refuses the form of a request, and the form that it takes."""
+
+    words: re.Pattern[str]
+    sets: Mapping[str, Any]
+    source: str
+
+
+REFUSED: Sequence[Refused] = (
+    Refused(
+        re.compile(
+            r"(?is)\A(?!.*\binvalid\b.{0,30}\bschema)"
+            r".*(response_format|response format|response mime type|json_schema|\bjson mode)"
+        ),
+        {"output": "words"},
+        "diegosouzapw/OmniRoute#9992, caura-ai/caura#1475: This response_format type is unavailable now",
+    ),
+    Refused(
+        re.compile(r"stream_options|include_usage"),
+        {"stream_options": False},
+        "FlowiseAI/Flowise#2866, openai/openai-python#2296: Extra inputs are not permitted, field: 'stream_options'",
+    ),
+    Refused(
+        re.compile(r"max_completion_tokens"),
+        {"limit_field": "max_completion_tokens"},
+        "RooCodeInc/Roo-Code#6979, BerriAI/litellm#13432: Use 'max_completion_tokens' instead",
+    ),
+)
+
+
+def after(refusal: str, profile: Profile) -> Profile:
+    """Returns the profile for a server that refused a request of this one with these words."""
+    for row in REFUSED:
+        if row.words.search(refusal):
+            profile = msgspec.structs.replace(profile, **row.sets)
+    return profile
+
 
 NAMES = tuple(sorted({"default", *(row.name for row in ROWS)}))
 

@@ -97,6 +97,38 @@ def newest_of_user(messages: Sequence[v1.Message]) -> list[int]:
     return found
 
 
+def in_names(messages: Sequence[v1.Message]) -> list[v1.Message] | None:
+    """Returns the messages with content that is no text named, for a model that takes none; what the newest messages of
+    a user hold stays. None where that changes nothing."""
+    asked = set(newest_of_user(messages))
+    made = [message if index in asked else _all_in_words(message) for index, message in enumerate(messages)]
+    return None if all(new is old for new, old in zip(made, messages, strict=True)) else made
+
+
+def _all_in_words(message: v1.Message) -> v1.Message:
+    if not any(map(_is_media, _parts(message))):
+        return message
+    made = v1.Message()
+    made.CopyFrom(message)
+    for part in _parts(made):
+        if _is_media(part):
+            part.text = _named(part)
+    return made
+
+
+def _parts(message: v1.Message) -> Iterator[v1.Part]:
+    """Yields the parts of a message and of the results in it."""
+    for part in message.parts:
+        yield part
+        yield from part.tool_call.result
+
+
+def _is_media(part: v1.Part) -> bool:
+    return part.WhichOneof("kind") in {"blob", "data", "file"} and not is_text(
+        part.blob.media_type or part.data.media_type
+    )
+
+
 def newest_images(messages: Sequence[v1.Message], profile: Profile) -> int:
     """Returns the index of the newest reply with images, if such are shown; -1 for none."""
     if profile.made_images == "words":

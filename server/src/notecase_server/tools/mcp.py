@@ -37,6 +37,7 @@ from notecase_server.tools.mcp_answers import (
     MAX_ANSWER,
     Bounded,
     Mended,
+    MendedEvents,
     mend_content,
     reports_lost_session,
 )
@@ -48,7 +49,8 @@ from notecase_server.tools.outcome import failed, succeeded
 log = structlog.get_logger()
 
 # Its records tell of what could not be parsed by quoting it, and no message's content belongs into a log.
-logging.getLogger("mcp").setLevel(logging.CRITICAL + 1)
+for _name in ("mcp", "client"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 LIST_SECONDS = 60.0
 """How long a list of tools is used. A server may announce changes, but not every one does, and a notice can be lost
@@ -63,6 +65,9 @@ INVALID = (RuntimeError, ValueError)
 CLOSE_SECONDS = 10.0
 """How long a server may take to end when its connection is closed; its process is killed well before that."""
 
+STREAM_SECONDS = 0.1
+"""Between two requests for a stream. A server may end each at once, and ask to be asked again after no time."""
+
 LIST_PAGES = 100
 """More pages than any list has: one that has more fails."""
 
@@ -73,6 +78,14 @@ LIST_BYTES = MAX_ANSWER
 LOST = ("Connection closed", "SSE stream failed", "SSE stream ended")
 """How the library's own messages begin where an answer is lost. Servers use its code for errors of theirs, too."""
 
+REFUSING = "Server returned an error response", "Not Found"
+"""The library's messages for an error status, which do not say which."""
+
+UNREAD = "Failed to parse SSE message", "Failed to parse JSON response"
+"""How those begin that quote an answer, in several lines."""
+
+ANSWERED = "it answered with status"
+
 REDIRECTED = "Redirect to "
 """How the library's message begins that quotes an address, which may hold a token."""
 
@@ -80,6 +93,9 @@ SESSION = "mcp-session-id"
 
 UNUSED = frozenset({"outputSchema", "annotations", "title", "icons"})
 """Members of a tool that are not used."""
+
+EMPTY = frozenset({"isError", "_meta", "nextCursor"})
+"""Members of a result that holds nothing."""
 
 GONE = frozenset({httpx2.codes.NOT_FOUND, httpx2.codes.GONE})
 """The answers of a server that does not know the session of a request."""
@@ -155,7 +171,9 @@ class McpServer:
             log.warning("mcp_list_failed", server=self._name, error=type(error).__name__)
             if isinstance(error, TimeoutError) and connection.questions.idle:
                 connection.end()  # a program that hangs is replaced
-            raise errors.tool_error(f"The MCP server {self._name!r} does not list its tools.") from error
+            told = error.message if isinstance(error, MCPError) and error.message.startswith(ANSWERED) else ""
+            told = f"does not list its tools{told and ': '}{told}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {told}.") from error
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
         """Calls a tool by the server's own name of it, as Toolbox.call promises."""
@@ -230,7 +248,8 @@ class McpServer:
         except TimeoutError:
             connection.end()
         if connection.over:
-            raise errors.tool_error(f"The MCP server {self._name!r} cannot be reached.")
+            told = f"cannot be reached{connection.refusal and ': '}{connection.refusal}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {told}.")
         return connection
 
 
@@ -253,6 +272,10 @@ class _Connection:
         self._output_ended = False
         self._exit_code: int | None = None
         """Of a program that ended by itself."""
+        self._refusals: dict[int | str | None, str] = {}
+        """What error statuses say, by the id of what was asked, until the library tells of it."""
+        self.refusal = ""
+        """What the last of them says."""
         self._listing = asyncio.Lock()
         self._listed: Sequence[types.Tool] | None = None
         self._changes = 0
@@ -262,6 +285,8 @@ class _Connection:
         """A call was refused with a status and in words that may mean the session."""
         self._listens = False
         """The server has had a stream for GET."""
+        self._stream_due = 0.0
+        """When the next answer to a GET is taken."""
 
     @property
     def over(self) -> bool:
@@ -294,12 +319,12 @@ class _Connection:
         if opened:
             log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
             return
-        known: dict[str, int | str] = {}
+        known: dict[str, object] = {"refusal": self.refusal} if self.refusal else {}
         if self._output_ended:
             wrong.add("OutputEnded")
-            known = {} if self._exit_code is None else {"exit_code": self._exit_code}
+            known |= {} if self._exit_code is None else {"exit_code": self._exit_code}
         elif problem := program_problem(self._settings):
-            known = {"problem": problem}
+            known["problem"] = problem
         log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}), **known)
 
     async def _opened(self, stack: AsyncExitStack) -> Client:
@@ -428,26 +453,38 @@ class _Connection:
     def _mend(self, said: object) -> None:
         """Mends what the library would refuse as a whole: a list of tools, and what a call gave. Nothing that is said
         in the handshake is either."""
-        if not self.settled.is_set() or self.over:
-            return
         message = getattr(said, "message", None)
-        result = message.result if isinstance(message, types.JSONRPCResponse) else {}
-        if "content" in result or "structuredContent" in result:
+        if isinstance(message, types.JSONRPCError):
+            refusal = self._refusals.pop(message.id, "")
+            if refusal and message.error.message in REFUSING:
+                message.error.message = refusal
+            elif message.error.message.startswith(UNREAD) and "\n" in message.error.message:
+                message.error.message = "It gave an answer that is not valid."
+        if not isinstance(message, types.JSONRPCResponse) or not self.settled.is_set() or self.over:
+            return
+        result = message.result
+        if result.keys() <= EMPTY:  # of a call or of a list: servers in Go leave out what is empty in them
+            result |= {"content": [], "tools": []}
+        elif "content" in result or "structuredContent" in result:
             mend_content(result)
-        elif isinstance(result.get("tools"), list):
+        elif "tools" in result:
             self._mend_tools(result)
 
     def _mend_tools(self, result: dict[str, Any]) -> None:
         """Takes out of a list of tools those that are not as the protocol has them, and of each what is null or not
         used here, such as the schema of what it gives: a result that does not fit it is still what the call came to.
-        One without a schema of its arguments takes any."""
-        tools = result["tools"]
+        The schema of its arguments is one of an object, whatever else the server calls it; one without takes any."""
+        tools = result["tools"] = result["tools"] or []
+        if isinstance(cursor := result.get("nextCursor"), int):
+            result["nextCursor"] = str(cursor)
+        if not isinstance(tools, list):
+            return
         for tool in tools:
             if isinstance(tool, dict):
                 for name in [name for name in tool if name in UNUSED or tool[name] is None]:
                     del tool[name]
-                if tool.get("inputSchema") is None:
-                    tool["inputSchema"] = {"type": "object"}
+                schema = tool.get("inputSchema")
+                tool["inputSchema"] = {**(schema if isinstance(schema, dict) else {}), "type": "object"}
         if self._is_list(result):
             return
         result["tools"] = [tool for tool in tools if self._is_list(result | {"tools": [tool]})]
@@ -467,11 +504,19 @@ class _Connection:
         the session; some servers use another status with words, which may also be about something else in a tool. A
         server that never had a stream for GET answers 404 to it for that reason, which says nothing about the
         session."""
+        if response.request.method == "GET":
+            due = max(self._stream_due, now := asyncio.get_running_loop().time())
+            self._stream_due = due + STREAM_SECONDS
+            await asyncio.sleep(due - now)
         kind = response.headers.get("content-type", "").lower()
         body = response.stream = Bounded(response, events=kind.startswith("text/event-stream"))
-        asked = _asked(response.request) if response.is_success and kind.startswith("application/json") else None
-        if asked is not None:
+        asked = _asked(response.request)
+        if asked is not None and response.is_error:
+            self.refusal = self._refusals[asked] = _refusal(response.status_code)
+        elif asked is not None and kind.startswith("application/json"):
             response.stream = Mended(body, asked)
+        elif asked is not None and kind.startswith("text/event-stream"):
+            response.stream = MendedEvents(body, asked)
         if SESSION not in response.request.headers:
             return
         self._has_session = True
@@ -543,6 +588,12 @@ def _asked(request: httpx2.Request) -> int | str | None:
     asked = json.loads(request.content or b"{}") if request.method == "POST" else {}
     asked_id: int | str | None = asked.get("id") if "method" in asked else None
     return asked_id
+
+
+def _refusal(status: int) -> str:
+    """What an error status says of a server."""
+    wrong = "; check the `headers` in its settings" if status in {401, 403} else ""
+    return f"{ANSWERED} {status}{wrong}"
 
 
 def _errors_of(settings: McpServerSettings) -> TextIO:

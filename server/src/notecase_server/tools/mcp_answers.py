@@ -69,8 +69,46 @@ class Mended(httpx2.AsyncByteStream):
         body = b"".join([chunk async for chunk in self._stream])
         said = read_message(body, {self._asked})
         if isinstance(said, SessionMessage):
+            if isinstance(said.message, types.JSONRPCResponse | types.JSONRPCError):
+                said.message.id = self._asked
             body = said.message.model_dump_json(by_alias=True, exclude_unset=True).encode()
         yield body
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class MendedEvents(httpx2.AsyncByteStream):
+    """The events that answer a request of that id. Data of one line, as all of it usually is, is mended as
+    `read_message` does, unless it has megabytes, which would take too long to read twice."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream, asked: int | str) -> None:
+        self._stream = stream
+        self._asked = asked
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        begun: list[bytes] = []
+        async for chunk in self._stream:
+            end = chunk.rfind(b"\n") + 1
+            if not end:
+                begun.append(chunk)
+                continue
+            lines = b"".join([*begun, chunk[:end]]).split(b"\n")
+            begun = [chunk[end:]]
+            yield b"\n".join(map(self._mended, lines))
+        yield b"".join(begun)
+
+    def _mended(self, line: bytes) -> bytes:
+        data = line[5:]
+        if not line.startswith(b"data:") or len(data) > MAX_RESULT or not data.lstrip().startswith((b"{", b"[")):
+            return line
+        try:
+            types.jsonrpc_message_adapter.validate_json(data, by_name=False)
+        except ValueError:
+            said = read_message(data, {self._asked})
+            if isinstance(said, SessionMessage):
+                return b"data:" + said.message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+        return line
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -113,6 +151,8 @@ def mend_content(result: dict[str, Any]) -> None:
     for block in content:
         if isinstance(block, dict):
             block.pop("annotations", None)
+            if block.get("type") == "resource_link" and not isinstance(block.get("name"), str):
+                block["name"] = "resource"
     result["content"] = [block if _is_block(block) else {"type": "text", "text": _words(block)} for block in content]
 
 
@@ -132,14 +172,17 @@ def _words(block: Any) -> str:
     if isinstance(block, str):
         return block
     held = block if isinstance(block, dict) else {}
-    text = held.get("text")
-    return text if isinstance(text, str) else f"[{str(held.get('type', 'content'))[:40]} that cannot be read]"
+    resource = held.get("resource")
+    text = resource.get("text") if isinstance(resource, dict) else held.get("text")
+    if text is None:
+        return f"[{str(held.get('type', 'content'))[:40]} that cannot be read]"
+    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 
 def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
     """A line, or a body, as a message, or why it is none: the library takes both. An answer that is not quite one is
     mended, or becomes an error to what it answers, which would wait for it; one without an id, to what is `asked` if
-    that is only one thing."""
+    that is only one thing. A list with one answer, as an earlier version of the protocol had it, is that answer."""
     try:
         message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
         if isinstance(message, types.JSONRPCError) and message.id is None and len(asked) == 1:
@@ -148,6 +191,9 @@ def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
     except ValueError as error:
         try:
             value = json.loads(line.decode("utf-8-sig", "replace"), strict=False, parse_constant=lambda _: None)
+            if isinstance(value, list):
+                answers = [said for said in value if isinstance(said, dict) and _is_answer(said)]
+                value = answers[0] if len(answers) == 1 else None
             if isinstance(value, dict):
                 return SessionMessage(_mended(value, asked))
         except (ValueError, RecursionError):
@@ -155,10 +201,19 @@ def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
         return error
 
 
+def _is_answer(said: dict[str, Any]) -> bool:
+    """Whether an object answers something. A program's log lines, which some write as JSON, do not."""
+    return "method" not in said and ("jsonrpc" in said or "result" in said or isinstance(said.get("error"), dict))
+
+
 def _mended(said: dict[str, Any], asked: Asked) -> types.JSONRPCMessage:
     """Raises ValueError for what is neither a message nor answers one."""
-    if "method" not in said and said.get("id") is None and len(asked) == 1:
-        said["id"] = next(iter(asked))
+    if _is_answer(said):
+        said["jsonrpc"] = "2.0"
+        if said.get("id") is None and len(asked) == 1:
+            said["id"] = next(iter(asked))
+        elif isinstance(said.get("id"), float):
+            said["id"] = int(said["id"])
     text = HALF.sub("\ufffd", json.dumps(said, ensure_ascii=False))
     with suppress(ValueError):
         return types.jsonrpc_message_adapter.validate_json(text, by_name=False)

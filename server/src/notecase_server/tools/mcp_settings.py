@@ -11,6 +11,7 @@ what a model can do.
 
 import codecs
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,9 @@ import msgspec
 from notecase_server.tools.contract import ToolSettingsError
 
 MOST_SECONDS = 10**9
+
+_VARIABLE = re.compile(r"\$\{[A-Za-z_][\w:.-]*\}")
+"""How other clients refer to a variable, which they replace by its value."""
 
 
 class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
@@ -58,6 +62,12 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             raise ValueError(
                 f"`{stray[0]}` has no meaning for a server with a `{'command' if self.command else 'url'}`"
             )
+        for name, values in (("url", [self.url]), ("headers", self.headers.values()), ("env", self.env.values())):
+            if named := next((found for value in values if value and (found := _VARIABLE.search(value))), None):
+                raise ValueError(
+                    f"`{name}` contains {named[0]}; variables are not replaced here (the tables [mcp.NAME] of the "
+                    "configuration file have header_env and pass_env for them)"
+                )
         if not all(0 < seconds <= MOST_SECONDS for seconds in (self.connect_timeout, self.timeout)):
             raise ValueError(f"time-outs are seconds above 0 and at most {MOST_SECONDS:,}")
 

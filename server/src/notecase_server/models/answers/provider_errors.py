@@ -24,6 +24,19 @@ _MAX_RETRY_AFTER = 24 * 3600.0
 _TOO_LARGE = 413
 """The status with which proxies refuse a body that is too large, often in a web page that says nothing."""
 
+_OF_REQUESTS = frozenset({None, 400, 415, 422, 501})
+"""The statuses with which servers refuse a member of a request; none, within a reply."""
+
+_NO_ADDRESS = re.compile(
+    r"(?i)(404 )?((page|resource|path|url|route|endpoint) )?(is |was )?not found\W*"
+    r"|(unknown|invalid)( request)? url\b.*|no route\b.*|cannot post\b.*|method not allowed\W*|the requested url\b.*|"
+)
+"""What a server says, if anything, that does not have the address that was asked."""
+
+_NO_MODEL = re.compile(
+    r"(?i)\bmodels?\b.{0,80}?\b(not found|not exist|unknown|invalid)|\b(unknown|invalid|no such) models?\b"
+)
+
 _MOST = 200
 """Values of an error that are looked at, and how deep: what is larger is no error but an attack."""
 
@@ -384,6 +397,8 @@ def failure(
     said = redactor.told(told.words)
     words = f": {said}" if said else "."
     answer = f"status {status}" if status else "an error"
+    if status in {404, 405} and _NO_ADDRESS.fullmatch(told.words):
+        answer += "; its base URL may be wrong"
     facts: dict[str, object] = {"status": status} if status else {}
     if code := redactor.name(told.code):
         facts["code"] = code
@@ -396,17 +411,33 @@ def failure(
         return errors.model_error(f"The conversation is too long for the model {model!r}{words}", **facts)
     match verdict:
         case Verdict.CREDENTIAL:
-            return errors.model_error(f"The model provider refused the server's credential ({answer}).", **facts)
+            where = f"; check {redactor.source}" if redactor.source else ""
+            return errors.model_error(f"The model provider refused the server's credential ({answer}){where}.", **facts)
         case Verdict.ACCOUNT:
             return errors.model_error(f"The server's account with the model provider is used up{words}", **facts)
         case Verdict.PASSING:
             wait = told.retry_after if retry_after is None else retry_after
-            return errors.model_unavailable(
+            failed = errors.model_unavailable(
                 f"The model provider cannot answer just now ({answer}){words}", wait, **facts
             )
+            failed.of_request = _may_be_refused(status, told.words)
+            return failed
     refused = errors.model_error(f"The model provider refused the call of {model!r} ({answer}){words}", **facts)
     refused.repeats = 1 if verdict is Verdict.AGAIN else None
+    refused.of_request = verdict is Verdict.REFUSED and status in _OF_REQUESTS
     return refused
+
+
+def lacks_model(status: int, told: Told) -> bool:
+    """Whether a refusal says that there is no such model."""
+    return "modelnotfound" in told.codes or (status in {400, 404} and _NO_MODEL.search(told.words) is not None)
+
+
+def _may_be_refused(status: int | None, words: str) -> bool:
+    """Whether a server error may be about the request: it says so, or it is a 500 that does not say that it passes.
+    Gateways and templates that cannot handle a member of a message fail that way."""
+    verdict = error_table.by_words(words)
+    return status is not None and status >= 500 and (verdict is Verdict.REFUSED or (status == 500 and verdict is None))
 
 
 def documents_in(value: object) -> Iterator[object]:

@@ -42,9 +42,10 @@ _ROUNDS = 3
 class Redactor:
     """Knows the keys of one provider in every common writing."""
 
-    def __init__(self, *keys: str) -> None:
+    def __init__(self, *keys: str, source: str = "") -> None:
         """A key that is too short or too plain to be a secret is not looked for: servers without keys are given words
-        such as "none" or "lm-studio", which stand in many messages."""
+        such as "none" or "lm-studio", which stand in many messages. `source` is the setting that has the key."""
+        self.source = source
         self._runs: dict[int, set[str]] = {}
         secrets = [key for key in keys if is_secret(key)]
         self._plain = [key.encode().lower() for key in secrets]

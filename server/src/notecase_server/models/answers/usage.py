@@ -46,6 +46,12 @@ PLACES = (
     Place("reasoning_tokens", ("thoughtsTokenCount",), "Gemini"),
 )
 
+TOTALS = ("total_tokens", "totalTokenCount")
+"""Members with all tokens of a call, of OpenAI and most others, and of Gemini."""
+
+NEWLY_CACHED = ("cache_creation_input_tokens", "cacheWriteInputTokens")
+"""Members with input that Anthropic and Bedrock count apart, so that a total has more than input and output."""
+
 MEMBERS = ("usage", "usageMetadata", "usage_metadata", "timings", "details")
 """The members of a chunk, a choice or `x_groq` that report it."""
 
@@ -56,6 +62,7 @@ class Counts:
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
+        self._total = 0
         self.told = False
         """The last report had a count."""
         self.changed = False
@@ -72,6 +79,8 @@ class Counts:
                 self.changed = self.changed or number != self._counts.get(place.field)
                 self._counts[place.field] = number
                 self.told = True
+        total = next((number for name in TOTALS if (number := _number(told, (name,)))), self._total)
+        self._total = 0 if any(_number(told, (name,)) for name in NEWLY_CACHED) else total
 
     def take_all(self, value: Any) -> None:
         """Takes the first report of a whole document that has a count."""
@@ -82,7 +91,18 @@ class Counts:
                 return
 
     def usage(self, model: str) -> v1.Usage:
-        return v1.Usage(model_calls=1, model=model, provider="", **self._counts)
+        usage = v1.Usage(model_calls=1, model=model, provider="", **self._counts)
+        usage.output_tokens += self._apart(usage)
+        return usage
+
+    def _apart(self, usage: v1.Usage) -> int:
+        """Tokens of reasoning that are not in the output: xAI and Gemini count them apart (mozilla-ai/any-llm#1290,
+        sonami-tech/omni-llm-provider#49, router-for-me/CLIProxyAPI#5733). Only the total shows those of Gemini; it may
+        also have cached input that is not in the input."""
+        beyond, reasoning = self._total - usage.input_tokens - usage.output_tokens, usage.reasoning_tokens
+        if beyond == reasoning or (beyond > 0 and not usage.cached_input_tokens):
+            return beyond
+        return reasoning if reasoning > usage.output_tokens else 0
 
 
 def _reports(value: Any) -> Iterator[Any]:
