@@ -17,6 +17,7 @@ from notecase_server.engine.opening import (
     Meant,
     agent_of,
     ahead,
+    expected,
     is_answer,
     opening,
     way_of,
@@ -43,6 +44,9 @@ log = structlog.get_logger()
 
 BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
+
+BY_ANOTHER = frozenset({v1.ERROR_REASON_RUN_ACTIVE, v1.ERROR_REASON_SEQUENCE_MISMATCH, v1.ERROR_REASON_QUEUE_FULL})
+"""Refusals for which the same start may be the cause, when it is sent twice at once."""
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -110,7 +114,7 @@ class Admission:
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
                 key = (await self._meant(tenant, start, user)).key  # another start has just made a session of this name
-            elif error.reason != v1.ERROR_REASON_RUN_ACTIVE:
+            elif error.reason not in BY_ANOTHER:
                 raise
             if found := await self._find(key, start.run_id, digest):
                 return found
@@ -192,7 +196,7 @@ class Admission:
                 command=caused.command,
                 create=None if start.session else session,
                 claim=True,
-                if_last_sequence=start.if_last_sequence if start.HasField("if_last_sequence") else None,
+                if_last_sequence=expected(start),
                 events=opening(start, session.user, agent, run_id, caused.cause_id, self._new_id),
                 start=RunRecord(digest, agent),
                 principal=caused.principal,
@@ -266,6 +270,8 @@ class Admission:
         no queued run comes between. The new run takes over the slot of a run that has a worker; when the old run waits,
         it needs a slot like any new start."""
         meant = await self._again(key, start)
+        if expected(start) not in {None, meant.session.last_sequence}:
+            raise errors.sequence_mismatch(meant.session.last_sequence)
         agent = agent_of(meant, start)
         run_id = start.run_id or self._new_id()
         async with self._roster.worker(key, active, Caused()) as worker:
@@ -282,7 +288,7 @@ class Admission:
                 worker.seat.taken = True
             events = opening(start, meant.session.user, agent, run_id, caused.cause_id, self._new_id)
             halt = Halt(
-                replacement=Replacement(run_id, events, RunRecord(digest, agent), way),
+                replacement=Replacement(run_id, events, RunRecord(digest, agent), way, expected(start)),
                 reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
                 once=caused.once,
                 command=caused.command,
@@ -310,6 +316,7 @@ class Admission:
                 key=key,
                 once=caused.once,
                 command=caused.command,
+                if_last_sequence=expected(start),
                 events=[event],
                 principal=caused.principal,
                 start=RunRecord(digest, agent),
