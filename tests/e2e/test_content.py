@@ -212,6 +212,41 @@ async def test_of_two_who_send_under_one_id_only_one_goes_on(served: Running) ->
         assert await download(served, blob.name) in {one, two}
 
 
+async def test_who_is_refused_under_an_id_adds_nothing_to_what_another_has_sent(served: Running) -> None:
+    """Two calls began at byte 0. Of the one that comes second with its first piece no byte is stored, though it has
+    more than that piece."""
+    one, two = noise(2 * CHUNK_BYTES, 1), noise(2 * CHUNK_BYTES, 2)
+    comes_first, comes_late = asyncio.Event(), asyncio.Event()
+
+    async def held(go_on: asyncio.Event, *chunks: bytes) -> AsyncIterator[v1.UploadBlobRequest]:
+        yield v1.UploadBlobRequest(blob=PDF, upload_id="u1", chunk=chunks[0])
+        await go_on.wait()
+        yield v1.UploadBlobRequest(chunk=chunks[1], last=True)
+
+    late = served.blobs.UploadBlob(held(comes_late, b"", two[: CHUNK_BYTES + 1000]))
+    while not await is_known(served):
+        pass
+    first = served.blobs.UploadBlob(held(comes_first, one[:CHUNK_BYTES], one[CHUNK_BYTES:]))
+    while await committed(served) < CHUNK_BYTES:
+        pass
+    comes_late.set()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await late
+    assert reason_of(refused.value) == "UPLOAD_OFFSET_MISMATCH"
+    assert metadata_of(refused.value)["committed_bytes"] == str(CHUNK_BYTES)
+    comes_first.set()
+    blob: v1.Blob = await first
+    assert await download(served, blob.name) == one
+
+
+async def is_known(served: Running) -> bool:
+    try:
+        await served.blobs.GetUpload(v1.GetUploadRequest(upload_id="u1"))
+    except grpc.aio.AioRpcError:
+        return False
+    return True
+
+
 async def test_bad_requests_are_told_whole(served: Running, session: str) -> None:
     async def violations(call: Any) -> set[str]:
         with pytest.raises(grpc.aio.AioRpcError) as refused:

@@ -160,6 +160,8 @@ class Contents:
         writer = Writer(self._store, tenant, subject, upload, self._check_size)
         try:
             await writer.recall()
+            if writer.size != first.offset:
+                raise errors.upload_offset_mismatch(upload.upload_id, writer.size)
             last = False
             async for frame in frames:
                 await writer.add(frame.chunk)
