@@ -3089,8 +3089,8 @@ type RunStateChanged struct {
 	// With a final state: the command_ids of queued inputs that were dropped.
 	DroppedCommands []string `protobuf:"bytes,5,rep,name=dropped_commands,json=droppedCommands,proto3" json:"dropped_commands,omitempty"`
 	// How long the run had no worker although it was RUNNING: it waited for a free slot in its server, or was taken over
-	// (then counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
-	// STATE_RUNNING, and with a final state that came while the run waited.
+	// (then counted from the last event before). Also by how much the server's clock jumped on while the run was RUNNING, as
+	// when its machine was suspended. `running_duration` and `limits.timeout` do not count that time.
 	PlaceWait     *durationpb.Duration `protobuf:"bytes,6,opt,name=place_wait,json=placeWait,proto3" json:"place_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -1571,8 +1571,8 @@ class RunStateChanged(_message.Message):
     @_builtins.property
     def place_wait(self) -> _duration_pb2.Duration:
         """How long the run had no worker although it was RUNNING: it waited for a free slot in its server, or was taken over
-        (then counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
-        STATE_RUNNING, and with a final state that came while the run waited.
+        (then counted from the last event before). Also by how much the server's clock jumped on while the run was RUNNING, as
+        when its machine was suspended. `running_duration` and `limits.timeout` do not count that time.
         """
 
     def __init__(

@@ -30,6 +30,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.supervisor import backoff, is_passing
+from notecase_server.tools.clock import Stopwatch
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ class RunLog:
         self.spent: v1.Usage | None = None
         """What the last call of a model took, as far as its provider told and no commit has counted."""
         self.log = log.bind(tenant=live.key.tenant, session=live.key.session, run=active.run.name)
+        self._watch = Stopwatch(services.clock)
         self._know(session, ())
 
     @property
@@ -110,8 +112,7 @@ class RunLog:
     # ---- what follows
 
     def consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
-        """Returns the event that makes the run wait or go on once these events are committed; nothing where it does as
-        before."""
+        """Returns the event, if any, that makes the run wait or go on once these events are committed."""
         for event in events:
             if event.HasField("run_state_changed"):
                 return []
@@ -167,6 +168,8 @@ class RunLog:
     def own(self, events: Sequence[v1.Event]) -> Sequence[v1.Event]:
         """Gives this run's name to the events that have none."""
         for event in events:
+            if self.run.state == RUNNING and event.HasField("run_state_changed"):
+                self._watch.leave_out(event.run_state_changed)
             if not event.run:
                 event.run = self.run.name
                 if event.HasField("message_added"):
@@ -305,7 +308,9 @@ class RunLog:
         for event in committed.events:
             if event.run != name:
                 continue
-            if event.HasField("usage"):
+            if event.HasField("run_state_changed"):
+                self._watch.start()
+            elif event.HasField("usage"):
                 self.spent = None
             elif event.HasField("input_resolved"):
                 self.resolved[event.input_resolved.response.input_id] = event.input_resolved.response
