@@ -1499,7 +1499,8 @@ func (x *InputResponse) GetRemember() InputResponse_Remember {
 type CancelCommand struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Mode  CancelCommand_Mode     `protobuf:"varint,1,opt,name=mode,proto3,enum=notecase.v1.CancelCommand_Mode" json:"mode,omitempty"`
-	// Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer.
+	// Only this call. CALL_NOT_PENDING when it has an outcome, also after the run's end; PERMISSION_DENIED (ROLE_MISSING)
+	// while it waits for an approval that the caller may not answer.
 	CallId string `protobuf:"bytes,2,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	// For people; kept in the log.
 	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -3871,7 +3872,7 @@ type WaitRunRequest struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Unset: until the run ends or waits, or the call's deadline passes.
 	Timeout *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	// Ignore a wait that began at or before this sequence.
+	// Ignore a wait as long as the run has no event after this sequence.
 	AfterSequence int64 `protobuf:"varint,3,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -789,7 +789,9 @@ class CancelCommand(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     mode: Global___CancelCommand.Mode.ValueType
     call_id: _builtins.str
-    """Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer."""
+    """Only this call. CALL_NOT_PENDING when it has an outcome, also after the run's end; PERMISSION_DENIED (ROLE_MISSING)
+    while it waits for an approval that the caller may not answer.
+    """
     reason: _builtins.str
     """For people; kept in the log."""
     def __init__(
@@ -1909,7 +1911,7 @@ class WaitRunRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     after_sequence: _builtins.int
-    """Ignore a wait that began at or before this sequence."""
+    """Ignore a wait as long as the run has no event after this sequence."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """Unset: until the run ends or waits, or the call's deadline passes."""
