@@ -516,6 +516,14 @@ async def test_a_cancel_before_the_start_wins(served: Running, session: str, age
     )
 
 
+async def test_a_cancel_of_a_call_puts_no_end_of_a_run_on_record(served: Running, session: str, agent: str) -> None:
+    name, call = f"{session}/runs/r1", v1.CancelCommand(call_id="none")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.CancelRun(v1.CancelRunRequest(name=name, cancel=call, allow_missing=True))
+    assert reason_of(refused.value) == "CALL_NOT_PENDING"
+    assert await log_of(served, session) == []
+
+
 async def test_a_queued_run_starts_when_the_one_before_has_ended(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
