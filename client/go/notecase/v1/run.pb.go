@@ -160,7 +160,8 @@ const (
 	UserInput_WHEN_STEER UserInput_When = 1
 	// When the run would otherwise end.
 	UserInput_WHEN_FOLLOW_UP UserInput_When = 2
-	// At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again.
+	// At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again. The
+	// messages come after those that were queued with WHEN_STEER.
 	UserInput_WHEN_INTERRUPT UserInput_When = 3
 )
 

@@ -599,7 +599,9 @@ class UserInput(_message.Message):
         WHEN_FOLLOW_UP: UserInput._When.ValueType  # 2
         """When the run would otherwise end."""
         WHEN_INTERRUPT: UserInput._When.ValueType  # 3
-        """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again."""
+        """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again. The
+        messages come after those that were queued with WHEN_STEER.
+        """
 
     class When(_When, metaclass=_WhenEnumTypeWrapper): ...
     WHEN_UNSPECIFIED: UserInput.When.ValueType  # 0
@@ -609,7 +611,9 @@ class UserInput(_message.Message):
     WHEN_FOLLOW_UP: UserInput.When.ValueType  # 2
     """When the run would otherwise end."""
     WHEN_INTERRUPT: UserInput.When.ValueType  # 3
-    """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again."""
+    """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again. The
+    messages come after those that were queued with WHEN_STEER.
+    """
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     WHEN_FIELD_NUMBER: _builtins.int

@@ -325,7 +325,7 @@ class Worker:
         if halt.said and (refused := ledger.refusal(self.log.run.pending_inputs, halt.by, "input")) is not None:
             raise refused  # asked for since the command was taken
         if halt.said:
-            events += halt.said
+            events += [*taken(self.log.queued(v1.UserInput.WHEN_STEER)), *halt.said]  # in their order
             return list(self.log.own([*events, *self.log.consequence(events)]))
         ended = self.log.own([*events, self._ending(halt.state, halt.error, halt.reason, halt.cause_id)])
         return [*ended, *(way.events if way else ()), *(halt.replacement.events if halt.replacement else ())]
