@@ -391,6 +391,39 @@ async def test_state_is_said_by_its_key(served: Running, session: str, model: Op
     model.requests.clear()
 
 
+async def test_a_start_that_goes_back_says_the_state_as_it_is_then(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """By a rewind, also to the beginning, and by a rollback of a run. What the start sets comes before that."""
+    model.script(*[reply("Fine.")] * 2, tool_calls(("look", "{}")), reply("Fine."))
+
+    async def put(text: str) -> int:
+        value = v1.Value(string_value=text)
+        await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="draft", value=value))
+        return (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).last_sequence
+
+    async def told(**fields: Any) -> str:
+        draft = v1.Message(parts=[v1.Part(state_key="draft")])
+        start = v1.StartRun(session=session, messages=[draft], **fields)
+        await served.runs.Invoke(v1.InvokeRequest(start=start))
+        return str(model.requests[-1]["messages"][-1]["content"])
+
+    old = await put("old")
+    await put("new")
+    assert await told(rewind_to_sequence=old) == "old"
+    await put("new")
+    assert await told(rewind_to_sequence=0, state={"draft": v1.Value(string_value="given")}) == "given"
+    await put("old")
+    look = v1.Tool(name="look", client=v1.ClientTool())
+    waits = v1.StartRun(session=session, messages=[said("Look")], client_tools=[look])
+    await served.runs.Invoke(v1.InvokeRequest(start=waits))
+    await put("new")
+    assert await told(on_busy=v1.StartRun.ON_BUSY_ROLLBACK) == "old"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await told(rewind_to_sequence=0)
+    assert reason_of(refused.value) == "STATE_KEY_NOT_FOUND"
+
+
 async def test_the_state_that_a_start_sets_can_be_said_in_it(served: Running, agent: str, model: OpenAIServer) -> None:
     model.script(reply("Seen."))
     start = v1.StartRun(

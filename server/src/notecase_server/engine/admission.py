@@ -18,6 +18,7 @@ from notecase_server.engine.opening import (
     agent_of,
     ahead,
     expected,
+    goes_back,
     is_answer,
     opening,
     way_of,
@@ -102,8 +103,7 @@ class Admission:
             if not start.session:  # the one that has the name may be deleted meanwhile, and its uid is never used again
                 key = self._sessions.new_key(tenant, key.session)
                 meant = Meant(key, start.new_session, meant.agent)
-            del body.messages[:]
-            body.messages.extend(await self._services.contents.kept(key, start.messages, start.state))
+            body = body if goes_back(start) else await self._kept(key, body)
             return await self._admit(meant, body, digest, caused)
         except Duplicate as duplicate:
             row = await self._store.get_run(key, duplicate.run)
@@ -189,6 +189,8 @@ class Admission:
             rewinds = start.HasField("rewind_to_sequence")
             if not (start.messages or rewinds):
                 await self._require_question(key)
+            if goes_back(start):
+                start = await self._kept(key, start, start.rewind_to_sequence if rewinds else None)
             run_id = start.run_id or self._new_id()
             commit = Commit(
                 key=key,
@@ -217,6 +219,15 @@ class Admission:
         finally:
             if not placed:
                 self._services.places.give_back()
+
+    async def _kept(self, key: SessionKey, start: v1.StartRun, at: int | None = None) -> v1.StartRun:
+        """Returns a start with its messages in the form of the log. Values of state in them are those that the session
+        has once it is back at sequence `at`; None for those of now."""
+        kept = v1.StartRun()
+        kept.CopyFrom(start)
+        del kept.messages[:]
+        kept.messages.extend(await self._services.contents.kept(key, start.messages, start.state, at=at))
+        return kept
 
     async def commit_back(
         self, live: LiveSession, commit: Commit, way: Back, cause_id: str, late: Late | None = None
@@ -280,6 +291,7 @@ class Admission:
             if way is not None:  # what prevents the rewind must be found before anything is stopped
                 back = await way_back(self._store, key, worker.log.run, way)
                 to_sequence = back.events[0].rewound.to_sequence
+                start = await self._kept(key, start, to_sequence)
             if not start.messages:
                 await self._require_question(key, to_sequence)
             waits = worker.log.run.state == WAITING and not worker.seat.taken

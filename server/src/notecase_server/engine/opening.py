@@ -131,6 +131,11 @@ def way_of(start: v1.StartRun) -> Back | None:
     return Back(start.rewind_to_sequence, "start.rewind_to_sequence")
 
 
+def goes_back(start: v1.StartRun) -> bool:
+    """Returns whether a start may take the session back to an earlier sequence."""
+    return start.HasField("rewind_to_sequence") or start.on_busy == ROLLBACK
+
+
 def is_answer(message: v1.Message) -> bool:
     """Returns whether nothing is left to say after this message: a whole reply that called no tools, whose results need
     one."""
