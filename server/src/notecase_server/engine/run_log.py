@@ -71,7 +71,7 @@ class RunLog:
         self.spent: v1.Usage | None = None
         """What the last call of a model took, as far as its provider told and no commit has counted."""
         self.log = log.bind(tenant=live.key.tenant, session=live.key.session, run=active.run.name)
-        self._watch = Stopwatch(services.clock)
+        self._watch.start()
         self._know(session, ())
 
     @property
@@ -81,6 +81,10 @@ class RunLog:
     @cached_property
     def step(self) -> StepKey:
         return StepKey(self.run.name)
+
+    @cached_property
+    def _watch(self) -> Stopwatch:
+        return Stopwatch(self.services.clock)
 
     @property
     def draft(self) -> Draft | None:
@@ -160,8 +164,7 @@ class RunLog:
         return [v1.Event(usage=self.spent)] if self.spent is not None else []
 
     def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
-        """Returns the command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of
-        it."""
+        """Returns the command_queued events of inputs, in order: of those that steer, or with WHEN_FOLLOW_UP of all."""
         late = v1.UserInput.WHEN_FOLLOW_UP
         return [event for event in self.said if latest == late or event.command_queued.input.when != late]
 
@@ -197,8 +200,7 @@ class RunLog:
         return self.own([*events, *self.consequence(events)])
 
     def durably(self, decide: Callable[[], list[v1.Event]]) -> Coroutine[Any, Any, Committed | None]:
-        """Commits what `decide` says under the session's lock, with what follows; None when that is nothing. Waits for
-        a store that is away, and lets others decide meanwhile."""
+        """Commits what `decide` says, if anything, under the session's lock, with what follows. Waits for the store."""
         return self.surely(lambda: self._followed(decide()))
 
     def surely(
@@ -213,8 +215,7 @@ class RunLog:
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
     ) -> Coroutine[Any, Any, Committed | None]:
-        """Commits as `durably`, but takes the events exactly as `decide` gives them, and conditions. `then` follows the
-        commit at once, with the lock held: before anything else is decided about the session."""
+        """Commits as `durably`, but exactly what `decide` says, on conditions. `then` follows under the same lock."""
         made: Committed | None = None
 
         def follow(committed: Committed) -> None:
@@ -242,8 +243,7 @@ class RunLog:
         return self.patiently(commit)
 
     def _forget_made(self, error: NotecaseError) -> bool:
-        """Puts words in the place of the images and clips of the reply being written, if the session has no room for
-        them; returns whether it did."""
+        """Puts words for images and clips of the reply being written if there is no room; returns whether it did."""
         too_large = error.reason == v1.ERROR_REASON_PAYLOAD_TOO_LARGE
         return too_large and self.draft is not None and self.draft.forget_made()
 
