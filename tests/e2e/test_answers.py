@@ -283,9 +283,14 @@ def a_response(command_id: str) -> v1.RunRequest:
     return v1.RunRequest(command_id=command_id, input_response=v1.InputResponse(input_id="input", decision=DENY))
 
 
+def a_cancel(command_id: str) -> v1.RunRequest:
+    return v1.RunRequest(command_id=command_id, cancel=v1.CancelCommand(call_id="gone"))
+
+
 LATE: dict[str, tuple[Callable[[str], v1.RunRequest], str]] = {
     "result": (a_result, "CALL_NOT_PENDING"),
     "response": (a_response, "INPUT_NOT_PENDING"),
+    "cancel": (a_cancel, "CALL_NOT_PENDING"),
 }
 
 

@@ -136,6 +136,8 @@ async def test_an_operator_bounds_what_is_kept(case: str, store_url: str) -> Non
         )
         (violation,) = detail_of(refused.value, error_details_pb2.QuotaFailure).violations
         assert str(value) in violation.description
+        noun = (refused.value.details() or "").partition(f" allows {value} ")[2].partition(" ")[0]
+        assert noun in {"sessions", "agents", "revisions", "keys", "events", "bytes", "uploads", "requests"}
         assert detail_of(refused.value, error_details_pb2.RetryInfo).retry_delay.seconds > 1
 
 

@@ -213,6 +213,41 @@ async def test_of_two_who_send_under_one_id_only_one_goes_on(served: Running) ->
         assert await download(served, blob.name) in {one, two}
 
 
+async def test_who_is_refused_under_an_id_adds_nothing_to_what_another_has_sent(served: Running) -> None:
+    """Two calls began at byte 0. Of the one that comes second with its first piece no byte is stored, though it has
+    more than that piece."""
+    one, two = noise(2 * CHUNK_BYTES, 1), noise(2 * CHUNK_BYTES, 2)
+    comes_first, comes_late = asyncio.Event(), asyncio.Event()
+
+    async def held(go_on: asyncio.Event, *chunks: bytes) -> AsyncIterator[v1.UploadBlobRequest]:
+        yield v1.UploadBlobRequest(blob=PDF, upload_id="u1", chunk=chunks[0])
+        await go_on.wait()
+        yield v1.UploadBlobRequest(chunk=chunks[1], last=True)
+
+    late = served.blobs.UploadBlob(held(comes_late, b"", two[: CHUNK_BYTES + 1000]))
+    while not await is_known(served):
+        pass
+    first = served.blobs.UploadBlob(held(comes_first, one[:CHUNK_BYTES], one[CHUNK_BYTES:]))
+    while await committed(served) < CHUNK_BYTES:
+        pass
+    comes_late.set()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await late
+    assert reason_of(refused.value) == "UPLOAD_OFFSET_MISMATCH"
+    assert metadata_of(refused.value)["committed_bytes"] == str(CHUNK_BYTES)
+    comes_first.set()
+    blob: v1.Blob = await first
+    assert await download(served, blob.name) == one
+
+
+async def is_known(served: Running) -> bool:
+    try:
+        await served.blobs.GetUpload(v1.GetUploadRequest(upload_id="u1"))
+    except grpc.aio.AioRpcError:
+        return False
+    return True
+
+
 async def test_all_problems_of_a_bad_request_are_reported(served: Running, session: str) -> None:
     async def violations(call: Any) -> set[str]:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -353,6 +388,39 @@ async def test_state_is_said_by_its_key(served: Running, session: str, model: Op
         await start_and_see(served, model, session, v1.Part(state_key="missing"))
     assert reason_of(refused.value) == "STATE_KEY_NOT_FOUND"
     model.requests.clear()
+
+
+async def test_a_start_that_goes_back_says_the_state_as_it_is_then(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """By a rewind, also to the beginning, and by a rollback of a run. What the start sets comes before that."""
+    model.script(*[reply("Fine.")] * 2, tool_calls(("look", "{}")), reply("Fine."))
+
+    async def put(text: str) -> int:
+        value = v1.Value(string_value=text)
+        await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="draft", value=value))
+        return (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).last_sequence
+
+    async def told(**fields: Any) -> str:
+        draft = v1.Message(parts=[v1.Part(state_key="draft")])
+        start = v1.StartRun(session=session, messages=[draft], **fields)
+        await served.runs.Invoke(v1.InvokeRequest(start=start))
+        return str(model.requests[-1]["messages"][-1]["content"])
+
+    old = await put("old")
+    await put("new")
+    assert await told(rewind_to_sequence=old) == "old"
+    await put("new")
+    assert await told(rewind_to_sequence=0, state={"draft": v1.Value(string_value="given")}) == "given"
+    await put("old")
+    look = v1.Tool(name="look", client=v1.ClientTool())
+    waits = v1.StartRun(session=session, messages=[said("Look")], client_tools=[look])
+    await served.runs.Invoke(v1.InvokeRequest(start=waits))
+    await put("new")
+    assert await told(on_busy=v1.StartRun.ON_BUSY_ROLLBACK) == "old"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await told(rewind_to_sequence=0)
+    assert reason_of(refused.value) == "STATE_KEY_NOT_FOUND"
 
 
 async def test_the_state_that_a_start_sets_can_be_said_in_it(served: Running, agent: str, model: OpenAIServer) -> None:

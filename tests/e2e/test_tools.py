@@ -504,6 +504,26 @@ async def test_one_call_can_be_cancelled_alone(
     assert "not that one" in results_of(model.requests[1])[0]
 
 
+async def test_an_interrupt_comes_behind_what_steered_before_it(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """What was said first is read first; a follow-up still waits until the run would end."""
+    model.script(tool_calls(("a", "{}")), reply("Fine."), reply("Then."))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(session, client_tool("a"))))).run
+    spoken = {
+        "First": v1.UserInput.WHEN_STEER,
+        "Later": v1.UserInput.WHEN_FOLLOW_UP,
+        "Now": v1.UserInput.WHEN_INTERRUPT,
+    }
+    for text, when in spoken.items():
+        command = v1.RunRequest(command_id=text, input=v1.UserInput(messages=[said(text)], when=when))
+        await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    await served.runs.WaitRun(v1.WaitRunRequest(name=run.name))
+    added = [event for event in await log_of(served, session) if event.HasField("message_added")]
+    causes = [event.cause_id for event in added if event.message_added.role == v1.Message.ROLE_USER]
+    assert causes[1:] == ["First", "Now", "Later"]
+
+
 async def test_a_cancel_before_the_start_wins(served: Running, session: str, agent: str) -> None:
     name = f"{session}/runs/r1"
     cancelled = await served.runs.CancelRun(v1.CancelRunRequest(name=name, allow_missing=True))
@@ -514,6 +534,14 @@ async def test_a_cancel_before_the_start_wins(served: Running, session: str, age
         grpc.StatusCode.CANCELLED,
         "RUN_CANCELLED_BEFORE_START",
     )
+
+
+async def test_a_cancel_of_a_call_puts_no_end_of_a_run_on_record(served: Running, session: str, agent: str) -> None:
+    name, call = f"{session}/runs/r1", v1.CancelCommand(call_id="none")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.CancelRun(v1.CancelRunRequest(name=name, cancel=call, allow_missing=True))
+    assert reason_of(refused.value) == "CALL_NOT_PENDING"
+    assert await log_of(served, session) == []
 
 
 async def test_a_queued_run_starts_when_the_one_before_has_ended(

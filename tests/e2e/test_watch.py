@@ -145,6 +145,48 @@ async def test_keep_open_goes_on_after_the_run_and_takes_the_next_start(
     ]
 
 
+@pytest.mark.parametrize("attached", [False, True])
+async def test_commands_reach_the_later_runs_of_a_stream_that_stays_open(
+    served: Running, session: str, model: OpenAIServer, *, attached: bool
+) -> None:
+    """Of one that has started a run and queued another, and of one that follows a session in which others did so: the
+    result of the second run's call and then a cancel."""
+    go_on = asyncio.Event()
+    model.script(reply("One.").held(go_on), *[tool_calls(("weigh", "{}"))] * 2)
+    tool = v1.Tool(name="weigh", client=v1.ClientTool())
+    first = v1.StartRun(session=session, messages=[said("1?")], options=v1.WatchOptions(keep_open=True))
+    second = v1.StartRun(session=session, messages=[said("2?")], client_tools=[tool], on_busy=v1.StartRun.ON_BUSY_QUEUE)
+    call = served.runs.Run()
+    if attached:
+        await served.runs.CreateRun(v1.CreateRunRequest(start=first))
+        await call.write(v1.RunRequest(attach=v1.AttachRun(name=session, after_sequence=0, options=first.options)))
+        await served.runs.CreateRun(v1.CreateRunRequest(start=second))
+    else:
+        await call.write(v1.RunRequest(start=first))
+        await call.write(v1.RunRequest(command_id="second", start=second))
+    results: dict[str, v1.CommandResult] = {}
+    dispatched = 0
+    async for frame in call:
+        if frame.HasField("result"):
+            results[frame.result.command_id] = frame.result
+        for event in frame.batch.events:
+            dispatched += event.HasField("tool_started")
+            if event.HasField("command_queued"):
+                go_on.set()
+            if event.HasField("tool_started") and dispatched == 1:
+                given = v1.ToolResult(call_id=event.tool_started.call_id, result=[v1.Part(text="3 kg")])
+                await call.write(v1.RunRequest(command_id="given", tool_result=given))
+            elif event.HasField("tool_started"):
+                await call.write(v1.RunRequest(command_id="cancel", cancel=v1.CancelCommand()))
+        if "cancel" in results or any(result.error.code for result in results.values()):
+            break
+    call.cancel()
+    assert {name: result.disposition for name, result in results.items() if name != "second"} == {
+        "given": v1.CommandResult.DISPOSITION_APPLIED,
+        "cancel": v1.CommandResult.DISPOSITION_APPLIED,
+    }
+
+
 async def test_half_close_is_no_cancel(served: Running, session: str, model: OpenAIServer) -> None:
     go_on = asyncio.Event()
     model.script(reply("Still here.").held(go_on))

@@ -7,7 +7,7 @@ from notecase import v1
 from notecase_server.engine.admission import Started
 from notecase_server.engine.caused import Caused
 from notecase_server.errors import NotecaseError, reason_name
-from notecase_server.store.contract import CommandId, Query, SessionKey, Store
+from notecase_server.store.contract import CommandId, Commit, Query, SessionKey, Store
 
 from tests.engine.rooms import TENANT, Model, house, kinds
 from tests.store.build import ManualClock, refused
@@ -93,6 +93,60 @@ async def test_a_start_in_place_of_another_run_is_one_commit(
         between = kinds([event for event in events if sealed[0] < event.sequence < begun[0]])
         assert ["rewound"] * marks == between
         assert ["hold", "hi", "later"] == model.asked
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("way", [QUEUE, INTERRUPT, ROLLBACK])
+async def test_a_start_that_expects_the_head_is_refused_when_the_log_grows_before_its_commit(
+    store: Store,
+    clock: ManualClock,
+    monkeypatch: pytest.MonkeyPatch,
+    way: v1.StartRun.OnBusy.ValueType,
+    *,
+    before: bool,
+) -> None:
+    """Also when it waits behind a run or takes its place, before or after the session is read again: the run goes on,
+    and is not even cut where that can be seen."""
+    model = Model()
+    async with house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        await rooms.start(key, "hold", "one")
+        await model.arrived.acquire()
+        head, reads, read = len(await rooms.log(key)), 0, store.read_start
+
+        async def late(tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+            nonlocal reads
+            reads += 1
+            found = await read(tenant, session, agent)
+            if reads == 2:
+                aside = v1.Event(message_added=v1.Message(name="aside", role=v1.Message.ROLE_USER))
+                await rooms.sessions.commit(Commit(key=key, events=[aside]))
+            return await read(tenant, session, agent) if before else found
+
+        monkeypatch.setattr(store, "read_start", late)
+        with refused("SEQUENCE_MISMATCH"):
+            await rooms.start(key, "hi", "two", on_busy=way, if_last_sequence=head)
+        model.let.set()
+        assert SUCCEEDED == (await rooms.ended(key, "one")).state
+        assert ["one"] == [event.run for event in await rooms.log(key) if event.HasField("run_started")]
+        assert len(model.asked) == 1 or not before
+
+
+@pytest.mark.parametrize("way", [v1.StartRun.ON_BUSY_REJECT, QUEUE, INTERRUPT, ROLLBACK])
+async def test_of_starts_at_once_that_expect_the_same_head_one_is_made_and_its_repeats_find_it(
+    store: Store, clock: ManualClock, way: v1.StartRun.OnBusy.ValueType
+) -> None:
+    async with house(store, clock, Model()) as rooms:
+        (key,) = await rooms.prepare()
+        if way != v1.StartRun.ON_BUSY_REJECT:
+            await rooms.start(key, "hold", "one")
+        head, runs = len(await rooms.log(key)), ("a", "b", "a", "b", "a", "b")
+        starts = (rooms.start(key, "hold", run, on_busy=way, if_last_sequence=head) for run in runs)
+        made = await asyncio.gather(*starts, return_exceptions=True)
+        told = {one.run.name for one in made if isinstance(one, Started)}
+        lost = {reason_name(one.reason) for one in made if isinstance(one, NotecaseError)}
+        assert (1, 3) == (len(told), sum(isinstance(one, Started) for one in made))
+        assert {"SEQUENCE_MISMATCH"} == lost
 
 
 async def test_a_stop_refuses_starts(store: Store, clock: ManualClock) -> None:

@@ -75,6 +75,25 @@ async def test_what_is_being_read_is_removed_only_afterwards(contents: Contents,
         await contents.load("acme", blob)
 
 
+async def test_an_upload_does_not_go_on_behind_bytes_that_another_call_has_sent_since(
+    contents: Contents, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come when the upload was opened, and before what it has is read."""
+    read = store.read_upload
+
+    async def later(tenant: str, upload_id: str, offset: int) -> bytes:
+        monkeypatch.undo()
+        await store.add_chunk(tenant, upload_id, 0, b"theirs")
+        return await read(tenant, upload_id, offset)
+
+    monkeypatch.setattr(store, "read_upload", later)
+    with refused("UPLOAD_OFFSET_MISMATCH"):
+        await sent(contents, b"mine", upload_id="u")
+    upload = await store.get_upload("acme", "u")
+    assert upload is not None
+    assert upload.committed_bytes == len(b"theirs")
+
+
 async def test_a_reader_that_leaves_holds_nothing(contents: Contents, clock: ManualClock) -> None:
     blob = await sent(contents, b"a" * 300_000, b"b" * 300_000)
     reading = contents.download("acme", blob.name.removeprefix("blobs/"))

@@ -12,6 +12,7 @@ from notecase_server.engine.opening import opening
 from notecase_server.engine.schema import Schemas, value_of
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
+from notecase_server.tools.clock import Stopwatch
 from notecase_server.tools.contract import Function, Outcome
 from notecase_server.tools.functions import tool
 
@@ -128,8 +129,29 @@ async def test_work_up_to_the_last_commit_counts_though_the_worker_is_lost(store
             assert (SUCCEEDED, 2, HOUR) == (run.state, run.attempt, run.running_duration.ToMicroseconds())
 
 
-async def test_suspects_are_at_work_one_at_a_time_and_do_not_count_the_wait(store: Store, clock: ManualClock) -> None:
+async def test_a_jump_of_the_clock_does_not_count_as_work(store: Store, clock: ManualClock) -> None:
+    """As when the machine was suspended while a model answered: the run waits next, and is then within its limit."""
+    model = Model()
+    async with asyncio.timeout(60), house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare(tools=[client_tool("look")])
+        await rooms.start(key, "hold", limits=TIGHT)
+        await model.arrived.acquire()
+        message = v1.Message(parts=[v1.Part(text="call look")])
+        said = v1.UserInput(messages=[message], when=v1.UserInput.WHEN_FOLLOW_UP)
+        await rooms.runs.commands.say(key, "r", said, Caused("said"), v1.Tool.APPROVER_ADMIN)
+        clock.now += HOUR
+        model.let.set()
+        (call,) = (await rooms.rests(key)).pending_calls
+        await rooms.runs.commands.tool_result(key, "r", v1.ToolResult(call_id=call.call_id), Caused())
+        run = await rooms.ended(key)
+        assert (SUCCEEDED, True) == (run.state, run.running_duration.ToMicroseconds() < HOUR / 100)
+
+
+async def test_suspects_are_at_work_one_at_a_time_and_do_not_count_the_wait(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor do they keep others from their places meanwhile."""
+    monkeypatch.setattr(Stopwatch, "jumped", 0)  # an hour of this clock is an hour of work
     model = Model()
     async with asyncio.timeout(60), house(store, clock, model, max_runs=2) as rooms:
         keys = await rooms.prepare("s", "t", "u")

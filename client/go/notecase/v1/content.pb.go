@@ -896,8 +896,9 @@ type Part_Refusal struct {
 }
 
 type Part_StateKey struct {
-	// Input only: the value that the session's state has under this key when the message is committed. A blob or bytes become
-	// a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does not exist.
+	// Input only: the value that the session's state has under this key when the message is committed, or queued before that.
+	// A blob or bytes become a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does
+	// not exist.
 	// RESOURCE_EXHAUSTED when the messages are then larger than the method accepts.
 	StateKey string `protobuf:"bytes,9,opt,name=state_key,json=stateKey,proto3,oneof"`
 }

@@ -160,7 +160,8 @@ const (
 	UserInput_WHEN_STEER UserInput_When = 1
 	// When the run would otherwise end.
 	UserInput_WHEN_FOLLOW_UP UserInput_When = 2
-	// At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again.
+	// At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again. The
+	// messages come after those that were queued with WHEN_STEER.
 	UserInput_WHEN_INTERRUPT UserInput_When = 3
 )
 
@@ -1499,7 +1500,8 @@ func (x *InputResponse) GetRemember() InputResponse_Remember {
 type CancelCommand struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Mode  CancelCommand_Mode     `protobuf:"varint,1,opt,name=mode,proto3,enum=notecase.v1.CancelCommand_Mode" json:"mode,omitempty"`
-	// Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer.
+	// Only this call. CALL_NOT_PENDING when it has an outcome, also after the run's end; PERMISSION_DENIED (ROLE_MISSING)
+	// while it waits for an approval that the caller may not answer.
 	CallId string `protobuf:"bytes,2,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	// For people; kept in the log.
 	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -3089,8 +3091,8 @@ type RunStateChanged struct {
 	// With a final state: the command_ids of queued inputs that were dropped.
 	DroppedCommands []string `protobuf:"bytes,5,rep,name=dropped_commands,json=droppedCommands,proto3" json:"dropped_commands,omitempty"`
 	// How long the run had no worker although it was RUNNING: it waited for a free slot in its server, or was taken over
-	// (then counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
-	// STATE_RUNNING, and with a final state that came while the run waited.
+	// (then counted from the last event before). Also by how much the server's clock jumped on while the run was RUNNING, as
+	// when its machine was suspended. `running_duration` and `limits.timeout` do not count that time.
 	PlaceWait     *durationpb.Duration `protobuf:"bytes,6,opt,name=place_wait,json=placeWait,proto3" json:"place_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3871,7 +3873,7 @@ type WaitRunRequest struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Unset: until the run ends or waits, or the call's deadline passes.
 	Timeout *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	// Ignore a wait that began at or before this sequence.
+	// Ignore a wait as long as the run has no event after this sequence.
 	AfterSequence int64 `protobuf:"varint,3,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -39,8 +39,10 @@ const (
 type RunServiceClient interface {
 	// Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
 	// `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
-	// and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
-	// OK after the run's end unless `keep_open`.
+	// and the stream continues. Commands are for the run that the stream started or follows. After a further `start`, and on
+	// a stream that attached to a session with `keep_open`, they are for the run that is active when they arrive.
+	// Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end
+	// unless `keep_open`.
 	Run(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RunRequest, RunResponse], error)
 	// Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
 	// approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When
@@ -184,8 +186,10 @@ type RunService_WatchEventsClient = grpc.ServerStreamingClient[RunResponse]
 type RunServiceServer interface {
 	// Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
 	// `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
-	// and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
-	// OK after the run's end unless `keep_open`.
+	// and the stream continues. Commands are for the run that the stream started or follows. After a further `start`, and on
+	// a stream that attached to a session with `keep_open`, they are for the run that is active when they arrive.
+	// Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end
+	// unless `keep_open`.
 	Run(grpc.BidiStreamingServer[RunRequest, RunResponse]) error
 	// Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
 	// approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When

@@ -462,8 +462,9 @@ class Part(_message.Message):
     refusal: _builtins.str
     """The model's text when it refuses to answer. Only in a model's messages."""
     state_key: _builtins.str
-    """Input only: the value that the session's state has under this key when the message is committed. A blob or bytes become
-    a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does not exist.
+    """Input only: the value that the session's state has under this key when the message is committed, or queued before that.
+    A blob or bytes become a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does
+    not exist.
     RESOURCE_EXHAUSTED when the messages are then larger than the method accepts.
     """
     @_builtins.property

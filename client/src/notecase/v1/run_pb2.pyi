@@ -599,7 +599,9 @@ class UserInput(_message.Message):
         WHEN_FOLLOW_UP: UserInput._When.ValueType  # 2
         """When the run would otherwise end."""
         WHEN_INTERRUPT: UserInput._When.ValueType  # 3
-        """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again."""
+        """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again. The
+        messages come after those that were queued with WHEN_STEER.
+        """
 
     class When(_When, metaclass=_WhenEnumTypeWrapper): ...
     WHEN_UNSPECIFIED: UserInput.When.ValueType  # 0
@@ -609,7 +611,9 @@ class UserInput(_message.Message):
     WHEN_FOLLOW_UP: UserInput.When.ValueType  # 2
     """When the run would otherwise end."""
     WHEN_INTERRUPT: UserInput.When.ValueType  # 3
-    """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again."""
+    """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again. The
+    messages come after those that were queued with WHEN_STEER.
+    """
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     WHEN_FIELD_NUMBER: _builtins.int
@@ -789,7 +793,9 @@ class CancelCommand(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     mode: Global___CancelCommand.Mode.ValueType
     call_id: _builtins.str
-    """Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer."""
+    """Only this call. CALL_NOT_PENDING when it has an outcome, also after the run's end; PERMISSION_DENIED (ROLE_MISSING)
+    while it waits for an approval that the caller may not answer.
+    """
     reason: _builtins.str
     """For people; kept in the log."""
     def __init__(
@@ -1571,8 +1577,8 @@ class RunStateChanged(_message.Message):
     @_builtins.property
     def place_wait(self) -> _duration_pb2.Duration:
         """How long the run had no worker although it was RUNNING: it waited for a free slot in its server, or was taken over
-        (then counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
-        STATE_RUNNING, and with a final state that came while the run waited.
+        (then counted from the last event before). Also by how much the server's clock jumped on while the run was RUNNING, as
+        when its machine was suspended. `running_duration` and `limits.timeout` do not count that time.
         """
 
     def __init__(
@@ -1909,7 +1915,7 @@ class WaitRunRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     after_sequence: _builtins.int
-    """Ignore a wait that began at or before this sequence."""
+    """Ignore a wait as long as the run has no event after this sequence."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """Unset: until the run ends or waits, or the call's deadline passes."""

@@ -91,8 +91,10 @@ class RunServiceServicer(object):
     def Run(self, request_iterator, context):
         """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
         `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
-        and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
-        OK after the run's end unless `keep_open`.
+        and the stream continues. Commands are for the run that the stream started or follows. After a further `start`, and on
+        a stream that attached to a session with `keep_open`, they are for the run that is active when they arrive.
+        Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end
+        unless `keep_open`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,8 +38,10 @@ class RunServiceStub:
     Run: _grpc.StreamStreamMultiCallable[_run_pb2.RunRequest, _run_pb2.RunResponse]
     """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
     `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
-    and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
-    OK after the run's end unless `keep_open`.
+    and the stream continues. Commands are for the run that the stream started or follows. After a further `start`, and on
+    a stream that attached to a session with `keep_open`, they are for the run that is active when they arrive.
+    Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end
+    unless `keep_open`.
     """
     Invoke: _grpc.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]
     """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
@@ -76,8 +78,10 @@ class RunServiceAsyncStub(RunServiceStub):
     Run: _aio.StreamStreamMultiCallable[_run_pb2.RunRequest, _run_pb2.RunResponse]  # type: ignore[assignment]
     """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
     `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
-    and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
-    OK after the run's end unless `keep_open`.
+    and the stream continues. Commands are for the run that the stream started or follows. After a further `start`, and on
+    a stream that attached to a session with `keep_open`, they are for the run that is active when they arrive.
+    Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end
+    unless `keep_open`.
     """
     Invoke: _aio.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]  # type: ignore[assignment]
     """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
@@ -117,8 +121,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_run_pb2.RunResponse], _abc.AsyncIterator[_run_pb2.RunResponse]]:
         """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
         `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
-        and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
-        OK after the run's end unless `keep_open`.
+        and the stream continues. Commands are for the run that the stream started or follows. After a further `start`, and on
+        a stream that attached to a session with `keep_open`, they are for the run that is active when they arrive.
+        Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end
+        unless `keep_open`.
         """
 
     @_abc_1.abstractmethod

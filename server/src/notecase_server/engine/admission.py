@@ -18,6 +18,8 @@ from notecase_server.engine.opening import (
     Meant,
     agent_of,
     ahead,
+    expected,
+    goes_back,
     is_answer,
     opening,
     way_of,
@@ -37,6 +39,9 @@ log = structlog.get_logger()
 
 BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
+
+BY_ANOTHER = frozenset({v1.ERROR_REASON_RUN_ACTIVE, v1.ERROR_REASON_SEQUENCE_MISMATCH, v1.ERROR_REASON_QUEUE_FULL})
+"""Refusals for which the same start may be the cause, when it is sent twice at once."""
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -92,8 +97,7 @@ class Admission:
             if not start.session:  # the one that has the name may be deleted meanwhile, and its uid is never used again
                 key = self._sessions.new_key(tenant, key.session)
                 meant = Meant(key, start.new_session, meant.agent)
-            del body.messages[:]
-            body.messages.extend(await self._services.contents.kept(key, start.messages, start.state))
+            body = body if goes_back(start) else await self._kept(key, body)
             return await self._admit(meant, body, digest, caused)
         except Duplicate as duplicate:
             row = await self._store.get_run(key, duplicate.run)
@@ -104,7 +108,7 @@ class Admission:
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
                 key = (await self._meant(tenant, start, user)).key  # another start has just made a session of this name
-            elif error.reason != v1.ERROR_REASON_RUN_ACTIVE:
+            elif error.reason not in BY_ANOTHER:
                 raise
             if found := await self._find(key, start.run_id, digest):
                 return found
@@ -179,6 +183,8 @@ class Admission:
             rewinds = start.HasField("rewind_to_sequence")
             if not (start.messages or rewinds):
                 await self._require_question(key)
+            if goes_back(start):
+                start = await self._kept(key, start, start.rewind_to_sequence if rewinds else None)
             run_id = start.run_id or self._new_id()
             commit = Commit(
                 key=key,
@@ -186,7 +192,7 @@ class Admission:
                 command=caused.command,
                 create=None if start.session else session,
                 claim=True,
-                if_last_sequence=start.if_last_sequence if start.HasField("if_last_sequence") else None,
+                if_last_sequence=expected(start),
                 events=opening(start, session.user, agent, run_id, caused.cause_id, self._new_id),
                 start=RunRecord(digest, agent),
                 principal=caused.principal,
@@ -207,6 +213,15 @@ class Admission:
         finally:
             if not placed:
                 self._services.places.give_back()
+
+    async def _kept(self, key: SessionKey, start: v1.StartRun, at: int | None = None) -> v1.StartRun:
+        """Returns a start with its messages in the form of the log. Values of state in them are those that the session
+        has once it is back at sequence `at`; None for those of now."""
+        kept = v1.StartRun()
+        kept.CopyFrom(start)
+        del kept.messages[:]
+        kept.messages.extend(await self._services.contents.kept(key, start.messages, start.state, at=at))
+        return kept
 
     async def commit_back(
         self, live: LiveSession, commit: Commit, way: Back, cause_id: str, late: Late | None = None
@@ -260,6 +275,8 @@ class Admission:
         no queued run comes between. The new run takes over the slot of a run that has a worker; when the old run waits,
         it needs a slot like any new start."""
         meant = await self._again(key, start)
+        if expected(start) not in {None, meant.session.last_sequence}:
+            raise errors.sequence_mismatch(meant.session.last_sequence)
         agent = agent_of(meant, start)
         run_id = start.run_id or self._new_id()
         async with self._roster.worker(key, active, NOBODY) as worker:
@@ -268,6 +285,7 @@ class Admission:
             if way is not None:  # what prevents the rewind must be found before anything is stopped
                 back = await way_back(self._store, key, worker.log.run, way)
                 to_sequence = back.events[0].rewound.to_sequence
+                start = await self._kept(key, start, to_sequence)
             if not start.messages:
                 await self._require_question(key, to_sequence)
             waits = worker.log.run.state == WAITING and not worker.seat.taken
@@ -276,7 +294,7 @@ class Admission:
                 worker.seat.taken = True
             events = opening(start, meant.session.user, agent, run_id, caused.cause_id, self._new_id)
             halt = Halt(
-                replacement=Replacement(run_id, events, RunRecord(digest, agent), way),
+                replacement=Replacement(run_id, events, RunRecord(digest, agent), way, expected(start)),
                 reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
                 caused=caused,
             )
@@ -302,6 +320,7 @@ class Admission:
                 key=key,
                 once=caused.once,
                 command=caused.command,
+                if_last_sequence=expected(start),
                 events=[event],
                 principal=caused.principal,
                 start=RunRecord(digest, agent),

@@ -151,8 +151,9 @@ class Commands:
     ) -> Committed:
         """Stops a run, "" the session's active one, or one of its calls; returns the commit that made it durable.
 
-        Raises Replayed and Duplicate for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED,
-        CALL_NOT_PENDING, and ROLE_MISSING for a call that waits for another approver than the caller counts as."""
+        Raises Replayed and Duplicate for a repeat, and NotecaseError: SESSION_NOT_FOUND; RUN_NOT_FOUND and RUN_ENDED;
+        for a call CALL_NOT_PENDING when it is not open, whatever its run does by now, and ROLE_MISSING when it waits
+        for another approver than the caller counts as."""
         return await self._whole(self._cancel(key, run_id, cancel, caused, approver))
 
     async def _cancel(
@@ -160,7 +161,8 @@ class Commands:
     ) -> Committed:
         if run_id and not cancel.call_id and (queued := await self._cancel_queued(key, run_id, cancel, caused)):
             return queued
-        async with self._roster.worker(key, run_id, caused) as worker:
+        late = errors.call_not_pending(cancel.call_id) if cancel.call_id else None
+        async with self._roster.worker(key, run_id, caused, late) as worker:
             if cancel.call_id:
                 call = worker.log.call(cancel.call_id)
                 asked = [each for each in worker.log.run.pending_inputs if each.call.call_id == cancel.call_id]

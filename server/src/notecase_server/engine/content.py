@@ -154,6 +154,8 @@ class Contents:
         writer = Writer(self._store, tenant, subject, upload, self._check_size)
         try:
             await writer.recall()
+            if writer.size != first.offset:
+                raise errors.upload_offset_mismatch(upload.upload_id, writer.size)
             last = False
             async for frame in frames:
                 await writer.add(frame.chunk)
@@ -240,16 +242,17 @@ class Contents:
         messages: Iterable[v1.Message],
         state: Mapping[str, v1.Value] | None = None,
         most: int = MAX_SAID_BYTES,
+        at: int | None = None,
     ) -> list[v1.Message]:
         """Returns messages in the form of the log, at most `most` bytes; `state` are the values to which the session's
-        state is about to be set. Raises NotecaseError STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE, also when values of state
-        make them too large."""
+        state is about to be set, after a rewind to sequence `at` unless that is None. Raises NotecaseError
+        STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE, also when values of state make them too large."""
         made, size = [], 0
         for message in messages:
             kept = v1.Message()
             kept.CopyFrom(message)
             del kept.parts[:]
-            kept.parts.extend(await self.parts(key, message.parts, state))
+            kept.parts.extend(await self.parts(key, message.parts, state, at=at))
             size += kept.ByteSize()
             if size > most:
                 raise errors.too_large("The messages of one request", size, most)
@@ -263,18 +266,19 @@ class Contents:
         state: Mapping[str, v1.Value] | None = None,
         *,
         of_run: bool = False,
+        at: int | None = None,
     ) -> list[v1.Part]:
         """As `kept`, of one message or result."""
         made, size = list[v1.Part](), 0
         for part in parts:
-            made.append(await self._part(key, part, state, of_run))
+            made.append(await self._part(key, part, state, of_run, at))
             size += made[-1].ByteSize()
             if size > MAX_MESSAGE_BYTES:  # checked here, so that a few keys of state cannot fill the memory
                 raise errors.too_large("The message", size, MAX_MESSAGE_BYTES)
         return made
 
     async def _part(
-        self, key: SessionKey, part: v1.Part, state: Mapping[str, v1.Value] | None, of_run: bool
+        self, key: SessionKey, part: v1.Part, state: Mapping[str, v1.Value] | None, of_run: bool, at: int | None = None
     ) -> v1.Part:
         match part.WhichOneof("kind"):
             case "data":
@@ -285,14 +289,14 @@ class Contents:
                 text = (part.text or part.json).encode()
                 return v1.Part(blob=await self.put(key.tenant, text, MEDIA_TYPES[kind], of_run=of_run))
             case "state_key":
-                return await self._part(key, await self._noted(key, part.state_key, state), None, of_run)
+                return await self._part(key, await self._noted(key, part.state_key, state, at), None, of_run)
         return part
 
-    async def _noted(self, key: SessionKey, name: str, state: Mapping[str, v1.Value] | None) -> v1.Part:
-        """A value of state as a part."""
+    async def _noted(self, key: SessionKey, name: str, state: Mapping[str, v1.Value] | None, at: int | None) -> v1.Part:
+        """A value of state as a part. At sequence 0 the state is empty."""
         value = state[name] if state and name in state else None
         if value is None:
-            found = (await self._store.get_state(key.state, [name])).entries
+            found = {} if at == 0 else (await self._store.get_state(key.state, [name], at or 0)).entries
             if name not in found:
                 raise errors.state_key_not_found(f"{names.session(key.session)}/state", name)
             value = found[name].value

@@ -28,6 +28,8 @@ class Replacement(NamedTuple):
     record: RunRecord
     back: Back | None
     """Where the session goes back to before that."""
+    if_last_sequence: int | None
+    """The sequence at which the log must end before that; None for any."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -74,6 +74,11 @@ def ahead(session: v1.Session, start: v1.StartRun) -> str:
     return session.queued_commands[0].run if session.queued_commands else ""
 
 
+def expected(start: v1.StartRun) -> int | None:
+    """Returns the sequence at which the log must end when a start is committed; None for any."""
+    return start.if_last_sequence if start.HasField("if_last_sequence") else None
+
+
 def opening(
     start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str, new_id: Callable[[], str]
 ) -> list[v1.Event]:
@@ -124,6 +129,11 @@ def way_of(start: v1.StartRun) -> Back | None:
     if not start.HasField("rewind_to_sequence"):
         return None
     return Back(start.rewind_to_sequence, "start.rewind_to_sequence")
+
+
+def goes_back(start: v1.StartRun) -> bool:
+    """Returns whether a start may take the session back to an earlier sequence."""
+    return start.HasField("rewind_to_sequence") or start.on_busy == ROLLBACK
 
 
 def is_answer(message: v1.Message) -> bool:

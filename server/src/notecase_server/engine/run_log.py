@@ -21,6 +21,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import ActiveRun, Commit, Committed, RunRecord, StepKey
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.supervisor import backoff, is_passing
+from notecase_server.tools.clock import Stopwatch
 
 T = TypeVar("T")
 
@@ -61,6 +62,7 @@ class RunLog:
         self.spent: v1.Usage | None = None
         """The usage of the last model call that its provider reported and that no commit has counted."""
         self.log = log.bind(tenant=live.key.tenant, session=live.key.session, run=active.run.name)
+        self._watch.start()
         self._know(session, ())
 
     @property
@@ -70,6 +72,10 @@ class RunLog:
     @cached_property
     def step(self) -> StepKey:
         return StepKey(self.run.name)
+
+    @cached_property
+    def _watch(self) -> Stopwatch:
+        return Stopwatch(self.services.clock)
 
     @property
     def draft(self) -> Draft | None:
@@ -101,8 +107,7 @@ class RunLog:
     # ---- what follows
 
     def consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
-        """Returns the event that makes the run wait or go on once these events are committed; nothing where it does as
-        before."""
+        """Returns the event, if any, that makes the run wait or go on once these events are committed."""
         for event in events:
             if event.HasField("run_state_changed"):
                 return []
@@ -150,14 +155,15 @@ class RunLog:
         return [v1.Event(usage=self.spent)] if self.spent is not None else []
 
     def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
-        """Returns the command_queued events of users' input, in order: steering input, and with WHEN_FOLLOW_UP all of
-        it."""
+        """Returns the command_queued events of inputs, in order: of those that steer, or with WHEN_FOLLOW_UP of all."""
         late = v1.UserInput.WHEN_FOLLOW_UP
         return [event for event in self.said if latest == late or event.command_queued.input.when != late]
 
     def own(self, events: Sequence[v1.Event]) -> Sequence[v1.Event]:
         """Gives this run's name to the events that have none."""
         for event in events:
+            if self.run.state == RUNNING and event.HasField("run_state_changed"):
+                self._watch.leave_out(event.run_state_changed)
             if not event.run:
                 event.run = self.run.name
                 if event.HasField("message_added"):
@@ -181,8 +187,7 @@ class RunLog:
         return self.own([*events, *self.consequence(events)])
 
     def durably(self, decide: Callable[[], list[v1.Event]]) -> Coroutine[Any, Any, Committed | None]:
-        """Commits what `decide` says under the session's lock, with what follows; None when that is nothing. Waits for
-        a store that is away, and lets others decide meanwhile."""
+        """Commits what `decide` says, if anything, under the session's lock, with what follows. Waits for the store."""
         return self.surely(lambda: self._followed(decide()))
 
     def surely(
@@ -195,8 +200,7 @@ class RunLog:
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
     ) -> Coroutine[Any, Any, Committed | None]:
-        """Commits as `durably`, but takes the events exactly as `decide` gives them, and conditions. `then` follows the
-        commit at once, with the lock held: before anything else is decided about the session."""
+        """Commits as `durably`, but exactly what `decide` says, on conditions. `then` follows under the same lock."""
         made: Committed | None = None
 
         def follow(committed: Committed) -> None:
@@ -224,8 +228,7 @@ class RunLog:
         return self.patiently(commit)
 
     def _forget_made(self, error: NotecaseError) -> bool:
-        """Puts words in the place of the images and clips of the reply being written, if the session has no room for
-        them; returns whether it did."""
+        """Puts words for images and clips of the reply being written if there is no room; returns whether it did."""
         too_large = error.reason == v1.ERROR_REASON_PAYLOAD_TOO_LARGE
         return too_large and self.draft is not None and self.draft.forget_made()
 
@@ -287,7 +290,9 @@ class RunLog:
         for event in committed.events:
             if event.run != name:
                 continue
-            if event.HasField("usage"):
+            if event.HasField("run_state_changed"):
+                self._watch.start()
+            elif event.HasField("usage"):
                 self.spent = None
             elif event.HasField("input_resolved"):
                 self.resolved[event.input_resolved.response.input_id] = event.input_resolved.response

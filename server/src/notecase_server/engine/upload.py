@@ -74,4 +74,8 @@ class Writer:
             start = self.size - len(self._pending)
             data = bytes(self._pending[:size])
             del self._pending[:size]
-            await self._store.add_chunk(self._tenant, self._upload.upload_id, start, data)
+            try:
+                await self._store.add_chunk(self._tenant, self._upload.upload_id, start, data)
+            except NotecaseError:
+                self._pending.clear()  # it does not follow what is stored, which another call may have sent
+                raise

@@ -294,18 +294,23 @@ class Worker:
             halt.done.set_result(committed)
 
     async def _sealed(self, halt: Halt) -> Committed:
-        seal, goes_back = partial(self._seal_once, halt), halt.replacement is not None and halt.replacement.back
+        seal, replacement = partial(self._seal_once, halt), halt.replacement
+        goes_back = replacement is not None and replacement.back is not None and replacement.if_last_sequence is None
         return await (undisturbed(self.log.live.quiet, seal) if goes_back else seal())
 
     async def _seal_once(self, halt: Halt) -> Committed:
         replacement, way = halt.replacement, None
+        head = replacement.if_last_sequence if replacement is not None else None
         if replacement is not None and replacement.back is not None:
             where = (self._services.store, self.log.live.key, self.log.run, replacement.back)
             way = await self.log.patiently(partial(back, *where))
+            if head not in {None, way.head}:
+                raise errors.sequence_mismatch(way.head)
+            head = way.head
         committed = await self.log.surely(
             lambda: self._sealing(halt, way),
             caused=halt.caused,
-            if_last_sequence=way.head if way is not None else None,
+            if_last_sequence=head,
             start=replacement.record if replacement is not None else None,
             then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,
         )
@@ -317,7 +322,7 @@ class Worker:
         if halt.said and (refused := ledger.refusal(self.log.run.pending_inputs, halt.by, "input")) is not None:
             raise refused  # asked for since the command was taken
         if halt.said:
-            events += halt.said
+            events += [*taken(self.log.queued(v1.UserInput.WHEN_STEER)), *halt.said]  # in their order
             return list(self.log.own([*events, *self.log.consequence(events)]))
         ended = self.log.own([*events, self._ending(halt.state, halt.error, halt.reason, halt.cause_id)])
         return [*ended, *(way.events if way else ()), *(halt.replacement.events if halt.replacement else ())]

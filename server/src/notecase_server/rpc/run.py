@@ -158,7 +158,8 @@ class Streams:
         cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
         if run and run.state in ENDED and after >= run.last_sequence and not options.keep_open:
             cursor.finished = True
-        return Place(live, cursor, followed), v1.RunResponse(attached=attached)
+        commanded = run_id if options.keep_open else followed
+        return Place(live, cursor, commanded), v1.RunResponse(attached=attached)
 
     async def _started(self, started: Started, options: v1.WatchOptions) -> "Attached":
         run = started.run
@@ -236,7 +237,10 @@ class Streams:
             check = Check()
             self.check(check, place.live.key.session, frame)
             await check.settled(frame)
-            return await self.command(place.live.key, frame, place.run)
+            result = await self.command(place.live.key, frame, place.run)
+            if frame.HasField("start"):
+                place.run = ""  # the run before it may be under way still, or its turn may have come
+            return result
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:
                 raise
@@ -327,13 +331,13 @@ def claimed(start: v1.StartRun, user: str) -> v1.StartRun:
     return start
 
 
-class Place(msgspec.Struct, frozen=True):
+class Place(msgspec.Struct):
     """Where a stream is attached."""
 
     live: LiveSession
     cursor: Cursor
     run: str
-    """The run that the stream follows, "" when idle."""
+    """The run that the stream's commands are for; "" for the one that is active when a command comes."""
 
 
 Attached: TypeAlias = tuple[Place, v1.RunResponse]

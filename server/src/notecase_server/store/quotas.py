@@ -26,7 +26,7 @@ def require_log(quotas: Quotas, commit: Commit, session: v1.Session) -> None:
     if "rewound" in kinds or not kinds & BEGINS:
         return
     if quotas.events and session.last_sequence >= quotas.events:
-        raise errors.quota_exceeded("entry", quotas.events, "in the log of a session")
+        raise errors.quota_exceeded("event", quotas.events, "in the log of a session")
     if quotas.log_bytes and session.log_bytes >= quotas.log_bytes:
         raise errors.quota_exceeded("byte", quotas.log_bytes, "in the log of a session")
 

@@ -1,10 +1,40 @@
-"""Bounds how long a call takes, without the time in which its tool waits for a person."""
+"""Bounds how long a call takes, without the time in which its tool waits for a person; notices a clock that jumps."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
+
+from notecase import v1
+
+JUMP_MICROSECONDS = 1_000_000
+"""By which a clock has to be ahead to have jumped: what adjusts it moves it by less in a run's time."""
+
+
+class Stopwatch:
+    """Compares the clock with the time that has passed: the clock also moves on while the machine is suspended."""
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        """`clock` tells microseconds since 1970."""
+        self._clock = clock
+        self.start()
+
+    def start(self) -> None:
+        """Compares from now on."""
+        self._began, self._loop_began = self._clock(), asyncio.get_running_loop().time()
+
+    def leave_out(self, change: v1.RunStateChanged) -> None:
+        """Sets a change's `place_wait` to how far the clock has jumped. One that is set counts the jump already."""
+        if not change.HasField("place_wait") and (jumped := self.jumped):
+            change.place_wait.FromMicroseconds(jumped)
+
+    @property
+    def jumped(self) -> int:
+        """By how many microseconds the clock has moved on further than time has passed; 0 if it has not jumped."""
+        passed = round((asyncio.get_running_loop().time() - self._loop_began) * 1_000_000)
+        ahead = self._clock() - self._began - passed
+        return ahead if ahead > JUMP_MICROSECONDS else 0
 
 
 class Clock:
