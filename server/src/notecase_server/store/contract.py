@@ -347,6 +347,8 @@ class Page(NamedTuple, Generic[T]):
 
     rows: list[T]
     next: tuple[str | int, ...] | None
+    size: int = 0
+    """Bytes of the rows as they are stored."""
 
 
 class SessionEdit(NamedTuple):

@@ -549,7 +549,7 @@ def page_of_entries(
     state = v1.State(version=version)
     for key, entry in page.rows:
         state.entries[key].CopyFrom(entry)
-    return state, Page([key for key, _ in page.rows], page.next)
+    return state, Page([key for key, _ in page.rows], page.next, page.size)
 
 
 def update_state(
