@@ -112,7 +112,7 @@ class Streams:
         if first.command_id:
             check.token_id("command_id", first.command_id)
         validate.start(check, "start", first.start)
-        await check.settled(first)
+        await check.settled()
         user = caller.get().user
         started = await self._runs.admission.start(tenant, claimed(first.start, user), await _caused(first), user)
         return await self._started(started, first.start.options)
@@ -235,7 +235,7 @@ class Streams:
         try:
             check = Check()
             self.check(check, place.live.key.session, frame)
-            await check.settled(frame)
+            await check.settled()
             return await self.command(place.live.key, frame, place.run)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:

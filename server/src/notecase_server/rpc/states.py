@@ -8,7 +8,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.auth import rights
 from notecase_server.rpc import validate
-from notecase_server.rpc.caller import caller
+from notecase_server.rpc.caller import caller, frame_bytes
 from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import LARGE_BYTES, Desk, checked, listed, once
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
@@ -51,7 +51,7 @@ class States(v1.StateServiceServicer):
         check.key("key", request.key, scope.kind == "session")
         if check(request.value.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
             check.value("value", request.value)
-        await check.settled(request)
+        await check.settled()
         op = v1.StateOp(key=request.key, set=request.value)
         if request.HasField("if_version"):
             op.if_version = request.if_version
@@ -64,7 +64,7 @@ class States(v1.StateServiceServicer):
         scope = check.state("name", caller.get().tenant, request.name)
         _require_right(check, scope)
         validate.ops(check, "ops", request.ops, scope.kind == "session")
-        await check.settled(request)
+        await check.settled()
         if_version = request.if_version if request.HasField("if_version") else None
         answer = Answer("state", request.name)
         made: v1.State = await self._update(scope, request.ops, if_version, request, answer)
@@ -93,7 +93,7 @@ class States(v1.StateServiceServicer):
         repeat = await once(request, answer)
         key, scope = await self._found(scope, repeat)
         record = repeat if key else self.desk.sessions.record(repeat, scope.tenant, answer)
-        async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
+        async with self.desk.patiently(heavy=frame_bytes.get() > LARGE_BYTES):
             made = await self.desk.sessions.update_state(
                 key, scope, ops, if_version, record, request.request_id, caller.get().principal_name
             )

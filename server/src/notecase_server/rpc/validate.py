@@ -129,7 +129,7 @@ def _message(check: Check, field: str, message: v1.Message, roles: Collection[v1
     size = whole
     for part in parts:
         kind = part.WhichOneof("kind")
-        if kind == "data" or (whole > MAX_PART_BYTES and is_large(part)):
+        if kind == "data" or (whole > MAX_PART_BYTES and kind in {"text", "json"} and is_large(part)):
             fetched += 1
             size -= part.ByteSize()
         elif kind == "state_key":
@@ -145,7 +145,8 @@ def _message(check: Check, field: str, message: v1.Message, roles: Collection[v1
 
 
 def _part(check: Check, field: str, part: v1.Part) -> None:
-    check(not part.citations, f"{field}.citations", "are allowed only in messages of models")
+    if part.citations:
+        check(False, f"{field}.citations", "are allowed only in messages of models")
     kind = part.WhichOneof("kind")
     at = f"{field}.{kind}"
     match kind:
@@ -154,9 +155,10 @@ def _part(check: Check, field: str, part: v1.Part) -> None:
         case "json":
             check.json(at, part.json)
         case "file":
-            fine = len(part.file.uri) <= MAX_TEXT_BYTES and ABSOLUTE_URI.match(part.file.uri) is not None
+            file, uri = part.file, part.file.uri
+            fine = len(uri) <= MAX_TEXT_BYTES and ABSOLUTE_URI.match(uri) is not None
             check(fine, f"{at}.uri", "must be an absolute URI, such as https://example.org/plan.png")
-            check.content(at, part.file)
+            check.content(at, file)
         case "data":
             check(part.data.data != b"", f"{at}.data", "is empty")
             check.content(at, part.data)

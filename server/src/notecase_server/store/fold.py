@@ -12,7 +12,7 @@ type does not have (STATE_TYPE_MISMATCH), a summary that does not continue the o
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -711,27 +711,39 @@ KINDS: Mapping[str, Kind] = {
 OTHER = Kind()
 
 
-def references(message: Message) -> list[v1.Blob]:
-    """Every blob that a message refers to, however deep, as it stands there."""
+class TooManyError(Exception):
+    """A message has more messages within it than are looked at."""
+
+
+def references(message: Message, most: int | None = None) -> list[v1.Blob]:
+    """Every blob that a message refers to, however deep, as it stands there. Raises TooManyError where there are more
+    than `most` messages within it."""
     # Nearly no message has any, and the bytes tell at once; that a text may say the same only costs a look.
-    return list(_blobs_in(message)) if _PREFIX in message.SerializeToString() else []
-
-
-def _blobs_in(message: Message) -> Iterator[v1.Blob]:
-    if isinstance(message, v1.Blob):
-        yield message
-        return
-    for described, held in message.ListFields():
-        if described.message_type is None:
+    if _PREFIX not in message.SerializeToString():
+        return []
+    found, left, seen = list[v1.Blob](), [message], 0
+    while left:
+        each = left.pop()
+        if isinstance(each, v1.Blob):
+            found.append(each)
             continue
-        for each in _messages(described, held):
-            yield from _blobs_in(each)
+        within = [inner for described, held in each.ListFields() for inner in _messages(described, held, most)]
+        seen += len(within)
+        if most is not None and seen > most:
+            raise TooManyError
+        left += reversed(within)
+    return found
 
 
-def _messages(described: Any, held: Any) -> Iterable[Message]:
+def _messages(described: Any, held: Any, most: int | None) -> Sequence[Message]:
+    """The messages of a field; of a list that is longer than `most`, as many as show that."""
+    kind = described.message_type
+    if kind is None:
+        return ()
     if not described.is_repeated:
-        return [held]
-    if not described.message_type.GetOptions().map_entry:
+        return (held,)
+    if most is not None and len(held) > most:
+        raise TooManyError
+    if not kind.GetOptions().map_entry:
         return list(held)
-    of_messages = described.message_type.fields_by_name["value"].message_type is not None
-    return list(held.values()) if of_messages else []
+    return list(held.values()) if kind.fields_by_name["value"].message_type is not None else ()
