@@ -1037,6 +1037,42 @@ async def test_an_older_schema_is_refused_or_brought_up_to_date(
     await connection.close()
 
 
+async def test_a_store_of_the_first_schema_has_its_agents_in_the_second(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = await postgres.shared().new_database()
+    connection = await asyncpg.connect(url)
+    with monkeypatch.context() as first:
+        first.setattr(postgres_database, "VERSION", 1)
+        first.setattr(postgres_database, "MIGRATIONS", MIGRATIONS[:1])
+        store = await PostgresStore.open(url, clock)
+        await create(store)
+        await store.close()
+    assert 1 == await connection.fetchval("SELECT schema FROM notecase_store")
+    made = [v1.Agent(name="agents/clerk", revision=number, etag=f"{number}") for number in (1, 2)]
+    columns = "tenant, agent, revision, display_name, create_time, update_time"
+    await connection.execute(f"INSERT INTO agents ({columns}) VALUES ($1, 'clerk', 2, '', 0, 0)", KEY.tenant)
+    for agent in made:
+        await connection.execute(
+            "INSERT INTO revisions (tenant, agent, revision, body) VALUES ($1, $2, $3, $4)",
+            *(KEY.tenant, "clerk", agent.revision, agent.SerializeToString(deterministic=True)),
+        )
+    await connection.execute("UPDATE owner SET name = ''")
+    await serve_stores.migrate(url)
+    assert VERSION == await connection.fetchval("SELECT schema FROM notecase_store")
+    opened = await serve_stores.open_store(url, clock, serve_stores.Database(migrate=False))
+    assert made == [await opened.get_agent(KEY.tenant, "clerk", revision) for revision in (1, 0)]
+    assert await opened.get_session(KEY) is not None
+    await opened.delete_agent(KEY.tenant, "clerk")
+    assert await opened.get_agent(KEY.tenant, "clerk", 1) is None
+    await opened.sweep_agents()
+    await opened.close()
+    assert (0, 0) == await connection.fetchrow(
+        "SELECT (SELECT count(*) FROM revisions), (SELECT count(*) FROM deleted_agents)"
+    )
+    await connection.close()
+
+
 async def test_a_user_who_may_create_nothing_is_told_so(clock: ManualClock) -> None:
     url = await postgres.shared().new_database()
     connection = await asyncpg.connect(url)

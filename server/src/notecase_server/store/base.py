@@ -34,7 +34,7 @@ from notecase_server.store.contract import (
 from notecase_server.store.copies import Copies
 from notecase_server.store.imports import Replay
 from notecase_server.store.lists import take
-from notecase_server.store.tables import Tables
+from notecase_server.store.tables import FIRST_PLACE, RunPlace, Tables
 
 T = TypeVar("T")
 
@@ -260,6 +260,15 @@ class TableStore(ABC):
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
+
+    async def sweep_agents(self) -> None:
+        while found := await self._read(lambda tables: tables.deleted_agents(1), alone=True):
+            (agent,) = found
+            after: RunPlace | None = FIRST_PLACE
+            while after is not None:
+                after = await self._write(partial(steps.retire_revisions, agent=agent, after=after), SWEEP, piece=True)
+            while not await self._write(partial(steps.delete_revisions, agent=agent), SWEEP, piece=True):
+                pass
 
     async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
         step = partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data)

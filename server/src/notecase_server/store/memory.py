@@ -34,10 +34,12 @@ from notecase_server.store.tables import (
     Applied,
     Batch,
     Changes,
+    DeletedAgent,
     EventRow,
     Kept,
     Piece,
     Recorded,
+    RunPlace,
     SessionRow,
     Tables,
     save_states,
@@ -259,10 +261,10 @@ class _MemoryTables:
             if not held:
                 del tenant.references[place]
         owner = scope.id if scope.kind == "session" else f"users/{scope.id}"
-        for request in tenant.requests.values():
-            recorded = request.recorded
-            if recorded.owner == owner and batch.takes(len(recorded.response or b"")):
-                request.recorded = recorded._replace(response=None, owner="")
+        for place in sorted(place for place, request in tenant.requests.items() if request.recorded.owner == owner):
+            recorded = tenant.requests[place].recorded
+            if batch.takes(len(recorded.response or b"")):
+                tenant.requests[place].recorded = recorded._replace(response=None, owner="")
         if batch.full:
             return False
         tenant.states.pop((scope.kind, scope.id), None)
@@ -583,6 +585,15 @@ class _MemoryTables:
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
         self._agent(tenant, agent_id).revisions.clear()
+
+    def deleted_agents(self, limit: int) -> list[DeletedAgent]:
+        return []
+
+    def retire_revisions(self, agent: DeletedAgent, after: RunPlace, batch: Batch) -> RunPlace | None:
+        return None  # a run has its agent with it
+
+    def delete_revisions(self, agent: DeletedAgent, batch: Batch) -> bool:
+        return True
 
     def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
         row = self.session_of_name(tenant, session)

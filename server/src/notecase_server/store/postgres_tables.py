@@ -159,7 +159,7 @@ class PostgresTables(SqlTables):
         LEFT JOIN session_names n ON n.tenant = $1 AND n.session = $2
         LEFT JOIN sessions s ON s.tenant = $1 AND s.uid = n.uid
         LEFT JOIN agents a ON a.tenant = $1 AND a.agent = substr(split_part({NAMED}, '@', 1), 8)
-        LEFT JOIN revisions r ON r.tenant = $1 AND r.agent = a.agent AND r.revision = coalesce(
+        LEFT JOIN known_revisions r ON r.tenant = $1 AND r.agent = a.agent AND r.revision = coalesce(
             nullif(CASE WHEN split_part({NAMED}, '@', 2) ~ '^[0-9]{{1,18}}$'
                 THEN split_part({NAMED}, '@', 2)::bigint ELSE 0 END, 0), a.revision)"""
     message_of = f"{MESSAGES} AND e.message = $3"

@@ -26,7 +26,7 @@ from notecase_server.store.sql_content import SqlContent
 from notecase_server.store.sql_directory import SqlDirectory
 from notecase_server.store.sql_pieces import Copied, Rows, TenantRows
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Batch, Kept, Piece, Recorded, SessionRow
+from notecase_server.store.tables import Applied, Batch, DeletedAgent, Kept, Piece, Recorded, RunPlace, SessionRow
 
 log = structlog.get_logger()
 
@@ -311,7 +311,7 @@ class SqlTables(Sql):
 
     def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
         row = self.one(
-            """SELECT body FROM revisions WHERE tenant = $1 AND agent = $2 AND revision = coalesce(
+            """SELECT body FROM known_revisions WHERE tenant = $1 AND agent = $2 AND revision = coalesce(
                 nullif($3, CAST(0 AS bigint)), (SELECT revision FROM agents WHERE tenant = $1 AND agent = $2))""",
             *(tenant, agent_id, revision),
         )
@@ -331,15 +331,30 @@ class SqlTables(Sql):
         )
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
-        self.remove("DELETE FROM revisions WHERE tenant = $1 AND agent = $2", tenant, agent_id)
+        self.do(
+            """INSERT INTO deleted_agents (tenant, agent, revision) SELECT tenant, agent, revision FROM agents
+                WHERE tenant = $1 AND agent = $2
+                ON CONFLICT (tenant, agent) DO UPDATE SET revision = excluded.revision""",
+            *(tenant, agent_id),
+        )
         self.do("UPDATE agents SET display_name = '', labels = NULL WHERE tenant = $1 AND agent = $2", tenant, agent_id)
+
+    def deleted_agents(self, limit: int) -> list[DeletedAgent]:
+        rows = self.rows("SELECT tenant, agent, revision FROM deleted_agents ORDER BY tenant, agent LIMIT $1", limit)
+        return [DeletedAgent(*row) for row in rows]
+
+    def retire_revisions(self, agent: DeletedAgent, after: RunPlace, batch: Batch) -> RunPlace | None:
+        return None  # a run has its agent with it
+
+    def delete_revisions(self, agent: DeletedAgent, batch: Batch) -> bool:
+        return sql_pieces.delete_revisions(self, agent, batch)
 
     def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]:
         values = list[Any]([tenant])
         where = self.where(query, AGENT_COLUMNS, ("a.agent",), ">", values, "a.")
         rows = self.page(
             f"""SELECT a.agent AS agent, r.body, length(r.body) AS size FROM agents a
-                JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
+                JOIN known_revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
                 WHERE a.tenant = $1{where}""",
             *("agent", values, query.limit + 1),
         )
@@ -350,7 +365,7 @@ class SqlTables(Sql):
         values = list[Any]([tenant, agent_id])
         where = self.where(query._replace(where=None), (), ("revision",), "<", values)
         rows = self.page(
-            f"""SELECT revision, body, length(body) AS size FROM revisions
+            f"""SELECT revision, body, length(body) AS size FROM known_revisions
                 WHERE tenant = $1 AND agent = $2{where}""",
             *("revision DESC", values, query.limit + 1),
         )

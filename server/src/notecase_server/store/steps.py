@@ -43,7 +43,18 @@ from notecase_server.store.quotas import (
     require_session,
 )
 from notecase_server.store.stretches import Stretch, last_of, left_behind
-from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
+from notecase_server.store.tables import (
+    Added,
+    Applied,
+    Batch,
+    Changes,
+    CommitRow,
+    DeletedAgent,
+    EventRow,
+    RunPlace,
+    SessionRow,
+    Tables,
+)
 
 M = TypeVar("M", bound=Message)
 
@@ -448,6 +459,16 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
         return False
     _delete(tables, key, found.session)
     return True
+
+
+def retire_revisions(tables: Tables, now: int, agent: DeletedAgent, after: RunPlace) -> RunPlace | None:
+    """One of the first transactions of Store.sweep_agents; returns where the next one begins, None after the last."""
+    return tables.retire_revisions(agent, after, Batch(SWEEP_ROWS, SWEEP_BYTES))
+
+
+def delete_revisions(tables: Tables, now: int, agent: DeletedAgent) -> bool:
+    """One of the other transactions of Store.sweep_agents; returns whether it was the last."""
+    return tables.delete_revisions(agent, Batch(SWEEP_ROWS, SWEEP_BYTES))
 
 
 def sweep_sessions(

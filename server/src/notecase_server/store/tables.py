@@ -119,6 +119,20 @@ class Piece(NamedTuple):
     """What tells the rows apart within their session, ascending."""
 
 
+class DeletedAgent(NamedTuple):
+    """An agent whose revisions up to that one are to be removed. Later ones are of an agent made anew."""
+
+    tenant: str
+    agent_id: str
+    revision: int
+
+
+RunPlace = tuple[int, str, str]
+"""Where a run is among those of its tenant: its create_time, its session's uid and its id."""
+
+FIRST_PLACE: RunPlace = (-1, "", "")
+"""Before all of them."""
+
 Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes", "upload_bytes"]
 
 
@@ -491,7 +505,21 @@ class Tables(Protocol):
         ...
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
-        """Removes all but the last number."""
+        """Removes all but the last number, and records that the revisions are to go."""
+        ...
+
+    def deleted_agents(self, limit: int) -> list[DeletedAgent]:
+        """At most `limit` of those that may have rows."""
+        ...
+
+    def retire_revisions(self, agent: DeletedAgent, after: RunPlace, batch: Batch) -> RunPlace | None:
+        """Keeps the revisions of a deleted agent for those runs that have not ended and use them, as many runs of the
+        tenant behind `after` as fit into the batch. Returns the place of the last one looked at, None at the end."""
+        ...
+
+    def delete_revisions(self, agent: DeletedAgent, batch: Batch) -> bool:
+        """Removes the revisions of a deleted agent that the batch takes; returns whether none is left. No run needs
+        them: all were looked at."""
         ...
 
     def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]: ...
