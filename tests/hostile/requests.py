@@ -22,17 +22,20 @@ from tests.hostile.making import (
     EYES,
     INT32_MAX,
     INT64_MAX,
+    LONG,
     LOOPER,
     NESTED,
     PARTS,
     SEED,
     agent,
     append,
+    changed,
     deep,
     doubling_references,
     empties,
     endless,
     export_of,
+    file,
     imported,
     inline,
     integer,
@@ -139,6 +142,10 @@ MESSAGES = {
     "10,000 messages": refused(APPEND, lambda: append([said("x")] * 10_000), steps=10, violations=1),
     "1,000,000 empty messages": flood(
         APPEND, lambda: append([]).SerializeToString() + b"\x12\x00" * 1_000_000, steps=10, violations=1
+    ),
+    "2,000 files": accepted(APPEND, lambda: append([parts(1000, file(20))] * 2), calls=25_000),
+    "2,000 files with long names": accepted(
+        APPEND, lambda: append([parts(500, file(800))] * 4, request_id=new_id()), calls=25_000
     ),
     "100 messages without parts": refused(APPEND, lambda: append([v1.Message()] * 100), steps=700),
     "bad labels in 15 messages": refused(
@@ -290,6 +297,14 @@ SESSION = {
     "an import of 200,000 empty records": Hostile(
         IMPORT, lambda: imported(b"notecase\x02" + b"\x02\x12\x00" * 200_000), INVALID, "IMPORT_INVALID"
     ),
+    "an import of 4 MiB of values in one record": Hostile(
+        IMPORT, lambda: imported(export_of([changed(wide_list(1_000_000))])), INVALID, "IMPORT_INVALID"
+    ),
+    "an import of 1 MiB of values in one record": Hostile(
+        IMPORT,
+        lambda: imported(export_of([changed(text("x" * (MIB - 100)))])),
+        most={"handovers": 20, "writes": 10, "statements": 200},
+    ),
     "an import of 3,000 messages": Hostile(
         IMPORT,
         lambda: imported(export_of(map(spoken, range(1, 3001)))),
@@ -339,6 +354,22 @@ RUN = {
     "a run behind 20,000 parts, of which few are shown": accepted(
         INVOKE,
         lambda: v1.InvokeRequest(start=v1.StartRun(session=PARTS, agent=BRIEF, messages=[said("And now?")])),
+    ),
+    "a run behind 6 MB of text that is not ASCII": accepted(
+        INVOKE,
+        lambda: v1.InvokeRequest(start=v1.StartRun(session=LONG, agent=EYES, messages=[said("And now?")])),
+        bytes=64 * KIB,
+    ),
+    "a run behind 6 MB of text, of which little is shown": accepted(
+        INVOKE,
+        lambda: v1.InvokeRequest(start=v1.StartRun(session=LONG, agent=BRIEF, messages=[said("And now?")])),
+        bytes=64 * KIB,
+    ),
+    "a summary of 6 MB of text": accepted(
+        "SessionService/CompactSession",
+        lambda: v1.CompactSessionRequest(name=LONG, agent=EYES, keep_recent=1),
+        bytes=64 * KIB,
+        handovers=12,
     ),
     "a summary of 20,000 parts": accepted(
         "SessionService/CompactSession",

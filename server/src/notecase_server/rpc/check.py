@@ -228,8 +228,8 @@ class Check:
         return self(len(value) <= limit and len(value.encode()) <= limit, field, f"is longer than {limit} bytes")
 
     def media_type(self, field: str, value: str) -> None:
-        fine = len(value) <= MAX_TEXT_BYTES and MEDIA_TYPE.fullmatch(value) is not None
-        self(fine, field, "must be a media type, such as image/png")
+        if len(value) > MAX_TEXT_BYTES or MEDIA_TYPE.fullmatch(value) is None:
+            self(False, field, "must be a media type, such as image/png")
 
     def few(self, field: str, held: Sized, most: int, what: str) -> bool:
         return self(len(held) <= most, field, f"has more than {most} {what}")

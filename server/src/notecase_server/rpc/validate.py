@@ -156,8 +156,8 @@ def _part(check: Check, field: str, part: v1.Part) -> None:
             check.json(at, part.json)
         case "file":
             file, uri = part.file, part.file.uri
-            fine = len(uri) <= MAX_TEXT_BYTES and ABSOLUTE_URI.match(uri) is not None
-            check(fine, f"{at}.uri", "must be an absolute URI, such as https://example.org/plan.png")
+            if len(uri) > MAX_TEXT_BYTES or ABSOLUTE_URI.match(uri) is None:
+                check(False, f"{at}.uri", "must be an absolute URI, such as https://example.org/plan.png")
             check.content(at, file)
         case "data":
             check(part.data.data != b"", f"{at}.data", "is empty")
