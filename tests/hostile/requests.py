@@ -71,6 +71,10 @@ AGENT, CHANGE = "AgentService/CreateAgent", "AgentService/UpdateAgent"
 SESSIONS, RUNS = "SessionService/ListSessions", "RunService/ListRuns"
 INVOKE, COMMAND, IMPORT = "RunService/Invoke", "RunService/SendCommand", "SessionService/ImportSession"
 
+LLM = v1.Agent.DESCRIPTOR.fields_by_name["llm"].number
+TOOL = wire(v1.LlmAgent.DESCRIPTOR.fields_by_name["tools"].number, b"")
+CLIENT_TOOL = wire(v1.StartRun.DESCRIPTOR.fields_by_name["client_tools"].number, b"")
+
 VALUES = {
     "2,000,000 empty values in a start": flood(
         INVOKE,
@@ -78,6 +82,9 @@ VALUES = {
         steps=30,
         violations=3,
         handovers=0,
+    ),
+    "100,000 keys in a start": flood(
+        INVOKE, lambda: invoke(state={f"k{n}": integer(1) for n in range(100_000)}), steps=30, handovers=0
     ),
     "500,000 empty values in 1 MiB": flood(
         PUT, lambda: put(v1.Value.FromString(empties(MIB // 2 - 64))), steps=10, violations=1, handovers=0
@@ -163,6 +170,9 @@ MESSAGES = {
     "a message of 1,000 pieces of content": refused(
         APPEND, lambda: append([v1.Message(parts=[inline(b"%d" % n) for n in range(1000)])]), steps=20, violations=1
     ),
+    "an author of 4 MiB": refused(
+        APPEND, lambda: append([v1.Message(author="é" * (2 * MIB - 200), parts=[v1.Part(text="x")])]), steps=10
+    ),
     "a message of 1,000 keys of state": refused(
         APPEND, lambda: append([parts(1000, v1.Part(state_key="seed"))]), steps=20, violations=1
     ),
@@ -213,6 +223,18 @@ AGENTS = {
     ),
     "a generation with 1 MiB of members": refused(
         AGENT, lambda: agent(generation=v1.Generation(extra=large_object(MIB - 1000))), bytes=0
+    ),
+    "an update to 500,000 tools that say nothing": flood(
+        CHANGE,
+        lambda: wire(1, v1.Agent(name=CLERK).SerializeToString() + wire(LLM, TOOL * 500_000)),
+        steps=30,
+        handovers=0,
+    ),
+    "an update to 30,000 labels": flood(
+        CHANGE,
+        lambda: v1.UpdateAgentRequest(agent=v1.Agent(name=CLERK, labels={f"{n}": "x" for n in range(30_000)})),
+        steps=30,
+        handovers=0,
     ),
     "an update of 100,000 paths": refused(
         CHANGE,
@@ -338,6 +360,12 @@ RUN = {
             options=v1.WatchOptions(max_batch_delay=Duration(seconds=-1, nanos=5)),
         ),
         violations=7,
+    ),
+    "2,000,000 client tools that say nothing": flood(
+        INVOKE,
+        lambda: wire(1, invoke().start.SerializeToString() + CLIENT_TOOL * (2 * MIB - 500)),
+        steps=40,
+        handovers=0,
     ),
     "client tools of 4 MiB": refused(INVOKE, lambda: invoke(client_tools=tools(128, 32_000)), bytes=0, steps=40),
     "client tools of 250 KiB": accepted(INVOKE, lambda: invoke(client_tools=tools(128, 1900))),

@@ -6,6 +6,7 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import PAGE_BYTES, Answer, Query, Replayed, Scope, Store
+from notecase_server.store.fold import MAX_APPENDED_BYTES
 
 from tests.store.build import (
     APP_STATE,
@@ -148,6 +149,18 @@ async def test_a_value_cannot_outgrow_a_page(store: Store) -> None:
     with refused("PAYLOAD_TOO_LARGE"):
         await store.update_state(USER_STATE, [append("list", half)])
     assert len((await store.get_state(USER_STATE, ["list"])).entries["list"].value.list_value.values) == 1
+
+
+async def test_the_lists_that_one_change_appends_to_are_bounded_together(store: Store) -> None:
+    """Each is read and written whole."""
+    number = MAX_APPENDED_BYTES // PAGE_BYTES + 1
+    for index in range(number):
+        await store.update_state(USER_STATE, [append(f"l{index}", "x" * (PAGE_BYTES - 100))])
+    with refused("PAYLOAD_TOO_LARGE"):
+        await store.update_state(USER_STATE, [append(f"l{index}", 1) for index in range(number)])
+    await store.update_state(USER_STATE, [append(f"l{index}", 1) for index in range(number - 1)])
+    state = await store.update_state(USER_STATE, [put(f"l{index}", 1) for index in range(number)])
+    assert number == len(state.entries)
 
 
 STORED = {

@@ -1,5 +1,6 @@
 """StateService: parse, call, render."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,9 +41,12 @@ class States(v1.StateServiceServicer):
         async with self.desk.patiently(heavy=bool(at)):
             state, page = await self.store.list_state(state_key, query, at, keys)
         token = self.desk.pages.token(page.next, *about)
-        return v1.GetStateResponse(
+        answer = v1.GetStateResponse(
             name=request.name, entries=state.entries, version=state.version, next_page_token=token
         )
+        if page.size > LARGE_BYTES:
+            await asyncio.sleep(0)  # it is serialised in another step
+        return answer
 
     async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
         check = checked(request)
@@ -97,7 +101,11 @@ class States(v1.StateServiceServicer):
             made = await self.desk.sessions.update_state(
                 key, scope, ops, if_version, record, request.request_id, caller.get().principal_name
             )
-        return answers.of(answer, made)
+        # The answer may have a page of values: it is made and serialised in steps of their own.
+        await asyncio.sleep(0)
+        told = answers.of(answer, made)
+        await asyncio.sleep(0)
+        return told
 
 
 def _require_own(check: Check, scope: Scope) -> None:

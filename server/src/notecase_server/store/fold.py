@@ -34,6 +34,9 @@ MAX_QUEUED = 16
 INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
 
+MAX_APPENDED_BYTES = 4 << 20
+"""Bytes of the lists that one change appends to, together: each is written anew."""
+
 MAX_VALUE_DEPTH = 16
 """Levels of lists and maps in a value; each is up to four of protobuf's nested messages."""
 
@@ -606,7 +609,9 @@ def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp
     """Applies operations in order to the entries of one state, in place; all of them get `version`.
 
     Raises STATE_VERSION_MISMATCH for a condition that misses, STATE_TYPE_MISMATCH for an operation that the value's
-    type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page; `entries` is then to be thrown away."""
+    type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page, or for lists that are appended to and are
+    too large together; `entries` is then to be thrown away."""
+    appended = 0
     for op in ops:
         before = entries.get(op.key)
         if op.HasField("if_version") and op.if_version != (before.version if before else 0):
@@ -628,6 +633,9 @@ def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp
             if before is not None:
                 entry.value.list_value.CopyFrom(before.value.list_value)
             entry.value.list_value.values.append(op.append)
+            appended += entry.ByteSize()
+            if appended > MAX_APPENDED_BYTES:
+                raise errors.too_large("The lists that one change appends to", appended, MAX_APPENDED_BYTES)
         if entry.ByteSize() > PAGE_BYTES:
             raise errors.too_large(f"The value of state key {op.key!r}", entry.ByteSize(), PAGE_BYTES)
         entries[op.key] = entry
