@@ -122,8 +122,8 @@ def _message(check: Check, field: str, message: v1.Message, roles: Collection[v1
     if user := _user():
         check.own(message.author in {"", user}, f"{field}.author")
         check.own(message.role in {v1.Message.ROLE_UNSPECIFIED, v1.Message.ROLE_USER}, f"{field}.role")
-    if message.author:
-        author = message.author if len(message.author) <= MAX_NAME else ""
+    if author := message.author:
+        author = author if len(author) <= MAX_NAME else ""
         speaks = names.parse_user(author) is not None or names.parse_agent(author) is not None
         check(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
     if message.labels:
