@@ -261,10 +261,11 @@ class _MemoryTables:
             if not held:
                 del tenant.references[place]
         owner = scope.id if scope.kind == "session" else f"users/{scope.id}"
-        for place in sorted(place for place, request in tenant.requests.items() if request.recorded.owner == owner):
-            recorded = tenant.requests[place].recorded
-            if batch.takes(len(recorded.response or b"")):
-                tenant.requests[place].recorded = recorded._replace(response=None, owner="")
+        mine = [request_id for request_id, request in tenant.requests.items() if request.recorded.owner == owner]
+        for request_id in sorted(mine):
+            request = tenant.requests[request_id]
+            if batch.takes(len(request.recorded.response or b"")):
+                request.recorded = request.recorded._replace(response=None, owner="")
         if batch.full:
             return False
         tenant.states.pop((scope.kind, scope.id), None)
