@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from notecase import v1
 from notecase_server.engine.sessions import Sessions
-from notecase_server.store import steps
+from notecase_server.store import content, steps
 from notecase_server.store.contract import Answer, Commit, RunRecord
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.tables import Tables
@@ -191,3 +191,18 @@ async def test_a_commit_goes_before_a_piece_of_a_long_job_that_came_first(store:
     release.release()
     await asyncio.gather(*jobs)
     assert [{}, {"logs": 2, "lookups": 2}, {}, {"logs": 2, "lookups": 2}, {}] == [each.tables for each in seen]
+
+
+async def test_a_blob_that_many_have_uploaded_goes_in_small_transactions(
+    store: SqliteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content, "SWEEP_UPLOADERS", 10)
+    for name in ("a", "b", "c"):
+        for number in range(25):
+            await store.put_blob("acme", f"subject-{number}", name * 64, b"logo")
+    clock.now += MINUTE
+    seen = await written(store)
+    assert 3 == await store.sweep_blobs(clock.now, clock.now)
+    assert 75 == sum(each.tables.get("uploaders", 0) for each in seen)
+    assert 10 == max(each.tables.get("uploaders", 0) for each in seen)
+    assert 3 == sum(each.tables.get("blobs", 0) for each in seen)

@@ -323,9 +323,9 @@ class TableStore(ABC):
         # They are looked for beside the writes, since among many blobs few are loose.
         find = partial(content.find_loose, before=uploaded_before, limit=limit)
         while found := await self._read(partial(find, after=last)):
-            remove = partial(content.remove_loose, found=found, before=uploaded_before, held=held)
-            removed += await self._write(remove, piece=True)
-            last = found[-1]
+            remove = partial(content.remove_loose, found=found, after=last, before=uploaded_before, held=held)
+            more, last = await self._write(remove, piece=True)
+            removed += more
         await self._all(lambda tables, _: tables.content.delete_chunks(limit), limit, SWEEP)
         return removed
 

@@ -75,8 +75,9 @@ class MemoryContent:
             )
         )
 
-    def delete_blob(self, tenant: str, sha256: str) -> None:
+    def delete_blob(self, tenant: str, sha256: str, most: int) -> int:
         del self._tenants[tenant].blobs[sha256]
+        return 0
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
         found = self._tenants[tenant].blobs.get(sha256)

@@ -75,9 +75,15 @@ class SqlContent:
             LIMIT 1"""
         return bool(self._sql.one(uploaded, tenant, sha256, subject) or self._sql.one(referred, tenant, sha256, user))
 
-    def delete_blob(self, tenant: str, sha256: str) -> None:
-        for table in ("blobs", "uploaders"):
-            self._sql.do(f"DELETE FROM {table} WHERE tenant = $1 AND sha256 = $2", tenant, sha256)
+    def delete_blob(self, tenant: str, sha256: str, most: int) -> int:
+        removed = self._sql.do(
+            """DELETE FROM uploaders WHERE tenant = $1 AND sha256 = $2 AND subject IN
+                (SELECT subject FROM uploaders WHERE tenant = $1 AND sha256 = $2 ORDER BY subject LIMIT $3)""",
+            *(tenant, sha256, most),
+        )
+        if removed < most:
+            self._sql.do("DELETE FROM blobs WHERE tenant = $1 AND sha256 = $2", tenant, sha256)
+        return removed
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
         statement = f"SELECT 1 FROM blobs b WHERE {LOOSE} AND tenant = $2 AND sha256 = $3"

@@ -206,7 +206,10 @@ class Content(Protocol):
         """Whether that subject uploaded it, or a session or the state of that user refers to it."""
         ...
 
-    def delete_blob(self, tenant: str, sha256: str) -> None: ...
+    def delete_blob(self, tenant: str, sha256: str, most: int) -> int:
+        """Removes the records of at most `most` subjects that uploaded it, and, if those were fewer, the blob. Returns
+        how many it removed."""
+        ...
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
         """Whether there is such a blob, last uploaded before that time, and nothing refers to it."""
