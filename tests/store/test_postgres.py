@@ -1009,6 +1009,28 @@ async def test_a_database_that_was_restored_without_its_rows_is_refused(clock: M
         await serve_stores.open_store(url, clock)
 
 
+async def test_others_have_their_turn_while_a_long_past_is_read(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step runs on the event loop."""
+    await create(store)
+    for number in range(8):
+        await add(store, changed(put("k", f"{number}" * 100_000)))
+    pauses, sleep = list[float](), asyncio.sleep
+
+    async def pausing(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", pausing)
+    head = (await store.read_events(KEY, 0))[-1].sequence
+    assert [0.0] * 4 == pauses
+    pauses.clear()
+    state = await store.get_state(KEY.state, ["k"], head - 1)
+    assert "6" * 100_000 == state.entries["k"].value.string_value
+    assert [0.0] * 3 == pauses
+
+
 async def test_an_older_schema_is_refused_or_brought_up_to_date(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,8 @@ class TableStore(ABC):
             await self._write_rows(restore.key, None, copies.references(restore))
             replay = Replay(restore)
             while events := await asyncio.to_thread(replay.read):
-                rows = await self._read(partial(replay.rows, events=events))
+                found = await self._read(partial(replay.load, events=events))
+                rows = await asyncio.to_thread(replay.rows, events, found)
                 await self._write_rows(restore.key, None, rows)
             finish = partial(copies.finish_restore, restore=restore, replayed=replay.session)
             return await self._write(partial(finish, quotas=self.quotas))

@@ -254,11 +254,11 @@ def _run_name(key: SessionKey, run: str) -> str:
     return f"sessions/{key.session}/runs/{run}"
 
 
-def _change_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+def _change_state(rows: Rows, key: SessionKey, event: v1.Event, most: int | None = MAX_APPENDED_BYTES) -> None:
     change = event.state_changed
     scope = state_scope(key, rows.session.user, change.state)
     version = rows.versions[scope] = rows.versions.get(scope, 0) + 1
-    apply_ops(rows.state.setdefault(scope, {}), change.ops, version, event.create_time.ToMicroseconds())
+    apply_ops(rows.state.setdefault(scope, {}), change.ops, version, event.create_time.ToMicroseconds(), most)
     for op in change.ops:
         op.ClearField("if_version")
     change.version = version
@@ -266,7 +266,7 @@ def _change_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 
 def _change_own_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     if not event.state_changed.state:
-        _change_state(rows, key, event)
+        _change_state(rows, key, event, None)
 
 
 def _tell_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed) -> None:
@@ -605,12 +605,18 @@ def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys:
             told.entries[key].CopyFrom(entry)
 
 
-def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp], version: int, now: int) -> None:
+def apply_ops(
+    entries: dict[str, v1.StateEntry | None],
+    ops: Iterable[v1.StateOp],
+    version: int,
+    now: int,
+    most: int | None = None,
+) -> None:
     """Applies operations in order to the entries of one state, in place; all of them get `version`.
 
     Raises STATE_VERSION_MISMATCH for a condition that misses, STATE_TYPE_MISMATCH for an operation that the value's
-    type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page, or for lists that are appended to and are
-    too large together; `entries` is then to be thrown away."""
+    type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page, or for lists that are appended to and have
+    more than `most` bytes together; `entries` is then to be thrown away."""
     appended = 0
     for op in ops:
         before = entries.get(op.key)
@@ -634,8 +640,8 @@ def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp
                 entry.value.list_value.CopyFrom(before.value.list_value)
             entry.value.list_value.values.append(op.append)
             appended += entry.ByteSize()
-            if appended > MAX_APPENDED_BYTES:
-                raise errors.too_large("The lists that one change appends to", appended, MAX_APPENDED_BYTES)
+            if most is not None and appended > most:
+                raise errors.too_large("The lists that one change appends to", appended, most)
         if entry.ByteSize() > PAGE_BYTES:
             raise errors.too_large(f"The value of state key {op.key!r}", entry.ByteSize(), PAGE_BYTES)
         entries[op.key] = entry

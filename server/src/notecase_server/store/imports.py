@@ -6,6 +6,7 @@ piece, however long the log is, and nobody waits for more than that.
 
 from collections.abc import Set
 from operator import methodcaller
+from typing import NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -18,6 +19,7 @@ from notecase_server.store import copies, fold
 from notecase_server.store.contract import ANSWER_BYTES, LAST_SECOND, Restore, SessionKey
 from notecase_server.store.copies import Row
 from notecase_server.store.steps import event_row, load, stretches_of
+from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Batch, EventRow, Tables
 
 ARRIVED = b"imported"
@@ -37,6 +39,16 @@ several rows to write, and makes some of them."""
 
 KEYS = 1000
 """That are asked for at a time: anybody may have written an event that changes more of them than a statement takes."""
+
+
+class Loaded(NamedTuple):
+    """What a piece needs."""
+
+    rows: fold.Rows
+    taken: Set[str]
+    """Ids that messages before it have, of those that it adds."""
+    stretches: list[Stretch]
+    """What its rewinds leave behind."""
 
 
 class Replay:
@@ -63,15 +75,21 @@ class Replay:
             raise errors.import_invalid(f"has an unfinished run, {min(self._unended)!r}")
         return piece
 
-    def rows(self, tables: Tables, events: list[v1.Event]) -> list[Row]:
-        """Replays a piece, and returns the rows that it makes or changes. All that came before it must be rows by now.
-        Raises NotecaseError IMPORT_INVALID."""
+    def load(self, tables: Tables, events: list[v1.Event]) -> "Loaded":
+        """Reads what a piece needs. All that came before it must be rows by now. Raises NotecaseError
+        IMPORT_INVALID."""
         for event in events:
             if not _looks_back(event):
                 raise _cannot_follow(event)
-        key, scope, rows = self._key, self._key.state, self._load(tables, events)
+        key = self._key
         added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
         taken = {name for _, name in tables.named_messages(key.tenant, added)}
+        return Loaded(self._load(tables, events), taken, stretches_of(tables, key, events))
+
+    def rows(self, events: list[v1.Event], loaded: "Loaded") -> list[Row]:
+        """Replays a piece, and returns the rows that it makes or changes. Takes long: a store may run steps on its
+        loop, and this is none. Raises NotecaseError IMPORT_INVALID."""
+        key, scope, rows, taken = self._key, self._key.state, loaded.rows, loaded.taken
         runs, messages, calls = set(rows.runs), set(rows.messages), set(rows.calls)
         version, unstarted, made = rows.versions.get(scope, 0), set[str](), list[Row]()
         for event in events:
@@ -84,7 +102,7 @@ class Replay:
         self._sealing = rows.sealing
         self._unended -= rows.runs.keys()
         self._unended |= {name for name, run in rows.runs.items() if run.state not in fold.ENDED}
-        made += [(0, methodcaller("add_stretches", key, [one])) for one in stretches_of(tables, key, events)]
+        made += [(0, methodcaller("add_stretches", key, [one])) for one in loaded.stretches]
         for name, message in rows.messages.items():
             add, put = methodcaller("add_messages", key, [message]), methodcaller("put_message", key, message)
             made.append((message.ByteSize(), put if name in messages else add))

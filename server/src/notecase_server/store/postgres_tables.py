@@ -3,6 +3,7 @@
 A list is read by one statement that ends where a page must end, so no cursor stays open.
 """
 
+import asyncio
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -44,6 +45,9 @@ from notecase_server.store.tables import Applied, BlobRow, Changes, EventRow, Ke
 
 CHANGES_READ = 500
 """Events that tell the past read at a time."""
+
+AT_ONCE_BYTES = 128 << 10
+"""Bytes of events that are parsed, and replayed, before others have their turn."""
 
 MESSAGES = f"""SELECT e.sequence, {MESSAGE}, length(coalesce(c.body, e.body)) AS size
     FROM events e {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = $1 AND e.uid = $2"""
@@ -300,7 +304,7 @@ class PostgresTables(SqlTables):
                 WHERE tenant = $1 AND uid = $2 AND sequence > $3""",
             *("sequence", (*of(key), after), limit),
         ):
-            for sequence, body, size, _ in rows:
+            for sequence, body, size, _ in _in_turn(rows):
                 yield Found((sequence,), v1.Event.FromString(body), size)
             after, limit = rows[-1]["sequence"], limit - len(rows)
             if rows[-1]["before"] + rows[-1]["size"] <= ANSWER_BYTES:
@@ -312,7 +316,7 @@ class PostgresTables(SqlTables):
                 AND tenant = $1 AND uid = $2 AND sequence > $3 AND sequence <= $4""",
             *("sequence", (*of(key), after, until), CHANGES_READ),
         ):
-            yield from (v1.Event.FromString(row["body"]) for row in rows)
+            yield from (v1.Event.FromString(row["body"]) for row in _in_turn(rows))
             after = rows[-1]["sequence"]
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
@@ -512,6 +516,17 @@ def _event(row: EventRow) -> tuple[Any, ...]:
 def _columns(rows: Iterable[Iterable[Any]]) -> Iterator[list[Any]]:
     """The columns of rows, of which there are some."""
     return map(list, zip(*rows, strict=True))
+
+
+def _in_turn(rows: Iterable[Record]) -> Iterator[Record]:
+    """Yields rows, and lets others have their turn between them: a step runs on the event loop."""
+    size = 0
+    for row in rows:
+        yield row
+        size += row["size"]
+        if size >= AT_ONCE_BYTES:
+            size = 0
+            awaited(asyncio.sleep(0))
 
 
 def held_calls(rows: Iterable[Record]) -> dict[str, v1.Message]:

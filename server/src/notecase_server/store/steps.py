@@ -590,7 +590,7 @@ def update_state(
         raise errors.version_mismatch("The state", before)
     version = before + 1
     old_keys = _existing(entries)
-    fold.apply_ops(entries, ops, version, now)
+    fold.apply_ops(entries, ops, version, now, fold.MAX_APPENDED_BYTES)
     require_record(tables, quotas, once)
     require_keys(tables, quotas, scope, _existing(entries) - old_keys)
     state = v1.State(version=version)
