@@ -61,6 +61,9 @@ M = TypeVar("M", bound=Message)
 _ALL = 1 << 40
 """More rows than any session has."""
 
+KEYS_AT_ONCE = 16
+"""Entries of a state that a list of named keys reads at a time."""
+
 REPLIES = 50
 """Runs whose replies are read at one go: a page may end before it has them all."""
 
@@ -550,19 +553,26 @@ def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) ->
     return state
 
 
+def _named(tables: Tables, scope: Scope, keys: Sequence[str]) -> Iterator[tuple[str, v1.StateEntry | None]]:
+    """Yields those of the keys that exist, in their order, and reads few at a time: each may have a page."""
+    for at in range(0, len(keys), KEYS_AT_ONCE):
+        _, entries = tables.state(scope, keys[at : at + KEYS_AT_ONCE])
+        yield from sorted(entries.items())
+
+
 def page_of_entries(
     tables: Tables, scope: Scope, query: Query, at: int, keys: Sequence[str] = ()
 ) -> tuple[v1.State, Page[str]]:
     """Store.list_state."""
     if at or keys:
+        after = str(query.after[0]) if query.after else ""
         if at:
             version, entries = past.state(tables, scope, at, set(keys) or None)
+            found = ((key, entries[key]) for key in sorted(entries) if key > after)
         else:
-            version, entries = tables.state(scope, set(keys))
-        found = ((key, entries[key]) for key in sorted(entries))
-        after = str(query.after[0]) if query.after else ""
-        later = ((key, entry) for key, entry in found if key > after)
-        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in later if entry is not None)
+            version = tables.version(scope)
+            found = _named(tables, scope, sorted(key for key in set(keys) if key > after))
+        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in found if entry is not None)
         page = take(rows, query.limit)
     else:
         version = tables.version(scope)
