@@ -224,7 +224,7 @@ PROXIES = "10.0.0.0/8, 192.0.2.7, 2001:db8::/32"
     ],
 )
 def test_behind_a_proxy_only_the_proxies_and_this_machine_are_served(peer: str, is_served: bool) -> None:
-    gate = Gate(10, 1 << 20, Peers(read_networks(PROXIES)))
+    gate = Gate(10, 1 << 20, 1 << 20, Peers(read_networks(PROXIES)))
     if is_served:
         gate.enter(Context(peer), probe=False)
         assert 1 == gate.calls

@@ -284,7 +284,7 @@ class Waiting:
         self.gate = asyncio.Event()
         self.begun = asyncio.Event()
         self.ended: list[str] = []
-        self.door = Doorway(Chain(), lambda: "id", stall=60, gate=Gate(100, 1 << 20))
+        self.door = Doorway(Chain(), lambda: "id", stall=60, gate=Gate(100, 1 << 20, 1 << 20))
 
     async def wait(self) -> health_pb2.HealthCheckResponse:
         try:
@@ -412,7 +412,7 @@ async def test_a_caller_that_leaves_is_not_taken_for_the_stop() -> None:
 
 
 async def test_a_waiting_server_does_not_remember_the_paths_that_callers_make_up() -> None:
-    doorway = _Doorway(Chain(), lambda: "id", 1.0, Gate(1, 1))
+    doorway = _Doorway(Chain(), lambda: "id", 1.0, Gate(1, 1, 1))
     handler = _AnyMethod().service(None)
 
     async def found(details: object) -> Any:

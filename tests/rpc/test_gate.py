@@ -1,7 +1,10 @@
 """The gate: how many calls are open, and how much waits for a reader, of all callers and of each connection."""
 
+import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -9,9 +12,10 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from notecase import v1
+from notecase_server.errors import NotecaseError
 from notecase_server.rpc import gate as gate_module
 from notecase_server.rpc import ops
-from notecase_server.rpc.gate import Gate
+from notecase_server.rpc.gate import Gate, Outlet
 from structlog.testing import capture_logs
 
 from tests.e2e.driving import detail_of, reason_of, said
@@ -71,6 +75,63 @@ async def test_calls_are_bounded_for_a_connection_and_for_the_server() -> None:
         await until(lambda: not gate.calls)
         await served.sessions.GetSession(get)
         await until(lambda: not gate.calls)
+
+
+async def test_the_bytes_of_requests_are_bounded_for_a_connection_and_for_the_server() -> None:
+    """Large ones wait for their turn, and are held meanwhile. Small ones are taken all the same."""
+    async with running(max_request_bytes=4 << 20, max_heavy_reads=1) as served, connection(served) as first:
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+        put = v1.PutStateRequest(name="sessions/s/state", key="k", value=v1.Value(bytes_value=bytes(900 << 10)))
+        gate, heavy = served.server.gate, served.server.heavy
+        heavy.take()
+        one = v1.StateServiceStub(first)
+        waiting = [one.PutState(put), one.PutState(put)]
+        await until(lambda: heavy.waiting == len(waiting))
+        own = await refusal(one.PutState(put))
+        assert ("RATE_LIMITED", "on one connection have 2097152 bytes" in str(own.details())) == (reason_of(own), True)
+        async with connection(served) as second:
+            waiting += [v1.StateServiceStub(second).PutState(put) for _ in range(2)]
+            await until(lambda: heavy.waiting == len(waiting))
+            of_all = await refusal(served.state.PutState(put))
+            expected = ("RATE_LIMITED", "is working on have 4194304 bytes" in str(of_all.details()))
+            assert expected == (reason_of(of_all), True)
+            assert 1 == detail_of(of_all, error_details_pb2.RetryInfo).retry_delay.seconds
+            await served.state.GetState(v1.GetStateRequest(name="sessions/s/state"))
+            heavy.give_back()
+            await asyncio.gather(*waiting)
+        await until(lambda: not gate.requested)
+        await served.state.PutState(put)
+
+
+async def test_a_frame_of_a_stream_counts_until_the_next_is_read() -> None:
+    async with running(max_heavy_reads=1) as served:
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="echo", agent=v1.Agent(llm=v1.LlmAgent())))
+        messages = [said("x" * (100 << 10)), said("/pause 600000")]
+        start = v1.StartRun(agent="agents/echo", new_session=v1.Session(name="sessions/s"), messages=messages)
+        stream = served.runs.Run()
+        await stream.write(v1.RunRequest(start=start))
+        attached = await stream.read()
+        assert isinstance(attached, v1.RunResponse)
+        gate = served.server.gate
+        await until(lambda: not gate.requested)
+        assert 1 == gate.calls
+        stream.cancel()
+        await until(lambda: not gate.calls)
+
+
+async def test_a_request_of_any_size_is_taken_where_no_other_is() -> None:
+    gate = Gate(100, 100, 1)
+    one, other = gate.enter(_Context("a"), probe=False), gate.enter(_Context("b"), probe=False)
+    one.takes(1 << 20)
+    one.takes(2 << 20)
+    with pytest.raises(NotecaseError, match="have 1 bytes already"):
+        other.takes(1 << 20)
+    other.takes(64 << 10)
+    assert (2 << 20) + (64 << 10) == gate.requested
+    one.left(None)
+    other.takes(1 << 20)
+    other.left(None)
+    assert not gate.requested
 
 
 async def test_probes_are_bounded_and_take_no_places_of_callers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,12 +218,14 @@ async def test_a_stream_beside_which_too_much_waits_ends_as_too_slow() -> None:
                 await until(lambda: len(reasons(lines)) >= 9)
             assert {"WATCHER_TOO_SLOW"} <= set(reasons(lines)) <= {"WATCHER_TOO_SLOW", "RATE_LIMITED"}
             assert gate.unread < 2 << 20
+            traces = [each.tb_frame.f_code for each in gc.get_objects() if isinstance(each, TracebackType)]
+            assert Outlet.write.__code__ not in traces, "a status that waits for its reader holds no frame"
         await until(lambda: not (gate.unread or gate.calls))
 
 
 async def test_a_reader_may_leave_something_unread_whatever_others_do() -> None:
     """Above the server's bound, a connection has what HTTP/2 sends ahead, and no more."""
-    gate = Gate(100, 100)
+    gate = Gate(100, 100, 100)
     calls = [gate.enter(_Context("a"), probe=False), gate.enter(_Context("b"), probe=False)]
     calls[0].waits(1 << 20)
     assert calls[1].has_room(1 << 20)

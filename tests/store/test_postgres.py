@@ -419,7 +419,8 @@ async def test_a_deadlock_with_somebody_else_is_tried_again(store: PostgresStore
     await blocked
     await beside.execute("COMMIT")
     await writing
-    assert (2, 7) == (tries, (await store.get_state(APP_STATE, [])).version)
+    assert (await store.get_state(APP_STATE, [])).version == 7
+    assert tries > 1  # a try that locks the owner's row before the other does ends in the same deadlock again
 
 
 async def test_a_row_that_somebody_else_holds_is_waited_for_so_long_and_no_longer(

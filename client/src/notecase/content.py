@@ -74,7 +74,7 @@ class Contents:
                     late = error.reason == "UPLOAD_OFFSET_MISMATCH" and tries > 0
                     tries -= 1
                     if not late:
-                        await backoff.wait(error)
+                        await backoff.wait(error, limited=True)
 
     async def _committed(self, upload_id: str) -> int:
         """Returns how many bytes of an upload the server has."""

@@ -99,6 +99,7 @@ class Settings:
     max_runs: int = 1000
     max_calls: int = 10_000
     max_connections: int = 10_000
+    max_request_bytes: int = 256 << 20
     max_unread_bytes: int = 256 << 20
     max_imports: int = 8
     max_import_bytes: int = 4 << 30

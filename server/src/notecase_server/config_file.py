@@ -13,8 +13,17 @@ from notecase_server.config import variable
 from notecase_server.tools.mcp_settings import McpServerSettings
 
 LIMITS = (
-    *("max_runs", "max_calls", "max_connections", "max_unread_bytes", "max_imports", "max_import_bytes"),
-    *("max_heavy_reads", "max_blob_bytes", "max_session_bytes", "max_sessions", "max_agents", "max_revisions"),
+    *("max_runs", "max_calls", "max_connections", "max_request_bytes", "max_unread_bytes"),
+    *(
+        "max_imports",
+        "max_import_bytes",
+        "max_heavy_reads",
+        "max_blob_bytes",
+        "max_session_bytes",
+        "max_sessions",
+        "max_agents",
+        "max_revisions",
+    ),
     *("max_state_keys", "max_session_events", "max_session_log_bytes", "max_tenant_blob_bytes", "max_uploads"),
     "max_requests",
 )

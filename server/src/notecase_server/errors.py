@@ -411,6 +411,16 @@ def too_many(noun: str, limit: int, where: str = "") -> NotecaseError:
     )
 
 
+def too_much_requested(limit: int, where: str = "") -> NotecaseError:
+    """The requests under way have too many bytes together; `where` is "" for the whole server."""
+    return NotecaseError(
+        v1.ERROR_REASON_RATE_LIMITED,
+        f"The requests that the server is working on{where} have {limit} bytes already; try again shortly.",
+        metadata={"limit": limit},
+        quota=f"bytes of requests at once{where}: {limit}",
+    )
+
+
 def unread_answers() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_RATE_LIMITED,

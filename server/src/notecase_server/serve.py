@@ -299,7 +299,8 @@ class Server:
         self._clock = clock
         self.arrivals = Arrivals(settings.max_imports, settings.max_import_bytes)
         self.heavy = Places(settings.max_heavy_reads)
-        self.gate = Gate(settings.max_calls, settings.max_unread_bytes, Peers(read_networks(settings.behind_tls_proxy)))
+        peers = Peers(read_networks(settings.behind_tls_proxy))
+        self.gate = Gate(settings.max_calls, settings.max_unread_bytes, settings.max_request_bytes, peers)
         self._files = files or Files()
         self._identity = _watch_identity(settings, self._files)
         self._keys = Keys(store, make_id, clock, time.monotonic, settings.admin_key)

@@ -173,6 +173,9 @@ class _Serve(click.Command):
 @_number("max-calls", "Concurrent calls and streams; one connection has at most half of them.")
 @_number("max-connections", "Concurrent connections; more are closed.")
 @_number(
+    "max-request-bytes", "Bytes of requests that the server is working on; one connection has at most half of them."
+)
+@_number(
     "max-unread-bytes", "Bytes of answers that clients have not read yet; one connection has at most an eighth of them."
 )
 @_number("max-imports", "Concurrent imports of sessions.")

@@ -12,6 +12,7 @@ from grpc.aio import EOF
 from notecase_server import errors
 from notecase_server.errors import Violation
 from notecase_server.rpc.caller import caller, frame_bytes
+from notecase_server.rpc.gate import Call
 from notecase_server.store.contract import PAGE_BYTES
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -52,12 +53,13 @@ class Decoder:
         self._most = MAX_MESSAGE_BYTES if method in MESSAGES else MAX_OTHER_BYTES
         self._parse = parse
 
-    async def __call__(self, frame: bytes) -> Any:
-        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD, and what the judge raises."""
+    async def __call__(self, frame: bytes, call: Call) -> Any:
+        """Raises NotecaseError PAYLOAD_TOO_LARGE, RATE_LIMITED and INVALID_FIELD, and what the judge raises."""
         if len(frame) > self._most:
             advice = "Upload large content (UploadBlob), and refer to it."
             raise errors.too_large("The request", len(frame), self._most, advice)
         frame_bytes.set(len(frame))
+        call.takes(len(frame))
         try:
             message = self._parse(frame)
         except DecodeError:
@@ -75,10 +77,11 @@ class Decoder:
 class Decoded:
     """Gives the messages of a stream as they come. A generator would also be registered with the loop, and closed."""
 
-    __slots__ = ("_decode", "_read")
+    __slots__ = ("_call", "_decode", "_read")
 
-    def __init__(self, decode: Decoder, context: Any) -> None:
+    def __init__(self, decode: Decoder, context: Any, call: Call) -> None:
         """`context` is grpc's of the call, without a deserializer."""
+        self._call = call
         self._decode = decode
         self._read = context.read
 
@@ -86,10 +89,11 @@ class Decoded:
         return self
 
     async def __anext__(self) -> Any:
+        self._call.takes(0)
         frame = await self._read()
         if frame is EOF:
             raise StopAsyncIteration
-        return await self._decode(frame)
+        return await self._decode(frame, self._call)
 
 
 async def drain(frames: AsyncIterator[bytes]) -> None:

@@ -1,7 +1,8 @@
-"""Limits what the transport holds for callers: the open calls, and the frames that wait for a reader.
+"""Limits what is held for callers: the open calls, the frames that wait for a reader, and the requests under way.
 
 grpc keeps each frame until its connection takes it, and a connection whose client reads nothing takes nothing. So a
-call counts until grpc is done with it: its status was taken, or its connection is gone.
+call counts until grpc is done with it: its status was taken, or its connection is gone. A large request may wait for
+its turn, and counts until its call ends or, in a stream, until the next one is read.
 """
 
 import asyncio
@@ -17,9 +18,14 @@ from notecase_server.rpc.peers import Peers
 READ_AHEAD = 64 << 10
 """Bytes a connection may always leave unread. About what HTTP/2 lets each end send ahead."""
 
+SMALL_BYTES = 64 << 10
+"""A request of at most so many bytes is taken whatever is under way; the limit on calls limits those."""
+
 CALLS_SHARE = 2
+REQUESTS_SHARE = 2
 UNREAD_SHARE = 8
-"""One connection has at most a half of the calls, and an eighth of what may wait unread."""
+"""One connection has at most a half of the calls, a half of the bytes of requests, and an eighth of what may wait
+unread."""
 
 
 PROBES = 100
@@ -27,29 +33,33 @@ PROBES = 100
 
 
 class _Connection:
-    __slots__ = ("calls", "probes", "unread")
+    __slots__ = ("calls", "probes", "requested", "unread")
 
     def __init__(self) -> None:
         self.calls = 0
         self.probes = 0
+        self.requested = 0
         self.unread = 0
 
 
 class Gate:
     """Counts for one server. Used from one event loop only."""
 
-    def __init__(self, max_calls: int, max_unread: int, peers: Peers | None = None) -> None:
-        """`max_calls` of all shapes may be open at once; `max_unread` bytes of frames may wait for readers. Without
-        `peers` calls come from anywhere."""
+    def __init__(self, max_calls: int, max_unread: int, max_requested: int, peers: Peers | None = None) -> None:
+        """`max_calls` of all shapes may be open at once; `max_unread` bytes of frames may wait for readers, and
+        `max_requested` bytes of requests may be under way. Without `peers` calls come from anywhere."""
         self._peers = peers or Peers()
         self._max_calls = max_calls
         self._most = max(max_calls // CALLS_SHARE, 1)
         self._max_unread = max_unread
+        self._max_requested = max_requested
         self._connections: dict[str, _Connection] = {}
         self.calls = 0
         """Open now, without probes."""
         self.unread = 0
         """Bytes that wait for their readers now."""
+        self.requested = 0
+        """Bytes of requests that are under way now."""
 
     def enter(self, context: Any, *, probe: bool) -> "Call":
         """Counts a call until grpc is done with it. Raises NotecaseError UNAUTHENTICATED when its peer is not served,
@@ -74,6 +84,16 @@ class Gate:
         context.add_done_callback(call.left)
         return call
 
+    def require_room(self, connection: _Connection, size: int, held: int) -> None:
+        """Raises NotecaseError RATE_LIMITED when a request of so many bytes would be too much on its connection or the
+        server, without the `held` ones that it takes the place of. One of any size is taken where no other is."""
+        most = self._max_requested
+        own, all_ = connection.requested - held, self.requested - held
+        if own and own + size > most // REQUESTS_SHARE:
+            raise errors.too_much_requested(most // REQUESTS_SHARE, " on one connection")
+        if all_ and all_ + size > most:
+            raise errors.too_much_requested(most)
+
     def _share(self) -> int:
         """What one connection may leave unread. A connection that reads is far below it, even when the server's bound
         is reached."""
@@ -83,7 +103,7 @@ class Gate:
 class Call:
     """One open call, and what of it waits for its reader."""
 
-    __slots__ = ("_connection", "_gate", "_peer", "_probe", "_unread", "due")
+    __slots__ = ("_connection", "_gate", "_peer", "_probe", "_unread", "due", "requested")
 
     def __init__(self, gate: Gate, peer: str, connection: _Connection, probe: bool) -> None:
         self.due = math.inf
@@ -93,6 +113,8 @@ class Call:
         self._probe = probe
         self._connection = connection
         self._unread = 0
+        self.requested = 0
+        """Bytes of the request that is under way, of the newest one in a stream."""
         self._count(1)
 
     def _count(self, more: int) -> None:
@@ -101,6 +123,16 @@ class Call:
         else:
             self._connection.calls += more
             self._gate.calls += more
+
+    def takes(self, size: int) -> None:
+        """Counts a request of so many bytes in place of the one before, 0 for none. Raises NotecaseError RATE_LIMITED
+        when a large one is too much."""
+        if size > SMALL_BYTES:
+            self._gate.require_room(self._connection, size, self.requested)
+        more = size - self.requested
+        self.requested = size
+        self._connection.requested += more
+        self._gate.requested += more
 
     def has_room(self, size: int) -> bool:
         """Whether a frame of so many bytes may wait, too. A connection on which nothing waits takes any."""
@@ -122,6 +154,7 @@ class Call:
     def left(self, _context: Any) -> None:
         """Grpc is done with the call, and with what waited."""
         connection = self._connection
+        self.takes(0)
         connection.unread -= self._unread
         self._gate.unread -= self._unread
         self._count(-1)

@@ -186,9 +186,8 @@ class Doorway(grpc.aio.ServerInterceptor):
             await self.judge()
 
     async def judge(self) -> None:
-        """Authenticates every call that lasts once more, and ends each whose credential is not valid any more or
-        makes another principal, or whose tenant is not open, or that has none and needs one by now. One that cannot be
-        judged, since the store is away, goes on until it can."""
+        """Authenticates every call that lasts once more, and ends each whose credential is missing, not valid any more
+        or another principal's, or whose tenant is not open. While the store is away, no call is ended."""
         with suppress(NotecaseError):
             await self._chain.look()
         lasting = [one for one in self._under_way.values() if one.lasts and one.principal is not None]
@@ -252,8 +251,13 @@ class Endpoint(ABC):
                 raise
             if isinstance(why, NotecaseError):
                 self._door.note(why)
-                if self.drains and why is error and one is not None:
-                    await drain(request)
+            else:
+                log.error("rpc_crashed", exc_info=why)
+                why = errors.internal(caller.get().request_id)
+            # The status may wait for its reader, and would keep what the failed functions hold, such as a frame.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+            if self.drains and why is error and one is not None:
+                await drain(request)
             await self._refuse(context, why)
         finally:
             if one is not None:
@@ -263,7 +267,7 @@ class Endpoint(ABC):
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[Any]:
         """Calls the handler. `request` is a frame, or an iterator of frames, as they came."""
 
-    async def _refuse(self, context: Any, error: Exception) -> None:
+    async def _refuse(self, context: Any, error: NotecaseError) -> None:
         await abort(context, error)
 
 
@@ -291,9 +295,8 @@ class Streaming(Endpoint):
     def _outlet(self, context: Any, call: Call) -> Outlet:
         return Outlet(call, self._wrapped.response_serializer, context, self._door.stall)
 
-    async def _refuse(self, context: Any, error: Exception) -> None:
-        """Waits at most the doorway's `stall`: the status is sent after the frames, and the client may not be
-        reading."""
+    async def _refuse(self, context: Any, error: NotecaseError) -> None:
+        """Waits at most the doorway's `stall`: the status is sent after the frames, which may not be read."""
         with suppress(TimeoutError):
             async with asyncio.timeout(self._door.stall):
                 await abort(context, error)
@@ -303,7 +306,7 @@ class UnaryUnary(Single):
     make = grpc.unary_unary_rpc_method_handler
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.unary_unary(await self._decode(request), context), call)
+        return await self._respond(self._wrapped.unary_unary(await self._decode(request, call), context), call)
 
 
 class StreamUnary(Single):
@@ -311,14 +314,14 @@ class StreamUnary(Single):
     drains = True
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, context), context), call)
+        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, context, call), context), call)
 
 
 class UnaryStream(Streaming):
     make = grpc.unary_stream_rpc_method_handler
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> None:
-        outlet, message = self._outlet(context, call), await self._decode(request)
+        outlet, message = self._outlet(context, call), await self._decode(request, call)
         await outlet.sent(self._wrapped.unary_stream(message, outlet))
 
 
@@ -327,7 +330,7 @@ class StreamStream(Streaming):
 
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
         outlet = self._outlet(context, call)
-        return outlet.sent(self._wrapped.stream_stream(Decoded(self._decode, context), outlet))
+        return outlet.sent(self._wrapped.stream_stream(Decoded(self._decode, context, call), outlet))
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
@@ -339,11 +342,8 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
 """By whether the requests stream, and whether the answers do."""
 
 
-async def abort(context: Any, error: Exception) -> None:
-    """Ends the call with the failure's status. Any other than a NotecaseError is logged, and told as INTERNAL."""
-    if not isinstance(error, NotecaseError):
-        log.error("rpc_crashed", exc_info=error)
-        error = errors.internal(caller.get().request_id)
+async def abort(context: Any, error: NotecaseError) -> None:
+    """Ends the call with the failure's status."""
     status = to_status(error)
     details = (("grpc-status-details-bin", status.SerializeToString()),)
     with suppress(grpc.aio.InternalError):  # the caller is gone

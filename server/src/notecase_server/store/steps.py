@@ -4,7 +4,7 @@ A step first reads and decides, and writes only when nothing can be refused any 
 nothing, in a store that cannot undo as in one that can.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple, Self, TypeVar
@@ -566,6 +566,7 @@ def page_of_entries(
     """Store.list_state."""
     if at or keys:
         after = str(query.after[0]) if query.after else ""
+        found: Iterable[tuple[str, v1.StateEntry | None]]
         if at:
             version, entries = past.state(tables, scope, at, set(keys) or None)
             found = ((key, entries[key]) for key in sorted(entries) if key > after)
