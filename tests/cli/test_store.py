@@ -16,7 +16,7 @@ async def test_a_store_is_copied_and_both_can_be_served(tmp_path: Path) -> None:
     done = await notecase("copy", "--from", source, "--to", target)
     assert 0 == done.code
     digests = dict(re.findall(r"^([0-9a-f]{64})  (\w+)$", done.out, re.MULTILINE))
-    assert len(done.out.splitlines()) == len(digests) == 25
+    assert len(done.out.splitlines()) == len(digests) == 26
     again = await notecase("copy", "--from", target, "--to", f"sqlite:{tmp_path / 'again.db'}")
     assert (0, done.out) == (again.code, again.out)
     taken = await notecase("copy", "--from", source, "--to", target)

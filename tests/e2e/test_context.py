@@ -2,20 +2,24 @@
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from notecase import v1
-from notecase_server.engine import model_turn
+from notecase_server.engine import model_turn, tokens
 from notecase_server.engine.context import FEW
 from notecase_server.engine.halt import Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.run_log import RunLog
-from notecase_server.engine.summary import INSTRUCTION
+from notecase_server.engine.summary import INSTRUCTION, PAGE
+from notecase_server.models.contract import MUCH_BYTES
+from notecase_server.models.request import BEGIN
 
 from tests.e2e.driving import durable, kinds, log_of, metadata_of, reason_of, said
 from tests.support.crashing import Crashing
@@ -239,6 +243,56 @@ async def test_a_stateless_run_without_messages_is_shown_what_it_answers(served:
     assert [each["role"] for each in model.requests[3]["messages"][2:]] == ["assistant", "tool"]
 
 
+# ---- long histories
+
+
+@pytest.mark.parametrize(
+    ("part", "context"),
+    [
+        (lambda text: v1.Part(text=text), None),
+        (lambda text: v1.Part(json=f'"{text}"'), None),
+        (lambda text: v1.Part(json=f'"{text}"'), v1.Context(max_tokens=10_000_000)),
+        (lambda text: v1.Part(text=text), v1.Context(summary=v1.Context.Summary(keep_recent=2, batch=3))),
+    ],
+    ids=["text", "json", "window", "summary"],
+)
+async def test_a_history_of_megabytes_is_looked_at_and_written_in_threads(
+    served: Running,
+    model: OpenAIServer,
+    monkeypatch: pytest.MonkeyPatch,
+    part: Callable[[str], v1.Part],
+    context: v1.Context | None,
+) -> None:
+    loop, most = threading.get_ident(), {"written": 0, "counted": 0}
+    encode, count = msgspec.json.encode, tokens._text_bytes
+
+    def noted(what: str, size: int) -> None:
+        if threading.get_ident() == loop:
+            most[what] = max(most[what], size)
+
+    def writing(value: Any, **options: Any) -> bytes:
+        made = encode(value, **options)
+        noted("written", len(made))
+        return made
+
+    def counting(message: v1.Message) -> int:
+        size = count(message)
+        noted("counted", size)
+        return size
+
+    session = await opened(served, context)
+    for _ in range(2):
+        await append(served, session, *(v1.Message(parts=[part("é" * 120_000)]) for _ in range(12)))
+    monkeypatch.setattr(msgspec.json, "encode", writing)
+    monkeypatch.setattr(tokens, "_text_bytes", counting)
+    await talk(served, model, session, *((1,) if context is None else ()))
+    if context is not None:
+        model.script(*[reply("Summed up.")] * 8 if context.HasField("summary") else (), reply("a1"))
+        await ask(served, session, "q1")
+    assert sum(len(str(request["messages"])) for request in model.requests) > 2_000_000
+    assert {"written": True, "counted": True} == {what: size < MUCH_BYTES // 4 for what, size in most.items()}, most
+
+
 # ---- summaries
 
 SUMMARY = v1.Context(summary=v1.Context.Summary(keep_recent=2, batch=3, instruction=ASK))
@@ -442,6 +496,52 @@ async def test_a_summary_of_more_than_the_model_takes_covers_less(served: Runnin
     log = await log_of(served, session)
     assert [made.text for made in summaries(log).values()] == [f"After a{number}." for number in range(1, 6)]
     assert model.requests[-1] == body(summary("After a5.", "Be brief."), *exchange(6, 7, 8), user("q9"))
+
+
+async def test_a_turn_of_more_than_a_page_is_summarised_in_parts(served: Running, model: OpenAIServer) -> None:
+    """No turn ends among the messages that one summary may cover, so it ends within that turn, and the model is shown
+    the rest of it."""
+    session = await opened(served, SUMMARY)
+    replied = [v1.Message(role=ASSISTANT, parts=[v1.Part(text=f"r{number}")]) for number in range(PAGE + 20)]
+    await append(served, session, said("Long ago"))
+    for at in range(0, len(replied), 100):
+        await append(served, session, *replied[at : at + 100])
+    model.script(reply("Long ago."), reply("a1"))
+    run = await ask(served, session, "q1")
+    assert run.state == v1.Run.STATE_SUCCEEDED, run.error
+    (made,) = summaries(await log_of(served, session)).values()
+    covered = PAGE - 2
+    rest = "\n\n".join(f"r{number}" for number in range(covered - 1, PAGE + 20))
+    assert (1, covered) == (made.first_sequence, made.last_sequence)
+    assert model.requests[-1] == body(summary("Long ago.", "Be brief."), user(BEGIN), assistant(rest), user("q1"))
+    model.script(reply("And so on."), reply("a2"))
+    await ask(served, session, "q2")
+    assert model.requests[-1] == body(summary("And so on.", "Be brief."), *exchange(1), user("q2"))
+
+
+async def test_a_summary_of_one_long_turn_covers_less_if_the_model_takes_no_more(
+    served: Running, model: OpenAIServer
+) -> None:
+    session = await opened(served, SUMMARY, max_model_calls=20)
+    replied = [v1.Message(role=ASSISTANT, parts=[v1.Part(text=f"r{number}")]) for number in range(40)]
+    await append(served, session, said("Long ago"), *replied, said("Thanks"), *replied[:1])
+    await append(served, session, said("Well"), *replied[:1])
+    model.script(TOO_LONG, *[reply(f"s{number}") for number in range(4)], reply("a1"))
+    run = await ask(served, session, "q1")
+    assert run.state == v1.Run.STATE_SUCCEEDED, run.error
+    log = await log_of(served, session)
+    assert "summary_failed" not in kinds(log)
+    assert all(made.last_sequence - made.first_sequence < 11 for made in summaries(log).values())
+
+
+async def test_the_newest_turn_is_not_summarised_however_long(served: Running, model: OpenAIServer) -> None:
+    session = await opened(served, SUMMARY)
+    replied = [v1.Message(role=ASSISTANT, parts=[v1.Part(text=f"r{number}")]) for number in range(100)]
+    await append(served, session, said("q1"))
+    for _ in range(PAGE // 100 + 1):
+        await append(served, session, *replied)
+    await served.sessions.CompactSession(v1.CompactSessionRequest(name=session, keep_recent=2))
+    assert not summaries(await log_of(served, session))
 
 
 async def test_a_summary_that_is_too_long_and_not_asked_for_again_is_a_fact(

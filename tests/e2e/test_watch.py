@@ -1,6 +1,7 @@
 """Attaching: one integer resumes a stream exactly, whatever was missed."""
 
 import asyncio
+from asyncio import events
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from notecase import Client, SessionView, v1
 from notecase_server.engine import session as live
 from notecase_server.models.openai import OpenAIProvider
+from notecase_server.rpc import watch as watching
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import now
 from notecase_server.serve_stores import open_store
@@ -374,3 +376,28 @@ async def test_the_python_client_rebuilds_the_log_it_watched(
 async def _texts(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
     async for piece in pieces:
         yield piece
+
+
+async def test_events_are_copied_few_at_a_time(served: Running, session: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have their turn between them, and before the frame is sent."""
+    for _ in range(8):
+        request = v1.AppendMessagesRequest(parent=session, messages=[said("é" * 50_000)])
+        await served.messages.AppendMessages(request)
+    most, added, add, run = 0, 0, watching._Batch.add, events.Handle._run
+
+    def adding(batch: watching._Batch, event: v1.Event) -> bool:
+        nonlocal added, most
+        added += event.ByteSize()
+        most = max(most, added)
+        return add(batch, event)
+
+    def running_one(handle: asyncio.Handle) -> None:
+        nonlocal added
+        added = 0
+        run(handle)
+
+    monkeypatch.setattr(watching._Batch, "add", adding)
+    monkeypatch.setattr(events.Handle, "_run", running_one)
+    frames = await frames_of(served, session, after=0)
+    assert 8 <= sum(len(frame.batch.events) for frame in frames)
+    assert 0 < most <= watching.AT_ONCE_BYTES + 101_000

@@ -1,6 +1,7 @@
 """A session without an active run: the usage of a requested summary is counted, and a rewind completes."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from functools import partial
 from typing import Any, cast
@@ -8,13 +9,14 @@ from typing import Any, cast
 import pytest
 from notecase import v1
 from notecase_server import errors
+from notecase_server.engine import rewind
 from notecase_server.engine.caused import Caused
 from notecase_server.engine.rewind import RACES
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text, Used
-from notecase_server.store.contract import Commit, Past, SessionKey, Store
+from notecase_server.store.contract import Commit, Past, Query, SessionKey, Store
 
 from tests.engine.rooms import House, Model, house, kinds
-from tests.store.build import ManualClock, put, refused
+from tests.store.build import ManualClock, changed, put, refused, said
 from tests.support.failing import Failing, Mode
 
 TOOK = v1.Usage(input_tokens=5000, output_tokens=7, model_calls=1, model="m")
@@ -149,3 +151,24 @@ async def test_a_way_back_is_found_although_others_write_all_the_time(
         (mark,) = [number for number, event in enumerate(log) if event.HasField("rewound")]
         after = [op.key for event in log[mark:] for op in event.state_changed.ops if op.HasField("set")]
         assert [f"k{written.read}"] == after
+
+
+async def test_what_puts_a_state_back_is_made_in_a_thread(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has an operation for each key that has changed since."""
+    loop, made, make = threading.get_ident(), list[bool](), rewind._back
+
+    def noted(*arguments: Any) -> rewind.Rewind:
+        made.append(threading.get_ident() == loop)
+        return make(*arguments)
+
+    monkeypatch.setattr(rewind, "_back", noted)
+    async with asyncio.timeout(60), house(store, clock) as rooms:
+        (key,) = await rooms.prepare()
+        await rooms.sessions.commit(Commit(key=key, events=[said("m1")]))
+        head = (await rooms.log(key))[-1].sequence
+        await rooms.sessions.commit(Commit(key=key, events=[changed(put(f"k{n}", n)) for n in range(3)]))
+        await rooms.runs.at_rest.rewind(key, head, None, Caused())
+        assert not (await store.list_state(key.state, Query(10)))[0].entries
+    assert made == [False]

@@ -24,7 +24,7 @@ def said(sequence: int, text: str = "", role: v1.Message.Role.ValueType = USER) 
 
 
 def whole(*messages: v1.Message, only_text: bool = True) -> Transcript:
-    return Transcript(messages, only_text)
+    return Transcript(messages, only_text, sum(message.ByteSize() for message in messages))
 
 
 def made(first: int, *messages: v1.Message, events: Sequence[v1.Event] = ()) -> Committed:
@@ -44,7 +44,7 @@ def test_a_transcript_follows_the_commits_behind_it_and_is_used_at_its_own_seque
     assert [None, None] == [kept.find(KEY, 4), kept.find(OTHER, 5)]
     kept.follow(KEY, made(6, said(6)))
     assert kept.find(KEY, 5) is None
-    assert kept.find(KEY, 6) == ([said(2), said(5), said(6)], True)
+    assert kept.find(KEY, 6) == whole(said(2), said(5), said(6))._replace(messages=[said(2), said(5), said(6)])
     assert found.messages == [said(2), said(5)], "who holds it does not see it change"
 
 
@@ -55,7 +55,8 @@ def test_a_message_that_a_commit_changes_takes_its_own_place() -> None:
     changed.parts.add().tool_call.call_id = "c"
     change = v1.Event(sequence=4, state_changed=v1.StateChanged())
     kept.follow(KEY, Committed(v1.Session(), 0, [change], {}, {"m2": changed}, {}))
-    assert kept.find(KEY, 4) == ([said(1), changed, said(3)], False)
+    replaced = [said(1), changed, said(3)]
+    assert kept.find(KEY, 4) == whole(*replaced, only_text=False)._replace(messages=replaced)
     changed.name = "other"
     assert (found := kept.find(KEY, 4)) is not None
     assert "m2" == found.messages[1].name, "it is a copy"

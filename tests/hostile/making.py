@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 from tests.hostile.row import MIB
@@ -20,6 +21,8 @@ BIG = "sessions/big"
 """Has pages of state and of messages that are full."""
 PARTS = "sessions/parts"
 """Has 20 messages of as many parts as a message may have."""
+LONG = "sessions/long"
+"""Has 6 MB of messages, each character of which takes two bytes."""
 ADA = "users/ada"
 """The user of every session with a watcher."""
 CLERK = "agents/clerk"
@@ -128,6 +131,12 @@ def labelled(count: int) -> v1.Message:
     return v1.Message(parts=[v1.Part(text="x")], labels={f"l{number}": "x" * 100 for number in range(count)})
 
 
+def file(length: int) -> v1.Part:
+    """A file by its address, with texts of about that many characters of two bytes each."""
+    text = "é" * (length // 2)
+    return v1.Part(file=v1.FileUri(uri=f"https://example.org/{text}", media_type="image/png", filename=text))
+
+
 def inline(data: bytes) -> v1.Part:
     return v1.Part(data=v1.InlineData(data=data, media_type="image/png"))
 
@@ -200,6 +209,12 @@ def export_of(events: Iterable[v1.Event]) -> bytes:
     framed = (varint(len(body)) + body for body in (record.SerializeToString() for record in records))
     body = b"notecase\x02" + b"".join(framed) + b"\0"
     return body + hashlib.sha256(body).digest()
+
+
+def changed(value: v1.Value) -> v1.Event:
+    """The first entry of a log, which sets a key."""
+    ops = [v1.StateOp(key="k", set=value)]
+    return v1.Event(sequence=1, create_time=Timestamp(seconds=1), state_changed=v1.StateChanged(version=1, ops=ops))
 
 
 def spoken(number: int) -> v1.Event:

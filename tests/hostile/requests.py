@@ -22,17 +22,20 @@ from tests.hostile.making import (
     EYES,
     INT32_MAX,
     INT64_MAX,
+    LONG,
     LOOPER,
     NESTED,
     PARTS,
     SEED,
     agent,
     append,
+    changed,
     deep,
     doubling_references,
     empties,
     endless,
     export_of,
+    file,
     imported,
     inline,
     integer,
@@ -68,6 +71,10 @@ AGENT, CHANGE = "AgentService/CreateAgent", "AgentService/UpdateAgent"
 SESSIONS, RUNS = "SessionService/ListSessions", "RunService/ListRuns"
 INVOKE, COMMAND, IMPORT = "RunService/Invoke", "RunService/SendCommand", "SessionService/ImportSession"
 
+LLM = v1.Agent.DESCRIPTOR.fields_by_name["llm"].number
+TOOL = wire(v1.LlmAgent.DESCRIPTOR.fields_by_name["tools"].number, b"")
+CLIENT_TOOL = wire(v1.StartRun.DESCRIPTOR.fields_by_name["client_tools"].number, b"")
+
 VALUES = {
     "2,000,000 empty values in a start": flood(
         INVOKE,
@@ -75,6 +82,9 @@ VALUES = {
         steps=30,
         violations=3,
         handovers=0,
+    ),
+    "100,000 keys in a start": flood(
+        INVOKE, lambda: invoke(state={f"k{n}": integer(1) for n in range(100_000)}), steps=30, handovers=0
     ),
     "500,000 empty values in 1 MiB": flood(
         PUT, lambda: put(v1.Value.FromString(empties(MIB // 2 - 64))), steps=10, violations=1, handovers=0
@@ -140,6 +150,10 @@ MESSAGES = {
     "1,000,000 empty messages": flood(
         APPEND, lambda: append([]).SerializeToString() + b"\x12\x00" * 1_000_000, steps=10, violations=1
     ),
+    "2,000 files": accepted(APPEND, lambda: append([parts(1000, file(20))] * 2), calls=25_000),
+    "2,000 files with long names": accepted(
+        APPEND, lambda: append([parts(500, file(800))] * 4, request_id=new_id()), calls=25_000
+    ),
     "100 messages without parts": refused(APPEND, lambda: append([v1.Message()] * 100), steps=700),
     "bad labels in 15 messages": refused(
         APPEND, lambda: append([v1.Message(labels={f"!{n}": "x" * 300 for n in range(64)})] * 15), steps=200
@@ -155,6 +169,9 @@ MESSAGES = {
     ),
     "a message of 1,000 pieces of content": refused(
         APPEND, lambda: append([v1.Message(parts=[inline(b"%d" % n) for n in range(1000)])]), steps=20, violations=1
+    ),
+    "an author of 4 MiB": refused(
+        APPEND, lambda: append([v1.Message(author="é" * (2 * MIB - 200), parts=[v1.Part(text="x")])]), steps=10
     ),
     "a message of 1,000 keys of state": refused(
         APPEND, lambda: append([parts(1000, v1.Part(state_key="seed"))]), steps=20, violations=1
@@ -206,6 +223,18 @@ AGENTS = {
     ),
     "a generation with 1 MiB of members": refused(
         AGENT, lambda: agent(generation=v1.Generation(extra=large_object(MIB - 1000))), bytes=0
+    ),
+    "an update to 500,000 tools that say nothing": flood(
+        CHANGE,
+        lambda: wire(1, v1.Agent(name=CLERK).SerializeToString() + wire(LLM, TOOL * 500_000)),
+        steps=30,
+        handovers=0,
+    ),
+    "an update to 30,000 labels": flood(
+        CHANGE,
+        lambda: v1.UpdateAgentRequest(agent=v1.Agent(name=CLERK, labels={f"{n}": "x" for n in range(30_000)})),
+        steps=30,
+        handovers=0,
     ),
     "an update of 100,000 paths": refused(
         CHANGE,
@@ -290,6 +319,14 @@ SESSION = {
     "an import of 200,000 empty records": Hostile(
         IMPORT, lambda: imported(b"notecase\x02" + b"\x02\x12\x00" * 200_000), INVALID, "IMPORT_INVALID"
     ),
+    "an import of 4 MiB of values in one record": Hostile(
+        IMPORT, lambda: imported(export_of([changed(wide_list(1_000_000))])), INVALID, "IMPORT_INVALID"
+    ),
+    "an import of 1 MiB of values in one record": Hostile(
+        IMPORT,
+        lambda: imported(export_of([changed(text("x" * (MIB - 100)))])),
+        most={"handovers": 20, "writes": 10, "statements": 200},
+    ),
     "an import of 3,000 messages": Hostile(
         IMPORT,
         lambda: imported(export_of(map(spoken, range(1, 3001)))),
@@ -324,6 +361,12 @@ RUN = {
         ),
         violations=7,
     ),
+    "2,000,000 client tools that say nothing": flood(
+        INVOKE,
+        lambda: wire(1, invoke().start.SerializeToString() + CLIENT_TOOL * (2 * MIB - 500)),
+        steps=40,
+        handovers=0,
+    ),
     "client tools of 4 MiB": refused(INVOKE, lambda: invoke(client_tools=tools(128, 32_000)), bytes=0, steps=40),
     "client tools of 250 KiB": accepted(INVOKE, lambda: invoke(client_tools=tools(128, 1900))),
     "1 MiB of tools to a model": accepted(INVOKE, lambda: invoke(ARMED)),
@@ -339,6 +382,22 @@ RUN = {
     "a run behind 20,000 parts, of which few are shown": accepted(
         INVOKE,
         lambda: v1.InvokeRequest(start=v1.StartRun(session=PARTS, agent=BRIEF, messages=[said("And now?")])),
+    ),
+    "a run behind 6 MB of text that is not ASCII": accepted(
+        INVOKE,
+        lambda: v1.InvokeRequest(start=v1.StartRun(session=LONG, agent=EYES, messages=[said("And now?")])),
+        bytes=64 * KIB,
+    ),
+    "a run behind 6 MB of text, of which little is shown": accepted(
+        INVOKE,
+        lambda: v1.InvokeRequest(start=v1.StartRun(session=LONG, agent=BRIEF, messages=[said("And now?")])),
+        bytes=64 * KIB,
+    ),
+    "a summary of 6 MB of text": accepted(
+        "SessionService/CompactSession",
+        lambda: v1.CompactSessionRequest(name=LONG, agent=EYES, keep_recent=1),
+        bytes=64 * KIB,
+        handovers=12,
     ),
     "a summary of 20,000 parts": accepted(
         "SessionService/CompactSession",

@@ -32,6 +32,7 @@ async def scene(channel: grpc.aio.Channel, many: int) -> AsyncIterator[None]:
     await _make_album(channel)
     await _make_big(channel)
     await _make_parts(channel)
+    await _make_long(channel)
     watchers = [await _watched(channel, number) for number in range(many)]
     try:
         yield
@@ -67,6 +68,13 @@ async def _make_parts(channel: grpc.aio.Channel) -> None:
     replied.role = v1.Message.ROLE_ASSISTANT
     for _ in range(10):
         await v1.MessageServiceStub(channel).AppendMessages(making.append([asked, replied], PARTS))
+
+
+async def _make_long(channel: grpc.aio.Channel) -> None:
+    await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="long"))
+    for _ in range(2):
+        messages = [said("é" * 120_000)] * 13
+        await v1.MessageServiceStub(channel).AppendMessages(making.append(messages, making.LONG))
 
 
 async def _watched(channel: grpc.aio.Channel, number: int) -> Any:

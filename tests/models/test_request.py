@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from notecase import v1
 from notecase_server.models import request as request_module
-from notecase_server.models.contract import MANY_PARTS, ModelRequest, Tool, is_many
+from notecase_server.models.contract import MANY_PARTS, MUCH_BYTES, ModelRequest, Tool, is_many
+from notecase_server.models.pieces import TEXT_LENGTH, encoded
 from notecase_server.models.profiles import ROWS, Profile, Row
 from notecase_server.models.request import body, is_large
 
@@ -235,3 +236,32 @@ def replied(parts: int) -> v1.Message:
 def test_what_is_many_depends_on_parts_and_those_of_results(messages: Sequence[v1.Message], many: bool) -> None:
     assert is_many(messages) == many
     assert is_large(ModelRequest("m", "", messages, v1.Generation())) == many
+
+
+@pytest.mark.parametrize(("size", "much"), [(MUCH_BYTES, False), (MUCH_BYTES + 1, True)])
+@pytest.mark.parametrize("only_text", [True, False])
+def test_what_is_large_depends_on_the_bytes_that_are_known_of_the_messages(
+    size: int, much: bool, only_text: bool
+) -> None:
+    request = ModelRequest("m", "", [user("a")], v1.Generation(), only_text=only_text, size=size)
+    assert much == is_large(request)
+
+
+@pytest.mark.parametrize("character", ["a", "é", "🔎", '"', "\x01"])
+def test_a_long_request_is_the_same_in_pieces_of_bounded_length(
+    monkeypatch: pytest.MonkeyPatch, character: str
+) -> None:
+    """Nothing else of the process runs while one of them is written."""
+    lengths, encode = list[int](), msgspec.json.encode
+
+    def counting(value: Any, **options: Any) -> bytes:
+        lengths.extend([len(value)] if isinstance(value, str) else [])
+        return encode(value, **options)
+
+    image = v1.Part(data=v1.InlineData(data=b"\x89PNG" * 1000, media_type="image/png"))
+    said = [user(character * (TEXT_LENGTH + 7)), user("short"), v1.Message(role=v1.Message.ROLE_USER, parts=[image])]
+    made = body(ModelRequest("m", "Be kind.", said, v1.Generation()), "m", Profile(), "here")
+    short = b"".join(encoded(made)._pieces)
+    monkeypatch.setattr(msgspec.json, "encode", counting)
+    assert short == b"".join(encoded(made, long=True)._pieces)
+    assert max(lengths) <= TEXT_LENGTH

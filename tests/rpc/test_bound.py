@@ -1,15 +1,20 @@
 """A caller that is bound to a user: what is its own, what it may set there, and that all else is not there."""
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 from notecase import v1
 from notecase_server.auth.principal import Role
+from notecase_server.rpc.mentions import MOST_WITHIN
+from notecase_server.store import fold
 
 from tests.e2e.driving import durable, fields_of, reason_of, said
+from tests.hostile.making import wide_list
 from tests.support.callers import ByWord, Words, who, word
 from tests.support.server import Running, running
 
@@ -335,3 +340,23 @@ async def test_a_request_refers_to_a_thousand_blobs_at_most(served: Running) -> 
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await served.messages.AppendMessages(request, metadata=ADA)
     assert ("INVALID_FIELD", {"request"}) == (reason_of(refused.value), fields_of(refused.value))
+
+
+async def test_a_request_of_very_many_values_is_looked_at_in_a_thread_and_not_to_its_end(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it refers to content of others is asked before anything else is checked."""
+    loop, looked, look = threading.get_ident(), list[bool](), fold._messages
+
+    def looking(*arguments: Any) -> Sequence[Message]:
+        looked.append(threading.get_ident() == loop)
+        return look(*arguments)
+
+    monkeypatch.setattr(fold, "_messages", looking)
+    value = wide_list(200, wide_list(1000, v1.Value(list_value=v1.ValueList())))
+    request = v1.PutStateRequest(name="sessions/case/state", key="blobs/", value=value)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.state.PutState(request, metadata=ADA)
+    assert ("INVALID_FIELD", {"request"}) == (reason_of(refused.value), fields_of(refused.value))
+    assert 0 < len(looked) <= MOST_WITHIN
+    assert not any(looked)

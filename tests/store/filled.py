@@ -31,7 +31,7 @@ GONE = session_key("acme", "gone")
 
 async def fill(path: Path) -> Path:
     """Makes the store, and closes it. Its session KEY has a run that waits for an approval, its user and tenant have
-    state, and GONE is deleted with its rows still there. Keys and values hold U+0000."""
+    state, and GONE and the agent "gone" are deleted with their rows still there. Keys and values hold U+0000."""
     path.write_bytes(gzip.decompress((FIXTURES / "schema-3.db.gz").read_bytes()))
     store = await SqliteStore.open(path, ManualClock())
     data = b"a photograph"
@@ -52,6 +52,8 @@ async def fill(path: Path) -> Path:
     await add(store, said("m1"), changed(put("k", 1)), key=GONE)
     await store.delete_session(GONE)
     await store.commit(Commit(session_key("acme", "other"), once=once("kept"), create=v1.Session()))
+    await store.create_agent("acme", "gone", v1.Agent(display_name="nul \0 within"))
+    await store.delete_agent("acme", "gone")
     await store.create_tenant("acme", "The Acme company")
     await store.add_key(KeyRow("acme", "k1", v1.Key(name="keys/k1"), b"digest", b""))
     await store.know_principal("acme", v1.Principal(name="principals/p1", subject="keys/k1", user="users/ada"))

@@ -5,6 +5,7 @@ import gc
 import io
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import count, islice, pairwise
@@ -21,7 +22,7 @@ from notecase_server.engine import transfer
 from notecase_server.engine.rewind import ended as put_to_rest
 from notecase_server.engine.rewind import rewound
 from notecase_server.errors import NotecaseError
-from notecase_server.store import copies
+from notecase_server.store import copies, fold
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import (
     ActiveRun,
@@ -167,15 +168,15 @@ async def test_an_import_is_replayed_in_small_pieces_that_are_not_kept(store: St
         await add(store, finished(f"c{number}", run), changed(put("k", number)), ended(run))
         await add(store, said(f"large{number}", "x" * 400_000))
     make, pieces, held = await maker(store, "restore"), list[int](), list[int]()
-    replay = Replay.rows
+    load = Replay.load
 
     def counted(self: Replay, tables: Tables, events: list[v1.Event]) -> Any:
         pieces.append(len(events))
         assert sum(event.ByteSize() for event in events) <= copies.COPY_BYTES
         held.append(sum(isinstance(each, v1.Event | v1.Message) for each in gc.get_objects()))
-        return replay(self, tables, events)
+        return load(self, tables, events)
 
-    with mock.patch.object(Replay, "rows", counted):
+    with mock.patch.object(Replay, "load", counted):
         await make()
     assert (1010, copies.COPY_ROWS // PIECE) == (sum(pieces), max(pieces))
     assert max(held[1:]) < held[0] + 3 * max(pieces)
@@ -194,6 +195,20 @@ async def test_an_import_takes_an_event_that_changes_more_keys_than_a_statement_
     await store.restore(Restore(key=COPY, session=v1.Session(), blobs={}, events=lambda: iter(log)))
     state = await store.get_state(COPY.state, ["0", f"{many - 1}"])
     assert [3, 3] == [entry.value.int_value for entry in state.entries.values()]
+
+
+async def test_a_log_is_replayed_in_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every store: that of PostgreSQL and that in memory take their steps on the event loop."""
+    loop, replayed, replay = threading.get_ident(), list[bool](), fold.replay
+
+    def noted(*arguments: Any) -> None:
+        replayed.append(threading.get_ident() == loop)
+        replay(*arguments)
+
+    monkeypatch.setattr(fold, "replay", noted)
+    log = [v1.Event(sequence=1, state_changed=v1.StateChanged(version=1, ops=[put("k", 1)]))]
+    await store.restore(Restore(key=COPY, session=v1.Session(), blobs={}, events=lambda: iter(log)))
+    assert replayed == [False]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -26,7 +26,7 @@ from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_schema import VERSION
 from structlog.testing import capture_logs
 
-from tests.store.build import ManualClock, refused, said
+from tests.store.build import ManualClock, add, ended, refused, said
 from tests.store.test_sqlite import full_disk
 
 HERE = Path(__file__).parent
@@ -46,13 +46,13 @@ def path(tmp_path: Path) -> Path:
     return left_by(1, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[1, 2, 3, 4, 5])
+@pytest.fixture(params=[1, 2, 3, 4, 5, 6])
 def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The same rows, in each older schema."""
     return left_by(request.param, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[2, 3, 4, 5])
+@pytest.fixture(params=[2, 3, 4, 5, 6])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A small store that a server of a later schema than the first closed."""
     return left_by(f"{request.param}-small", tmp_path / f"{request.param}.db")
@@ -396,7 +396,7 @@ async def test_a_migration_that_finds_the_disk_full_leaves_the_file_as_it_was(la
     assert facts(large, "PRAGMA user_version") == [(VERSION,)]
 
 
-@pytest.mark.parametrize("size", [1 << 12, 1 << 17])
+@pytest.mark.parametrize("size", [1 << 12, 1 << 13])
 async def test_a_conversion_of_the_schema_before_that_finds_the_disk_full_leaves_the_file_as_it_was(
     tmp_path: Path, size: int
 ) -> None:
@@ -407,6 +407,23 @@ async def test_a_conversion_of_the_schema_before_that_finds_the_disk_full_leaves
     assert dumped(path) == before
     await (await SqliteStore.open(path, ManualClock())).close()
     assert facts(path, "PRAGMA user_version") == [(VERSION,)]
+
+
+async def test_runs_of_an_agent_that_was_deleted_in_the_sixth_schema_have_it_until_they_end(tmp_path: Path) -> None:
+    path = left_by("6-retired", tmp_path / "store.db")
+    store = await SqliteStore.open(path, ManualClock())
+    found = {active.run.name: active.agent.display_name for active in await store.active_runs()}
+    assert {"r1": "first", "q1": "first", "q2": "second", "q3": "third"} == found
+    retired = "SELECT revision, uses FROM retired_revisions ORDER BY revision"
+    assert [(1, 2), (2, 1)] == facts(path, retired)
+    await add(store, ended("r1"))
+    assert [(1, 1), (2, 1)] == facts(path, retired)
+    await add(store, ended("q1", v1.Run.STATE_CANCELLED))
+    assert [(2, 1)] == facts(path, retired)
+    await add(store, ended("q2", v1.Run.STATE_CANCELLED))
+    await add(store, ended("q3", v1.Run.STATE_CANCELLED))
+    await store.close()
+    assert ([], [(3,)]) == (facts(path, retired), facts(path, "SELECT revision FROM revisions"))
 
 
 async def test_what_finds_rows_within_a_session_is_made_for_all_of_them(older: Path) -> None:
@@ -436,17 +453,19 @@ async def test_a_store_of_a_later_schema_keeps_every_row(small: Path, tmp_path: 
     columns["events"] = "tenant, uid, sequence, tells_past, body"
     columns["active_runs"] = f"tenant, uid, run, deaths, released, {'revision' if small.stem == '4' else 'agent'}"
     columns["runs"] = "tenant, uid, run, state, agent, labels, first_sequence, last_sequence, digest, runs.body"
-    if small.stem == "5":
+    if small.stem in {"5", "6"}:
         columns["runs"] += ", revision, deaths, released"
     columns["sessions"] = """tenant, uid, session, user, agent, activity, display_name, create_time, update_time,
         expire_time, labels, epoch, commits, body"""
     columns["store"] = "secret"
-    before = {table: facts(small, f"SELECT {columns[table]} FROM {table}") for table in tables}
+    with_heads = "sessions JOIN heads USING (tenant, uid)"
+    lay_in = {"sessions": with_heads} if small.stem == "6" else {}
+    before = {table: facts(small, f"SELECT {columns[table]} FROM {lay_in.get(table, table)}") for table in tables}
     columns["active_runs"] = "tenant, uid, run, deaths, released, run_agents.body"
     columns["messages"] = "tenant, uid, sequence, message, run, step, coalesce(update_sequence, sequence), c.body"
     places = {
         "messages": "events LEFT JOIN changed_messages c USING (tenant, uid, sequence) WHERE message NOT NULL",
-        "sessions": "sessions JOIN heads USING (tenant, uid)",
+        "sessions": with_heads,
         "active_runs": "runs JOIN run_agents USING (tenant, uid, run) WHERE revision = 0",
     }
     assert facts(small, "PRAGMA user_version") == [(int(small.stem),)]

@@ -1029,6 +1029,28 @@ async def test_a_database_that_was_restored_without_its_rows_is_refused(clock: M
         await serve_stores.open_store(url, clock)
 
 
+async def test_others_have_their_turn_while_a_long_past_is_read(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step runs on the event loop."""
+    await create(store)
+    for number in range(8):
+        await add(store, changed(put("k", f"{number}" * 100_000)))
+    pauses, sleep = list[float](), asyncio.sleep
+
+    async def pausing(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", pausing)
+    head = (await store.read_events(KEY, 0))[-1].sequence
+    assert [0.0] * 4 == pauses
+    pauses.clear()
+    state = await store.get_state(KEY.state, ["k"], head - 1)
+    assert "6" * 100_000 == state.entries["k"].value.string_value
+    assert [0.0] * 3 == pauses
+
+
 async def test_an_older_schema_is_refused_or_brought_up_to_date(
     clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1054,6 +1076,42 @@ async def test_an_older_schema_is_refused_or_brought_up_to_date(
     opened = await serve_stores.open_store(url, clock, serve_stores.Database(migrate=False))
     assert await opened.get_session(KEY) is not None
     await opened.close()
+    await connection.close()
+
+
+async def test_a_store_of_the_first_schema_has_its_agents_in_the_second(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = await postgres.shared().new_database()
+    connection = await asyncpg.connect(url)
+    with monkeypatch.context() as first:
+        first.setattr(postgres_database, "VERSION", 1)
+        first.setattr(postgres_database, "MIGRATIONS", MIGRATIONS[:1])
+        store = await PostgresStore.open(url, clock)
+        await create(store)
+        await store.close()
+    assert 1 == await connection.fetchval("SELECT schema FROM notecase_store")
+    made = [v1.Agent(name="agents/clerk", revision=number, etag=f"{number}") for number in (1, 2)]
+    columns = "tenant, agent, revision, display_name, create_time, update_time"
+    await connection.execute(f"INSERT INTO agents ({columns}) VALUES ($1, 'clerk', 2, '', 0, 0)", KEY.tenant)
+    for agent in made:
+        await connection.execute(
+            "INSERT INTO revisions (tenant, agent, revision, body) VALUES ($1, $2, $3, $4)",
+            *(KEY.tenant, "clerk", agent.revision, agent.SerializeToString(deterministic=True)),
+        )
+    await connection.execute("UPDATE owner SET name = ''")
+    await serve_stores.migrate(url)
+    assert VERSION == await connection.fetchval("SELECT schema FROM notecase_store")
+    opened = await serve_stores.open_store(url, clock, serve_stores.Database(migrate=False))
+    assert made == [await opened.get_agent(KEY.tenant, "clerk", revision) for revision in (1, 0)]
+    assert await opened.get_session(KEY) is not None
+    await opened.delete_agent(KEY.tenant, "clerk")
+    assert await opened.get_agent(KEY.tenant, "clerk", 1) is None
+    await opened.sweep_agents()
+    await opened.close()
+    assert (0, 0) == await connection.fetchrow(
+        "SELECT (SELECT count(*) FROM revisions), (SELECT count(*) FROM deleted_agents)"
+    )
     await connection.close()
 
 

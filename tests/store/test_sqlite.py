@@ -720,6 +720,7 @@ async def test_a_session_whose_row_is_damaged_expires_by_its_column(tmp_path: Pa
     run = started("r1", agent=agent.name)
     await store.commit(Commit(key=KEY, events=[run, said("m1", run="r1")], start=RunRecord(b"d", agent), claim=True))
     await store.delete_agent("acme", "a")
+    await store.sweep_agents()
     await store.close()
     with closing(sqlite3.connect(path)) as connection, connection:
         assert [(1,)] == connection.execute("SELECT uses FROM retired_revisions").fetchall()

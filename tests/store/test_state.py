@@ -1,11 +1,15 @@
 """Every store: what state promises, in its three scopes."""
 
 import asyncio
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
+from notecase_server.store import steps
 from notecase_server.store.contract import PAGE_BYTES, Answer, Query, Replayed, Scope, Store
+from notecase_server.store.fold import MAX_APPENDED_BYTES
 
 from tests.store.build import (
     APP_STATE,
@@ -27,6 +31,7 @@ from tests.store.build import (
     said,
     value,
 )
+from tests.store.fixtures import looks_inside
 from tests.support.values import INT64_MAX, KEYS, VALUES, exactly
 
 PUT = Answer("state", "users/ada/state")
@@ -148,6 +153,46 @@ async def test_a_value_cannot_outgrow_a_page(store: Store) -> None:
     with refused("PAYLOAD_TOO_LARGE"):
         await store.update_state(USER_STATE, [append("list", half)])
     assert len((await store.get_state(USER_STATE, ["list"])).entries["list"].value.list_value.values) == 1
+
+
+async def test_the_lists_that_one_change_appends_to_are_bounded_together(store: Store) -> None:
+    """Each is read and written whole."""
+    number = MAX_APPENDED_BYTES // PAGE_BYTES + 1
+    for index in range(number):
+        await store.update_state(USER_STATE, [append(f"l{index}", "x" * (PAGE_BYTES - 100))])
+    with refused("PAYLOAD_TOO_LARGE"):
+        await store.update_state(USER_STATE, [append(f"l{index}", 1) for index in range(number)])
+    await store.update_state(USER_STATE, [append(f"l{index}", 1) for index in range(number - 1)])
+    state = await store.update_state(USER_STATE, [put(f"l{index}", 1) for index in range(number)])
+    assert number == len(state.entries)
+
+
+@looks_inside
+async def test_a_page_of_named_keys_reads_few_more_than_it_has(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand may be named, and each may have a page."""
+    monkeypatch.setattr(steps, "KEYS_AT_ONCE", 2)
+    for number in range(10):
+        await store.update_state(USER_STATE, [put(f"k{number}", "x" * (PAGE_BYTES // 2))])
+    read, names = list[int](), [f"k{number}" for number in range(10)]
+    named = steps._named
+
+    def noted(*arguments: Any) -> Iterator[tuple[str, v1.StateEntry | None]]:
+        for found in named(*arguments):
+            read.append(1)
+            yield found
+
+    monkeypatch.setattr(steps, "_named", noted)
+    after: tuple[str | int, ...] | None = None
+    seen = list[str]()
+    while True:
+        read.clear()
+        state, page = await store.list_state(USER_STATE, Query(100, after), keys=names)
+        seen += sorted(state.entries)
+        assert sum(read) <= len(state.entries) + 1
+        after = page.next
+        if after is None:
+            break
+    assert names == seen
 
 
 STORED = {

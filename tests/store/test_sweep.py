@@ -11,7 +11,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.store import steps
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import Commit, Quotas, Replayed, Store
+from notecase_server.store.contract import Answer, Commit, Quotas, Replayed, Store
 
 from tests.store.build import (
     EVERYTHING,
@@ -28,6 +28,7 @@ from tests.store.build import (
     put,
     reborn,
     refused,
+    remove,
     said,
     session_key,
     started,
@@ -218,3 +219,29 @@ async def test_a_large_state_of_a_user_is_erased_in_small_transactions(
     assert v1.State() == await store.get_state(USER_STATE, ["k0"])
     with pytest.raises(Replayed):
         await erase()
+
+
+async def test_answers_about_an_erased_user_are_blanked_in_the_order_of_their_requests(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many in a transaction as fit, and each transaction blanks some."""
+    monkeypatch.setattr(steps, "SWEEP_ROWS", 3)
+    monkeypatch.setattr(steps, "SWEEP_BYTES", 9_000)
+    sizes = {"r4": 4_000, "r1": 100, "r5": 20_000, "r2": 8_000, "r3": 4_000, "r0": 100}
+    for name, size in sizes.items():
+        await store.update_state(USER_STATE, [put("k", "x" * size)], None, once(name, Answer("state")))
+    await store.update_state(USER_STATE, [remove("k")])
+
+    async def kept() -> list[str]:
+        found = []
+        for name in sorted(sizes):
+            with pytest.raises(Replayed) as replayed:
+                await store.recall(once(name, Answer("state")))
+            found += [name] if replayed.value.response else []
+        return found
+
+    seen = [await kept()]
+    while not await store.erase_state("acme", "users/ada"):
+        seen.append(await kept())
+    names = sorted(sizes)
+    assert [names[0:], names[3:], names[5:], names[6:]] == [*seen, await kept()][:4]

@@ -106,7 +106,7 @@ async def test_postgresql_has_the_same_tables() -> None:
     )
     await connection.close()
     found = {name: {column for table, column in rows if table == name} for name, _ in rows}
-    assert {"notecase_store", "owner"} == found.keys() - {table.name for table in TABLES}
+    assert {"notecase_store", "owner", "known_revisions"} == found.keys() - {table.name for table in TABLES}
     assert {table.name: set(table.columns) for table in TABLES} == {table.name: found[table.name] for table in TABLES}
     assert {table.name: list(table.key) for table in TABLES} == {name: key for name, key in keys if name != "owner"}
 

@@ -21,7 +21,7 @@ from tests.support.server import Running
 
 COUNTED: Mapping[str, str] = {
     "calls": "function calls within one callback of the loop, at most",
-    "bytes": "bytes hashed, decoded from JSON or encoded as base64 at once on the loop, at most",
+    "bytes": "bytes hashed, read from JSON, or written as JSON or base64 at once on the loop, at most",
     "steps": "steps of the look at requests",
     "violations": "violations found",
     "handovers": "times that the store was asked for something",
@@ -148,6 +148,15 @@ def _count_bytes(work: Work, patch: pytest.MonkeyPatch) -> None:
 
     for module, name in ((hashlib, "sha256"), (base64, "b64encode"), (msgspec.json, "decode")):
         patch.setattr(module, name, counting(getattr(module, name)))
+    encode = msgspec.json.encode
+
+    def encoding(value: Any, **options: Any) -> bytes:
+        made = encode(value, **options)
+        if work.on_loop and not work.others:
+            work.most("bytes", len(made))
+        return made
+
+    patch.setattr(msgspec.json, "encode", encoding)
 
 
 def _count_steps(work: Work, patch: pytest.MonkeyPatch) -> None:

@@ -474,6 +474,7 @@ class Server:
             if gone := await self._sessions.expire(self._clock()):
                 log.info("sessions_expired", sessions=gone)
             await self._store.sweep_sessions()
+            await self._store.sweep_agents()
             if loop.time() >= next_sweep:
                 next_sweep = loop.time() + SWEEP_SECONDS
                 await self._store.forget_requests(self._clock() - REQUESTS_KEPT)

@@ -7,23 +7,36 @@ Whether the log is consistent is checked afterwards, by `transfer.read`.
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import BinaryIO, cast
+from functools import cache
+from typing import BinaryIO, NamedTuple, cast
 
 import structlog
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine import transfer
 from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import PAGE_BYTES
 
 log = structlog.get_logger()
 
 MOST_WITHIN = 20_000
 """Messages within one record, and other items of its lists and maps: twice as many as in the largest result of a tool.
 Those in values of state do not count, since their bytes are limited."""
+
+MOST_FIELDS = 10 * MOST_WITHIN
+"""Fields of all of them together."""
+
+MOST_VALUE_BYTES = PAGE_BYTES + (64 << 10)
+"""Of values of state within one record: as much as one event has. The parser takes some 20 ms for a MiB of the smallest
+values, and nothing interrupts it."""
+
+VARINT, DELIMITED, FIXED = 0, 2, {1: 8, 5: 4}
+"""How a field is written: the types of protobuf's wire format, the last two with the bytes that they take."""
 
 VALUE = v1.Value.DESCRIPTOR.full_name
 
@@ -126,12 +139,12 @@ class _Judge:
             raise errors.import_invalid("has bytes after its end")
 
     def _look(self, body: bytes) -> None:
+        if len(body) > 2 * MOST_WITHIN:  # none takes less than two bytes
+            _require_few(body)
         try:
             record = v1.ExportRecord.FromString(body)
         except DecodeError:
-            raise errors.import_invalid("has a record that cannot be decoded") from None
-        if len(body) > 2 * MOST_WITHIN and not _has_few(record):  # none takes less than two bytes
-            raise errors.import_invalid(f"has a record with more than {MOST_WITHIN} parts, labels or the like")
+            raise _undecodable() from None
         kind = record.WhichOneof("record")
         self._records += 1
         if (kind == "header") != (self._records == 1):
@@ -150,21 +163,68 @@ class _Judge:
             raise errors.import_invalid("has an empty record")
 
 
-def _has_few(record: Message) -> bool:
-    """Whether a record has at most MOST_WITHIN items. A list that is too long is not looked into."""
-    number, left = 0, [record]
+class _Known(NamedTuple):
+    """A field of messages or of repeated items."""
+
+    within: Descriptor | None
+    """The kind of its messages; None for others, and for values of state."""
+    is_value: bool
+
+
+@cache
+def _known(kind: Descriptor) -> Mapping[int, _Known]:
+    """Returns those fields of a kind of message by number."""
+    found = {}
+    for number, field in kind.fields_by_number.items():
+        is_value = field.message_type is not None and field.message_type.full_name == VALUE
+        if field.message_type is not None or field.is_repeated:
+            found[number] = _Known(None if is_value else field.message_type, is_value)
+    return found
+
+
+def _require_few(body: bytes) -> None:
+    """Raises IMPORT_INVALID for a record with too many items or too much state, by its bytes alone: while the parser is
+    at work, nothing else in the process is."""
+    fields = items = values = 0
+    left = [(v1.ExportRecord.DESCRIPTOR, 0, len(body))]
     while left:
-        for described, held in left.pop().ListFields():
-            kind = described.message_type
-            number += len(held) if described.is_repeated else kind is not None
-            if number > MOST_WITHIN:
-                return False
-            if kind is None or kind.full_name == VALUE:
-                continue
-            if not described.is_repeated:
-                left.append(held)
-            elif not kind.GetOptions().map_entry:
-                left.extend(held)
-            elif kind.fields_by_name["value"].message_type not in {None, v1.Value.DESCRIPTOR}:
-                left.extend(held.values())
-    return True
+        kind, at, end = left.pop()
+        known = _known(kind)
+        while at < end:
+            tag, at = _varint(body, at)
+            wire_type, size = tag & 7, 0
+            if wire_type == VARINT:
+                _, at = _varint(body, at)
+            elif wire_type == DELIMITED:
+                size, at = _varint(body, at)
+            elif wire_type in FIXED:
+                size = FIXED[wire_type]
+            else:
+                raise _undecodable()
+            fields += 1
+            if (field := known.get(tag >> 3)) is not None:
+                items += 1
+                values += size if field.is_value else 0
+                if field.within is not None and wire_type == DELIMITED:
+                    left.append((field.within, at, min(at + size, end)))
+            at += size
+            if items > MOST_WITHIN or fields > MOST_FIELDS:
+                raise errors.import_invalid(f"has a record with more than {MOST_WITHIN} parts, labels or the like")
+            if values > MOST_VALUE_BYTES:
+                raise errors.import_invalid(f"has a record with more than {MOST_VALUE_BYTES} bytes of state")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Returns the number that is written at a place, and where the next one is."""
+    number = shift = 0
+    for byte in data[at : at + 10]:
+        at += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, at
+        shift += 7
+    raise _undecodable()
+
+
+def _undecodable() -> NotecaseError:
+    return errors.import_invalid("has a record that cannot be decoded")

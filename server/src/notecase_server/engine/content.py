@@ -40,6 +40,9 @@ its state and its tools, and a default gRPC client accepts 4 MiB."""
 MAX_APPENDED_BYTES = 15 << 18
 """The same for AppendMessages. Its answer has the messages and their names, and each message is a separate event."""
 
+PARTS_AT_ONCE, BYTES_AT_ONCE = 500, 256 << 10
+"""Parts and bytes of messages that are taken in before others have their turn: a few milliseconds."""
+
 MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
 """Of parts that become blobs when they are large."""
 
@@ -247,7 +250,8 @@ class Contents:
         """Returns messages in the form of the log, at most `most` bytes; `state` are the values to which the session's
         state is about to be set, after a rewind to sequence `at` unless that is None. Raises NotecaseError
         STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE, also when values of state make them too large."""
-        made, size = [], 0
+        made, size = list[v1.Message](), 0
+        parts, pause_at = 0, BYTES_AT_ONCE
         for message in messages:
             kept = v1.Message()
             kept.CopyFrom(message)
@@ -257,6 +261,10 @@ class Contents:
             if size > most:
                 raise errors.too_large("The messages of one request", size, most)
             made.append(kept)
+            parts += len(kept.parts)
+            if parts >= PARTS_AT_ONCE or size >= pause_at:
+                parts, pause_at = 0, size + BYTES_AT_ONCE
+                await asyncio.sleep(0)
         return made
 
     async def parts(

@@ -4,10 +4,9 @@ the part of the history that fits.
 The log is never cut; only the request is.
 """
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import msgspec
 from notecase import v1
@@ -18,10 +17,8 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
 from notecase_server.engine.transcripts import Transcript, Transcripts, is_only_text
-from notecase_server.models.contract import is_many
+from notecase_server.models.contract import looked_at
 from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
-
-T = TypeVar("T")
 
 PAGE = 500
 """Messages read at a time."""
@@ -58,6 +55,8 @@ class Content(msgspec.Struct, frozen=True):
     messages: Sequence[v1.Message]
     only_text: bool
     """See ModelRequest.only_text."""
+    size: int
+    """See ModelRequest.size."""
 
 
 def read_first(context: v1.Context) -> int:
@@ -90,10 +89,11 @@ async def build(
     instruction = await _instruction(store, key, live.user, agent.llm.instruction)
     if shows_all(context, summary, most_tokens):
         whole = await _transcript(store, live, newest)
-        return Content(instruction, _aligned(whole.messages), whole.only_text)
+        return Content(instruction, _aligned(whole.messages), whole.only_text, whole.size)
     told = None if context.stateless else await in_effect(store, key, summary)
-    messages = await shown(store, key, context, run, told, most_tokens, newest)
-    return Content(instruction, messages, is_only_text(messages))
+    messages, size = await shown(store, key, context, run, told, most_tokens, newest)
+    only_text = await looked_at(messages, size, partial(is_only_text, messages))
+    return Content(instruction, messages, only_text, size)
 
 
 def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
@@ -110,12 +110,12 @@ async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message
     head, page = live.head, newest
     if page is None:
         page = await store.list_messages(live.key, Query(FEW), newest_first=True)
-    goes_on, messages, only_text = page.next is not None, list(page.rows), is_only_text(page.rows)
+    goes_on, messages, only_text, size = page.next is not None, list(page.rows), is_only_text(page.rows), page.size
     while page.next is not None:
         page = await store.list_messages(live.key, Query(PAGE, page.next), newest_first=True)
         messages += page.rows
-        only_text = only_text and is_only_text(page.rows)
-    found = Transcript(messages[::-1], only_text)
+        only_text, size = only_text and is_only_text(page.rows), size + page.size
+    found = Transcript(messages[::-1], only_text, size)
     if goes_on:
         live.keep(found, head)
     return found
@@ -178,10 +178,11 @@ async def shown(
     summary: Summary | None = None,
     most_tokens: int = 0,
     newest: Page[v1.Message] | None = None,
-) -> list[v1.Message]:
+) -> tuple[list[v1.Message], int]:
     """Returns the summary, then the newest messages that it does not cover and that fit the limits, oldest first: at
-    most `most_tokens` of them, too, unless that is 0. They begin with what a user or the system said, and hold the
-    newest message of a user with all that follows it, whatever the limits are."""
+    most `most_tokens` of them, too, unless that is 0. They begin with what a user or the system said, unless a reply
+    follows what the summary covers, and hold the newest message of a user with all that follows it, whatever the limits
+    are. Returns with them how many bytes they have at most."""
     told = [summary.message] if summary else []
     covered = summary.last_sequence if summary else 0
     room = _Window(context.max_messages, min(filter(None, (context.max_tokens, most_tokens)), default=0))
@@ -189,35 +190,35 @@ async def shown(
     page = newest
     if page is None:
         page = await store.list_messages(key, Query(read_first(context) or PAGE), newest_first=True, step=step)
-    gauge = await _in_turn(page.rows, partial(Gauge, page.rows if room.tokens else ()))
+    gauge = await looked_at(page.rows, page.size, partial(Gauge, page.rows if room.tokens else ()))
+    size = page.size
     room.used = sum(map(gauge.tokens, told))
     while True:
-        all_taken = await _in_turn(page.rows, partial(room.take_all, page.rows, covered, gauge))
+        all_taken = await looked_at(page.rows, page.size, partial(room.take_all, page.rows, covered, gauge))
         if not all_taken or page.next is None or room.full:
             if all_taken and step is not None and page.next is None and room.answers_others:
-                room.newest += await _said_before(store, key, room.newest)
-            return told + _aligned(room.newest[::-1])
+                before, bytes_before = await _said_before(store, key, room.newest)
+                room.newest, size = room.newest + before, size + bytes_before
+            taken = room.newest[::-1]
+            return told + (taken if room.joins_summary else _aligned(taken)), size
         page = await store.list_messages(key, Query(PAGE, page.next), newest_first=True, step=step)
+        size += page.size
 
 
-async def _in_turn(messages: Sequence[v1.Message], look: Callable[[], T]) -> T:
-    """Looks at messages; in a thread if they have many parts."""
-    return await asyncio.to_thread(look) if is_many(messages) else look()
-
-
-async def _said_before(store: History, key: SessionKey, newest: Sequence[v1.Message]) -> list[v1.Message]:
+async def _said_before(store: History, key: SessionKey, newest: Sequence[v1.Message]) -> tuple[list[v1.Message], int]:
     """Returns what a run answers that began without messages: the newest message of a user before those of the run, and
-    what follows it, at most PAGE messages, newest first."""
-    found = list[v1.Message]()
+    what follows it, at most PAGE messages, newest first; and how many bytes they have at most."""
+    found, size = list[v1.Message](), 0
     after: tuple[str | int, ...] | None = (newest[-1].sequence,) if newest else None
     while True:
         page = await store.list_messages(key, Query(FEW, after), newest_first=True)
+        size += page.size
         for message in page.rows:
             found.append(message)
             if message.role == v1.Message.ROLE_USER or len(found) == PAGE:
-                return found
+                return found, size
         if page.next is None:
-            return found
+            return found, size
         after = page.next
 
 
@@ -230,6 +231,8 @@ class _Window:
         self.used = 0
         """Tokens."""
         self.newest: list[v1.Message] = []
+        self.joins_summary = False
+        """The messages taken are all that the summary does not cover."""
         self._heard = False
         """A message of a user is in."""
 
@@ -246,7 +249,13 @@ class _Window:
     def take_all(self, messages: Sequence[v1.Message], covered: int, gauge: Gauge) -> bool:
         """Takes the messages, up to the first that does not fit or is not behind the sequence `covered`; returns
         whether all were taken."""
-        return all(message.sequence > covered and self.take(message, gauge) for message in messages)
+        for message in messages:
+            if message.sequence <= covered:
+                self.joins_summary = True
+                return False
+            if not self.take(message, gauge):
+                return False
+        return True
 
     def take(self, message: v1.Message, gauge: Gauge) -> bool:
         """Takes the message, or says that it does not fit."""

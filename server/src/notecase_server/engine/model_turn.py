@@ -3,6 +3,7 @@ ModelTurn; the Budget is that of all turns of a run in this process.
 """
 
 import asyncio
+import operator
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -23,7 +24,7 @@ from notecase_server.engine.run_log import LOST, RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.engine.tokens import tokens_of
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, Media, ModelRequest, Used, is_many
+from notecase_server.models.contract import Finish, Media, ModelRequest, Used, looked_at
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
 from notecase_server.tools.contract import Function, Incomplete, Outcome, Toolbox
@@ -137,14 +138,13 @@ class ModelTurn:
         messages, only_text = content.messages, content.only_text
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
         if READ_RESULT not in self._bound and not only_text:
-            shown = await self._log.patiently(lambda: self._results.shown(messages, self._budget.most_tokens))
+            most = content.size, self._budget.most_tokens
+            shown = await self._log.patiently(lambda: self._results.shown(messages, *most))
             if shown is not messages:
                 tools.append(results.TOOL)
                 messages = shown
-        schema = llm.output_schema
-        return ModelRequest(
-            llm.model, content.instruction, messages, llm.generation, tools, self._load, schema, only_text
-        )
+        said = (llm.model, content.instruction, messages, llm.generation, tools, self._load, llm.output_schema)
+        return ModelRequest(*said, only_text, size=content.size)
 
     def _content(self) -> Coroutine[Any, Any, context.Content]:
         newest, live = self._newest, self._log.live
@@ -221,9 +221,10 @@ class ModelTurn:
             repeat += 1
             self._check_tokens()
             self._log.live.discard(self._log.step)
-            complaint = v1.Part(text=_complaint(problem, request.output_schema))
-            asked = v1.Message(role=v1.Message.ROLE_USER, parts=[complaint])
-            again = request._replace(messages=[*request.messages, message, asked], only_text=False)
+            complaint = _complaint(problem, request.output_schema)
+            asked = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=complaint)])
+            messages, size = [*request.messages, message, asked], request.size + message.ByteSize()
+            again = request._replace(messages=messages, only_text=False, size=size)
             finish = await self._asking.ask(partial(self._read, again))
         return finish
 
@@ -237,11 +238,11 @@ class ModelTurn:
             raise error
         again, self._shortened = self._shortened, True
         self._log.log.info("request_too_long", messages=len(request.messages))
-        total = partial(tokens_of, request.messages)
-        self._budget.most_tokens = (await asyncio.to_thread(total) if is_many(request.messages) else total()) // 2
+        messages, size = request.messages, request.size
+        self._budget.most_tokens = await looked_at(messages, size, partial(tokens_of, messages)) // 2
         if not again and await self._summarize(keep=1, batch=1):
             return
-        if (await self._request()).messages == request.messages:
+        if await looked_at(messages, size, partial(operator.eq, (await self._request()).messages, messages)):
             raise error
 
     async def _summarize(self, keep: int, batch: int) -> bool:

@@ -5,7 +5,6 @@ Only requests to the model are shortened. The log has every result in full, as a
 would not fit into a page together, and the tool reads from there.
 """
 
-import asyncio
 import codecs
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -19,7 +18,7 @@ from notecase import v1
 from notecase_server import names
 from notecase_server.engine.content import MEDIA_TYPES, Contents
 from notecase_server.engine.tokens import Gauge
-from notecase_server.models.contract import Tool, is_many, is_text
+from notecase_server.models.contract import Tool, is_text, looked_at
 from notecase_server.store.contract import PAGE_BYTES, History, SessionKey
 from notecase_server.tools.contract import Outcome
 
@@ -111,22 +110,19 @@ class Results:
         self._contents = contents
         self._key = key
 
-    async def shown(self, messages: Sequence[v1.Message], most_tokens: int = 0) -> Sequence[v1.Message]:
-        """Returns the messages as a model is shown them: of results that are large, or large together, how they begin,
-        and, with `most_tokens`, of the newest turn's oldest results where they are, until the messages fit or only the
-        newest result is left. The same sequence where nothing is shortened."""
+    async def shown(self, messages: Sequence[v1.Message], size: int, most_tokens: int = 0) -> Sequence[v1.Message]:
+        """Returns messages of `size` bytes as a model is shown them: of results that are large, or large together, how
+        they begin, and, with `most_tokens`, of the newest turn's oldest results where they are, until the messages fit
+        or only the newest result is left. The same sequence where nothing is shortened."""
         made: Sequence[v1.Message] = messages
-        large: Iterable[tuple[int, int, v1.ToolCall, int]] = _too_large(messages)
-        large = await asyncio.to_thread(list, large) if is_many(messages) else large
-        for index, at, call, most in large:
+        for index, at, call, most in await looked_at(messages, size, lambda: [*_too_large(messages)]):
             begun, end = await self._text(call, 0, most)
             name = _name(messages[index], at)
             told = f"{begun}\n[{_of(end, call)}. Read on with {READ_RESULT}: result {name!r}, offset {end}.]"
             made = _with(made, messages, index, at, told)
         if not most_tokens:
             return made
-        leave_out = partial(self._left_out, made, messages, most_tokens)
-        return await asyncio.to_thread(leave_out) if is_many(messages) else leave_out()
+        return await looked_at(messages, size, partial(self._left_out, made, messages, most_tokens))
 
     def _left_out(
         self, made: Sequence[v1.Message], whole: Sequence[v1.Message], most_tokens: int

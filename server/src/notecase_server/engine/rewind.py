@@ -77,7 +77,7 @@ async def rewound(store: History, key: SessionKey, to_sequence: int, field: str)
             f"{to_sequence} lies in a stretch that a rewind to {past.kept} left behind: its messages are no longer part"
         )
         raise errors.invalid([Violation(field, f"{told} of this conversation; fork at it instead (ForkSession)")])
-    return _back(past, to_sequence)
+    return await asyncio.to_thread(_back, past, to_sequence)
 
 
 async def rolled_back(store: History, key: SessionKey, run: v1.Run) -> Rewind:
@@ -87,7 +87,7 @@ async def rolled_back(store: History, key: SessionKey, run: v1.Run) -> Rewind:
     past = await store.read_past(key, before)
     if past.kept < before:
         past = await store.read_past(key, past.kept)
-    return _back(past, past.session.last_sequence, run.name)
+    return await asyncio.to_thread(_back, past, past.session.last_sequence, run.name)
 
 
 async def _before(store: History, key: SessionKey, run: v1.Run) -> int:

@@ -5,10 +5,10 @@ Nothing is durable but that event: a call of the model whose summary was not com
 that was read stands, whatever is said meanwhile, unless it was summarised or rewound; then the store refuses.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 from notecase import v1
@@ -17,7 +17,7 @@ from notecase_server import errors
 from notecase_server.engine.content import Contents
 from notecase_server.engine.results import Results
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Thought, Tool, Used, is_many
+from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Thought, Tool, Used, looked_at
 from notecase_server.store.contract import History, Query, SessionKey
 
 KEEP_RECENT = 10
@@ -26,6 +26,9 @@ BATCH = 20
 
 PAGE = 500
 """Messages covered at a time, at most: more in one request than any model takes would help nobody."""
+
+MOST_BYTES = 4 << 20
+"""Of messages covered at a time, for the same reason."""
 
 MAX_BYTES = 64 << 10
 """Of a summary, which is shown in every request: whatever is longer does not sum up."""
@@ -64,11 +67,13 @@ class Plan(NamedTuple):
 
     before: Summary | None
     messages: Sequence[v1.Message]
-    """What it is to cover beyond `before`, oldest first, ending with a turn."""
+    """What it is to cover beyond `before`, oldest first, ending with a turn unless they are part of one."""
+    size: int
+    """About how many bytes they have."""
 
     async def request(self, llm: v1.LlmAgent) -> ModelRequest:
-        """Returns the request that asks for it; where the messages have many parts it is made in a thread."""
-        return await asyncio.to_thread(self._request, llm) if is_many(self.messages) else self._request(llm)
+        """Returns the request that asks for it; where the messages are many or large it is made in a thread."""
+        return await looked_at(self.messages, self.size, partial(self._request, llm))
 
     def _request(self, llm: v1.LlmAgent) -> ModelRequest:
         """Shown like any request, with what to do as its last message: no provider then lacks the alternation that it
@@ -82,12 +87,13 @@ class Plan(NamedTuple):
         generation.ClearField("max_output_tokens")
         messages = [*told, *(_in_words(message) for message in self.messages), ask]
         tools = _declared(llm, self.messages)
-        return ModelRequest(settings.model or llm.model, "", messages, generation, tools, plain=True)
+        return ModelRequest(settings.model or llm.model, "", messages, generation, tools, plain=True, size=self.size)
 
     def shorter(self) -> "Plan | None":
         """Returns a plan that covers at most a quarter of the messages, for a model that does not take more; None when
-        no turn ends there."""
-        end = _end_of_turn(self.messages, len(self.messages) // 4)
+        that is none."""
+        most = len(self.messages) // 4
+        end = _end_of_turn(self.messages, most) or most
         return self._replace(messages=self.messages[:end]) if end else None
 
     def events(self, text: str, usage: v1.Usage) -> list[v1.Event]:
@@ -107,19 +113,24 @@ async def plan(
     store: History, contents: Contents, key: SessionKey, sequence: int, keep: int, batch: int, most: int = 0
 ) -> Plan | None:
     """What to cover beyond the summary of that sequence, once `keep` + `batch` messages are not: all of a page but the
-    newest `keep`, or `most` messages unless that is 0, and never the newest of a user or what follows it. Large results
-    are shortened as in other requests. None when that leaves nothing."""
+    newest `keep`, or `most` messages unless that is 0, and never the newest of a user or what follows it. It ends with
+    a turn, or within one where no turn ends in the page. Large results are shortened as in other requests. None when
+    that leaves nothing."""
     before = await in_effect(store, key, sequence)
-    rows: list[v1.Message] = []
-    after: tuple[str | int, ...] | None = (before.last_sequence if before else 0,)
-    while after is not None and len(rows) < keep + batch:
-        page = await store.list_messages(key, Query(PAGE, after))
-        rows += page.rows
-        after = page.next
-    if len(rows) < keep + batch:
+    page = await store.list_messages(key, Query(PAGE, (before.last_sequence if before else 0,)))
+    rows, size, number, fits = page.rows, page.size, len(page.rows), True
+    while page.next is not None and number < keep + batch:
+        page = await store.list_messages(key, Query(PAGE, page.next))
+        number += len(page.rows)
+        if fits := fits and size + page.size <= MOST_BYTES:
+            rows, size = rows + page.rows, size + page.size
+    if number < keep + batch:
         return None
-    end = _end_of_turn(rows, min(len(rows) - keep, most or len(rows)))
-    return Plan(before, await Results(store, contents, key).shown(rows[:end])) if end else None
+    most = min(number - keep, most or PAGE, len(rows))
+    end = _end_of_turn(rows, most)
+    if not end and page.next is not None and await _speaks_again(store, key, rows[-1].sequence):
+        end = most
+    return Plan(before, await Results(store, contents, key).shown(rows[:end], size), size) if end else None
 
 
 def _end_of_turn(rows: Sequence[v1.Message], most: int) -> int:
@@ -129,6 +140,21 @@ def _end_of_turn(rows: Sequence[v1.Message], most: int) -> int:
         if rows[end].role != v1.Message.ROLE_ASSISTANT and rows[end - 1].role == v1.Message.ROLE_ASSISTANT:
             return end
     return 0
+
+
+async def _speaks_again(store: History, key: SessionKey, sequence: int) -> bool:
+    """Whether a user has spoken after that sequence. Reads back to the newest message of a user, as a request does."""
+    after: tuple[str | int, ...] | None = None
+    while True:
+        page = await store.list_messages(key, Query(PAGE if after else 1, after), newest_first=True)
+        for message in page.rows:
+            if message.sequence <= sequence:
+                return False
+            if message.role == v1.Message.ROLE_USER:
+                return True
+        if page.next is None:
+            return False
+        after = page.next
 
 
 async def write(

@@ -38,6 +38,8 @@ class Transcript(NamedTuple):
     """Oldest first, up to the newest. Not to be changed."""
     only_text: bool
     """Each of them is one text that a user or the assistant said, and nothing else."""
+    size: int
+    """Bytes of all of them, nearly."""
 
 
 def is_only_text(messages: Iterable[v1.Message]) -> bool:
@@ -49,13 +51,18 @@ def is_only_text(messages: Iterable[v1.Message]) -> bool:
 
 
 class _Kept:
-    __slots__ = ("head", "messages", "only_text", "size")
+    __slots__ = ("content", "head", "messages", "only_text")
 
     def __init__(self, head: int, transcript: Transcript) -> None:
         self.head = head
         self.messages = list(transcript.messages)
         self.only_text = transcript.only_text
-        self.size = sum(map(_size, self.messages))
+        self.content = transcript.size
+        """Bytes of the messages, nearly."""
+
+    @property
+    def size(self) -> int:
+        return self.content + MESSAGE_BYTES * len(self.messages)
 
     @property
     def fits(self) -> bool:
@@ -66,13 +73,13 @@ class _Kept:
         copy = v1.Message()
         copy.CopyFrom(message)
         self.only_text = self.only_text and is_only_text((copy,))
-        self.size += _size(copy)
+        self.content += copy.ByteSize()
         if copy.sequence > self.messages[-1].sequence:
             self.messages.append(copy)
             return
         at = bisect_left(self.messages, copy.sequence, key=_sequence)
         if self.messages[at].sequence == copy.sequence:
-            self.size -= _size(self.messages[at])
+            self.content -= self.messages[at].ByteSize()
             self.messages[at] = copy
 
 
@@ -96,7 +103,7 @@ class Transcripts:
         if kept is None or kept.head != head:
             return None
         self._kept.move_to_end(key)
-        return Transcript(kept.messages.copy(), kept.only_text)
+        return Transcript(kept.messages.copy(), kept.only_text, kept.content)
 
     def keep(self, key: SessionKey, head: int, transcript: Transcript) -> None:
         """Caches the messages that were read of a session while its log ended at `head`, unless there are too many."""
@@ -138,7 +145,3 @@ class Transcripts:
         while self.size > self._most:
             _, kept = self._kept.popitem(last=False)
             self.size -= kept.size
-
-
-def _size(message: v1.Message) -> int:
-    return message.ByteSize() + MESSAGE_BYTES

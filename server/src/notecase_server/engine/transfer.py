@@ -39,8 +39,7 @@ CHUNK_BYTES = 256 << 10
 """The bytes that a stream sends at a time; far below the limit of a message."""
 
 MAX_RECORD_BYTES = 5 << 20
-"""More bytes than any event has: a greater length is invalid. Nothing interrupts the parser, which takes some 20 ms for
-a MiB of the smallest messages, during which nobody else is served."""
+"""More bytes than any event has: a greater length is invalid."""
 
 MAX_LENGTH_BYTES = 4
 
@@ -189,7 +188,7 @@ async def read(file: BinaryIO, key: SessionKey) -> Restore:
     check = await asyncio.to_thread(_Check, file)
     while await asyncio.to_thread(check.more):
         pass
-    header = next(_records(file), v1.ExportRecord())
+    header = await asyncio.to_thread(next, _records(file), v1.ExportRecord())
     if not header.HasField("header"):
         raise errors.import_invalid("does not begin with its header")
     told = header.header

@@ -1,11 +1,14 @@
 """The contract between the engine and models: a request in, an ordered stream of small pieces out, or a typed
 failure."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 from notecase import v1
+
+T = TypeVar("T")
 
 MAX_MEDIA_BYTES = 32 << 20
 """Of what a model makes in one reply besides words, together: as much as one request carries, so that it can be shown
@@ -22,6 +25,15 @@ def is_text(media_type: str) -> bool:
 
 MANY_PARTS = 1000
 """Parts of messages from which on what looks at each of them is done in a thread: it takes up to 7 microseconds."""
+
+MUCH_BYTES = 512 << 10
+"""Bytes of messages from which on they are read and written in a thread: a MiB of text takes up to 15 ms to become
+JSON, since a character may be written as six."""
+
+
+async def looked_at(messages: Sequence[v1.Message], size: int, look: Callable[[], T]) -> T:
+    """Returns what `look` returns, which looks at messages of `size` bytes together: in a thread if that takes long."""
+    return await asyncio.to_thread(look) if size > MUCH_BYTES or is_many(messages) else look()
 
 
 def is_many(messages: Sequence[v1.Message]) -> bool:
@@ -66,6 +78,8 @@ class ModelRequest(NamedTuple):
     plain: bool = False
     """The reply is a text about the conversation: what the agent's `generation.extra` says of tools and of the form of
     its replies does not apply."""
+    size: int = 0
+    """About how many bytes the messages have, content that they refer to apart; 0 if they are known to be few."""
 
 
 class Text(msgspec.Struct, frozen=True, gc=False):

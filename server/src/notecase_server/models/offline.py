@@ -48,6 +48,7 @@ from notecase_server.models.contract import (
     Returned,
     Source,
     Text,
+    looked_at,
 )
 
 HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
@@ -114,7 +115,8 @@ class OfflineProvider:
             raise errors.model_error("The offline model was asked to fail.")
         if plan.failure == "unavailable":
             raise errors.model_unavailable("The offline model was asked to be unavailable.")
-        usage = v1.Usage(input_tokens=_words(_heard(request)), model_calls=1, model="offline")
+        heard = await looked_at(request.messages, request.size, lambda: _words(_heard(request)))
+        usage = v1.Usage(input_tokens=heard, model_calls=1, model="offline")
         room = request.generation.max_output_tokens or None
         reason = plan.reason
         for index, piece in enumerate(plan.pieces):

@@ -31,7 +31,7 @@ from notecase_server.models.answers import media, provider_errors
 from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import UNREADABLE, ChatReply, Piece
-from notecase_server.models.contract import Delta, Media, ModelRequest, Returned, Text
+from notecase_server.models.contract import MUCH_BYTES, Delta, Media, ModelRequest, Returned, Text
 from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
 from notecase_server.models.profiles import ROWS, Profile, Profiles, Row, after
@@ -332,7 +332,7 @@ def _silent(seconds: float, *, again: bool) -> NotecaseError:
 def _written(request: ModelRequest, model: str, tag: str, profile: Profile, *, with_data: bool) -> _Sent:
     made = body(request, model, profile, tag, with_data=with_data)
     audio_format = _audio_format(made["audio"]) if "audio" in made else ""
-    return _Sent(str(made["model"]), audio_format, encoded(made))
+    return _Sent(str(made["model"]), audio_format, encoded(made, long=request.size > MUCH_BYTES))
 
 
 def _is_behind_calls(messages: Sequence[v1.Message]) -> bool:

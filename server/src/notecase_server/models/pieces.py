@@ -15,6 +15,9 @@ BASE64_BYTES = 3 << 18
 PIECE_BYTES = 256 << 10
 """Written to a connection at once."""
 
+TEXT_LENGTH = 256 << 10
+"""Characters written as JSON at once, which takes up to 4 ms."""
+
 
 class Base64:
     """A text of JSON that ends with content: as a value in a request it is written piece by piece."""
@@ -49,8 +52,9 @@ class Pieces:
                 await asyncio.sleep(0)
 
 
-def encoded(body: Mapping[str, Any]) -> Pieces:
-    """The JSON of a request, whose values may be Base64."""
+def encoded(body: Mapping[str, Any], *, long: bool = False) -> Pieces:
+    """The JSON of a request, whose values may be Base64. The messages of a `long` one are written one by one, and their
+    texts in pieces."""
     held: list[Base64] = []
     mark = ""
 
@@ -60,6 +64,10 @@ def encoded(body: Mapping[str, Any]) -> Pieces:
         mark = mark or secrets.token_hex(16)
         return mark
 
+    messages = body.get("messages")
+    if long and isinstance(messages, list):
+        written = [msgspec.Raw(msgspec.json.encode(_by_pieces(message), enc_hook=marked)) for message in messages]
+        body = {**body, "messages": written}
     text = msgspec.json.encode(body, enc_hook=marked)
     if not held:
         return Pieces([text])
@@ -68,3 +76,13 @@ def encoded(body: Mapping[str, Any]) -> Pieces:
     for value, text in zip(held, texts, strict=True):
         pieces += [*value.pieces(), text]
     return Pieces(pieces)
+
+
+def _by_pieces(message: Any) -> Any:
+    """Returns a message whose text, if it is long, has been written already."""
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str) or len(text) <= TEXT_LENGTH:
+        return message
+    pieces = (text[start : start + TEXT_LENGTH] for start in range(0, len(text), TEXT_LENGTH))
+    written = b"".join([msgspec.json.encode(piece)[1:-1] for piece in pieces])
+    return {**message, "content": msgspec.Raw(b'"%b"' % written)}

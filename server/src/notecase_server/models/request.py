@@ -11,7 +11,7 @@ import msgspec
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import ModelRequest, is_many
+from notecase_server.models.contract import MUCH_BYTES, ModelRequest, is_many
 from notecase_server.models.profiles import Profile
 from notecase_server.models.request_content import (
     content_of,
@@ -120,7 +120,7 @@ def is_large(request: ModelRequest) -> bool:
     for tool in request.tools:
         size += len(tool.description) + len(tool.parameters)
     many = len(request.messages) > MANY_MESSAGES or (not request.only_text and is_many(request.messages))
-    return size > LARGE_BYTES or many
+    return size > LARGE_BYTES or request.size > MUCH_BYTES or many
 
 
 def _extra(text: str) -> Json:

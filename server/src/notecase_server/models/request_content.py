@@ -9,7 +9,7 @@ from functools import partial
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import ModelRequest, is_many, is_text
+from notecase_server.models.contract import ModelRequest, is_text, looked_at
 from notecase_server.models.pieces import Base64
 from notecase_server.models.profiles import Profile
 from notecase_server.models.request_tools import Json
@@ -33,7 +33,7 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     if request.only_text:
         return request
     messages, look = request.messages, partial(_look, request.messages, profile)
-    newest, chosen = await asyncio.to_thread(look) if is_many(messages) else look()
+    newest, chosen = await looked_at(messages, request.size, look)
     if chosen is None:
         return request
     assert request.load is not None, "who refers to content brings the means to load it"

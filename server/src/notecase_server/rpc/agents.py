@@ -76,6 +76,7 @@ class Agents(v1.AgentServiceServicer):
         agent_id, revision = check.agent("agent.name", request.agent.name)
         check(revision == 0, "agent.name", "names a revision; an update creates the next one")
         mask = masked(check, request.update_mask, request.agent, AGENT_FIELDS)
+        validate.few_of_agent(check, request.agent, mask.paths)
         changed = {"llm", "llm.instruction", "llm.output_schema"}.intersection(mask.paths)
         if changed:
             await self._judge(check, request.agent, changed)

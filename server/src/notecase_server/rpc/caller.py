@@ -56,3 +56,6 @@ def audit_row(who: Caller, tenant: str, principal_name: str, resource: str) -> A
 
 caller: ContextVar[Caller] = ContextVar("caller")
 """Set by the doorway, for all that a call does."""
+
+frame_bytes: ContextVar[int] = ContextVar("frame_bytes", default=0)
+"""Size of the frame that is being answered: asked for it, a message would be serialised."""

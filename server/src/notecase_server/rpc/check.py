@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
@@ -22,7 +21,7 @@ from notecase_server.auth.principal import Role
 from notecase_server.engine import instructions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
-from notecase_server.rpc.caller import caller
+from notecase_server.rpc.caller import caller, frame_bytes
 from notecase_server.store.contract import LAST_SECOND, PAGE_BYTES, Scope
 from notecase_server.store.fold import MAX_KEY_BYTES, MAX_VALUE_DEPTH, RESERVED_KEYS
 
@@ -129,7 +128,7 @@ class Check:
         if self.violations:
             raise errors.invalid(self.violations)
 
-    async def settled(self, request: Message) -> None:
+    async def settled(self) -> None:
         """As `done`, after a look at long JSON and at templates. Unless the request is small, it returns in another
         step of the loop, so that the times to check a request and to carry it out do not add up."""
         while self._alone:
@@ -139,7 +138,7 @@ class Check:
             with self.taking():
                 await instructions.parsed(source, field)
         self.done()
-        if request.ByteSize() >= SETTLED_BYTES:
+        if frame_bytes.get() >= SETTLED_BYTES:
             await asyncio.sleep(0)
 
     def needs(self, role: Role, field: str) -> None:
@@ -237,8 +236,8 @@ class Check:
         return self(len(value) <= limit and len(value.encode()) <= limit, field, f"is longer than {limit} bytes")
 
     def media_type(self, field: str, value: str) -> None:
-        fine = len(value) <= MAX_TEXT_BYTES and MEDIA_TYPE.fullmatch(value) is not None
-        self(fine, field, "must be a media type, such as image/png")
+        if len(value) > MAX_TEXT_BYTES or MEDIA_TYPE.fullmatch(value) is None:
+            self(False, field, "must be a media type, such as image/png")
 
     def few(self, field: str, held: Sized, most: int, what: str) -> bool:
         return self(len(held) <= most, field, f"has more than {most} {what}")
@@ -346,7 +345,8 @@ class Check:
     def content(self, field: str, content: v1.Blob | v1.InlineData | v1.FileUri) -> None:
         """Checks the metadata of content."""
         self.media_type(f"{field}.media_type", content.media_type)
-        self.fields(field, content, "filename")
+        if len(filename := content.filename) > MAX_TEXT_BYTES // 4:  # a character has at most four bytes
+            self.text(f"{field}.filename", filename)
 
 
 def in_seconds(duration: Duration) -> float:

@@ -11,7 +11,7 @@ from grpc.aio import EOF
 
 from notecase_server import errors
 from notecase_server.errors import Violation
-from notecase_server.rpc.caller import caller
+from notecase_server.rpc.caller import caller, frame_bytes
 from notecase_server.rpc.gate import Call
 from notecase_server.store.contract import PAGE_BYTES
 
@@ -58,6 +58,7 @@ class Decoder:
         if len(frame) > self._most:
             advice = "Upload large content (UploadBlob), and refer to it."
             raise errors.too_large("The request", len(frame), self._most, advice)
+        frame_bytes.set(len(frame))
         call.takes(len(frame))
         try:
             message = self._parse(frame)

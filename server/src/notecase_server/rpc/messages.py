@@ -1,5 +1,6 @@
 """MessageService: parse, call, render."""
 
+import asyncio
 from typing import Any
 
 from notecase import v1
@@ -8,7 +9,7 @@ from notecase_server import errors, names
 from notecase_server.engine.content import MAX_APPENDED_BYTES
 from notecase_server.engine.opening import incoming
 from notecase_server.rpc import validate
-from notecase_server.rpc.caller import caller
+from notecase_server.rpc.caller import caller, frame_bytes
 from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, named, once
 from notecase_server.store import answers
@@ -47,7 +48,7 @@ class Messages(v1.MessageServiceServicer):
         check(len(request.messages) > 0, "messages", "is empty")
         roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
         validate.messages(check, "messages", request.messages, roles)
-        await check.settled(request)
+        await check.settled()
         answer = Answer("messages")
         repeat = await once(request, answer)
         key = await self.desk.session(parent, repeat)
@@ -58,6 +59,10 @@ class Messages(v1.MessageServiceServicer):
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         principal = caller.get().principal_name
         commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events, principal=principal)
-        async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
-            made: v1.AppendMessagesResponse = answers.of(answer, await self.desk.sessions.commit(commit))
+        large = frame_bytes.get() > LARGE_BYTES
+        async with self.desk.patiently(heavy=large):
+            done = await self.desk.sessions.commit(commit)
+        if large:
+            await asyncio.sleep(0)
+        made: v1.AppendMessagesResponse = answers.of(answer, done)
         return made

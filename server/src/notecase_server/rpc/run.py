@@ -112,7 +112,7 @@ class Streams:
         if first.command_id:
             check.token_id("command_id", first.command_id)
         validate.start(check, "start", first.start)
-        await check.settled(first)
+        await check.settled()
         user = caller.get().user
         started = await self._runs.admission.start(tenant, claimed(first.start, user), await _caused(first), user)
         return await self._started(started, first.start.options)
@@ -236,7 +236,7 @@ class Streams:
         try:
             check = Check()
             self.check(check, place.live.key.session, frame)
-            await check.settled(frame)
+            await check.settled()
             result = await self.command(place.live.key, frame, place.run)
             if frame.HasField("start"):
                 place.run = ""  # the run before it may be under way still, or its turn may have come

@@ -45,7 +45,7 @@ class RunsService(v1.RunServiceServicer):
         check = checked(request)
         validate.start(check, "start", request.start)
         timeout = check.seconds("timeout", request)
-        await check.settled(request)
+        await check.settled()
         try:
             who, caused = caller.get(), await caused_by(request, Answer("started"))
             started = await self.runs.admission.start(who.tenant, claimed(request.start, who.user), caused, who.user)
@@ -62,7 +62,7 @@ class RunsService(v1.RunServiceServicer):
     async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
         check = checked(request)
         validate.start(check, "start", request.start)
-        await check.settled(request)
+        await check.settled()
         who, caused = caller.get(), await caused_by(request, Answer("started"))
         started = await self.runs.admission.start(who.tenant, claimed(request.start, who.user), caused, who.user)
         return names.render_run(started.key.session, started.run)
@@ -124,6 +124,6 @@ class RunsService(v1.RunServiceServicer):
             check(run.session == session, "run", "is a run of another session")
         check.uid("if_session_uid", request.if_session_uid)
         self.desk.streams.check(check, session, request.command)
-        await check.settled(request)
+        await check.settled()
         key = await self.desk.session(session, if_uid=request.if_session_uid)
         return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))

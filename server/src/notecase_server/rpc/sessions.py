@@ -17,7 +17,7 @@ from notecase_server.engine import transfer
 from notecase_server.engine.arrivals import Arrival
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc import validate
-from notecase_server.rpc.caller import caller
+from notecase_server.rpc.caller import caller, frame_bytes
 from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import (
     LARGE_BYTES,
@@ -81,7 +81,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.chosen_id("session_id", request.session_id)
         validate.new_session(check, "session", request.session)
         validate.first_state(check, "state", request.state)
-        await check.settled(request)
+        await check.settled()
         request.session.user = request.session.user or caller.get().user
         repeat = await once(request, SESSION)
         await self.desk.requests.recall(repeat)
@@ -93,7 +93,7 @@ class SessionsService(v1.SessionServiceServicer):
         events = [change] if request.state else []
         principal = caller.get().principal_name
         commit = Commit(key=key, once=repeat, create=request.session, events=events, principal=principal)
-        async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
+        async with self.desk.patiently(heavy=frame_bytes.get() > LARGE_BYTES):
             return _session_of(await self.desk.sessions.commit(commit))
 
     async def GetSession(self, request: v1.GetSessionRequest, context: Any) -> v1.Session:

@@ -1,5 +1,6 @@
 """StateService: parse, call, render."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.auth import rights
 from notecase_server.rpc import validate
-from notecase_server.rpc.caller import caller
+from notecase_server.rpc.caller import caller, frame_bytes
 from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import LARGE_BYTES, Desk, checked, listed, once
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
@@ -40,9 +41,12 @@ class States(v1.StateServiceServicer):
         async with self.desk.patiently(heavy=bool(at)):
             state, page = await self.store.list_state(state_key, query, at, keys)
         token = self.desk.pages.token(page.next, *about)
-        return v1.GetStateResponse(
+        answer = v1.GetStateResponse(
             name=request.name, entries=state.entries, version=state.version, next_page_token=token
         )
+        if page.size > LARGE_BYTES:
+            await asyncio.sleep(0)  # it is serialised in another step
+        return answer
 
     async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
         check = checked(request)
@@ -51,7 +55,7 @@ class States(v1.StateServiceServicer):
         check.key("key", request.key, scope.kind == "session")
         if check(request.value.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
             check.value("value", request.value)
-        await check.settled(request)
+        await check.settled()
         op = v1.StateOp(key=request.key, set=request.value)
         if request.HasField("if_version"):
             op.if_version = request.if_version
@@ -64,7 +68,7 @@ class States(v1.StateServiceServicer):
         scope = check.state("name", caller.get().tenant, request.name)
         _require_right(check, scope)
         validate.ops(check, "ops", request.ops, scope.kind == "session")
-        await check.settled(request)
+        await check.settled()
         if_version = request.if_version if request.HasField("if_version") else None
         answer = Answer("state", request.name)
         made: v1.State = await self._update(scope, request.ops, if_version, request, answer)
@@ -93,11 +97,15 @@ class States(v1.StateServiceServicer):
         repeat = await once(request, answer)
         key, scope = await self._found(scope, repeat)
         record = repeat if key else self.desk.sessions.record(repeat, scope.tenant, answer)
-        async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
+        async with self.desk.patiently(heavy=frame_bytes.get() > LARGE_BYTES):
             made = await self.desk.sessions.update_state(
                 key, scope, ops, if_version, record, request.request_id, caller.get().principal_name
             )
-        return answers.of(answer, made)
+        # The answer may have a page of values: it is made and serialised in steps of their own.
+        await asyncio.sleep(0)
+        told = answers.of(answer, made)
+        await asyncio.sleep(0)
+        return told
 
 
 def _require_own(check: Check, scope: Scope) -> None:

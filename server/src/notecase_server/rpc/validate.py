@@ -6,7 +6,7 @@ Whether a request may be carried out at this moment is not checked here.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 
 from notecase import v1
 
@@ -16,7 +16,15 @@ from notecase_server.engine.content import MAX_MESSAGE_BYTES, MAX_PART_BYTES, is
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.names import RunName
 from notecase_server.rpc.caller import caller
-from notecase_server.rpc.check import MAX_RESULT_BYTES, MAX_TEXT_BYTES, Check, in_seconds, is_json_object
+from notecase_server.rpc.check import (
+    MAX_LABELS,
+    MAX_NAME,
+    MAX_RESULT_BYTES,
+    MAX_TEXT_BYTES,
+    Check,
+    in_seconds,
+    is_json_object,
+)
 from notecase_server.store.contract import PAGE_BYTES
 from notecase_server.tools import naming
 from notecase_server.tools.contract import Toolbox
@@ -114,8 +122,9 @@ def _message(check: Check, field: str, message: v1.Message, roles: Collection[v1
     if user := _user():
         check.own(message.author in {"", user}, f"{field}.author")
         check.own(message.role in {v1.Message.ROLE_UNSPECIFIED, v1.Message.ROLE_USER}, f"{field}.role")
-    if message.author:
-        speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
+    if author := message.author:
+        author = author if len(author) <= MAX_NAME else ""
+        speaks = names.parse_user(author) is not None or names.parse_agent(author) is not None
         check(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
     if message.labels:
         check.labels(f"{field}.labels", message.labels)
@@ -129,7 +138,7 @@ def _message(check: Check, field: str, message: v1.Message, roles: Collection[v1
     size = whole
     for part in parts:
         kind = part.WhichOneof("kind")
-        if kind == "data" or (whole > MAX_PART_BYTES and is_large(part)):
+        if kind == "data" or (whole > MAX_PART_BYTES and kind in {"text", "json"} and is_large(part)):
             fetched += 1
             size -= part.ByteSize()
         elif kind == "state_key":
@@ -145,7 +154,8 @@ def _message(check: Check, field: str, message: v1.Message, roles: Collection[v1
 
 
 def _part(check: Check, field: str, part: v1.Part) -> None:
-    check(not part.citations, f"{field}.citations", "are allowed only in messages of models")
+    if part.citations:
+        check(False, f"{field}.citations", "are allowed only in messages of models")
     kind = part.WhichOneof("kind")
     at = f"{field}.{kind}"
     match kind:
@@ -154,9 +164,10 @@ def _part(check: Check, field: str, part: v1.Part) -> None:
         case "json":
             check.json(at, part.json)
         case "file":
-            fine = len(part.file.uri) <= MAX_TEXT_BYTES and ABSOLUTE_URI.match(part.file.uri) is not None
-            check(fine, f"{at}.uri", "must be an absolute URI, such as https://example.org/plan.png")
-            check.content(at, part.file)
+            file, uri = part.file, part.file.uri
+            if len(uri) > MAX_TEXT_BYTES or ABSOLUTE_URI.match(uri) is None:
+                check(False, f"{at}.uri", "must be an absolute URI, such as https://example.org/plan.png")
+            check.content(at, file)
         case "data":
             check(part.data.data != b"", f"{at}.data", "is empty")
             check.content(at, part.data)
@@ -208,6 +219,16 @@ def agent(check: Check, given: v1.Agent, providers: Iterable[str], toolbox: Tool
             _known(check, f"{at}.server.function", "function", tool.server.function, toolbox.functions)
         elif tool.HasField("mcp"):
             _known(check, f"{at}.mcp.server", "MCP server", tool.mcp.server, toolbox.mcp_servers)
+
+
+def few_of_agent(check: Check, given: v1.Agent, paths: Container[str]) -> None:
+    """Checks how many labels and tools an update of those paths would copy. Raises NotecaseError INVALID_FIELD."""
+    if "labels" in paths and len(given.labels) > MAX_LABELS:
+        check.few("agent.labels", given.labels, MAX_LABELS, "labels")
+        check.done()
+    if ("llm" in paths or "llm.tools" in paths) and len(given.llm.tools) > MAX_TOOLS:
+        check.few("agent.llm.tools", given.llm.tools, MAX_TOOLS, "tools")
+        check.done()
 
 
 def _known(check: Check, field: str, noun: str, name: str, known: Sequence[str]) -> bool:
@@ -414,7 +435,7 @@ def start(check: Check, field: str, given: v1.StartRun) -> None:
         first_state(check, f"{field}.state", given.state)
     if given.HasField("settings"):
         _settings(check, f"{field}.settings", given.settings)
-    if given.state or given.client_tools:
+    if (given.state or given.client_tools) and len(given.state) <= MAX_OPS and len(given.client_tools) <= MAX_TOOLS:
         held = sum(len(key.encode()) + value.ByteSize() for key, value in given.state.items())
         held += sum(tool.ByteSize() for tool in given.client_tools)
         check(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")

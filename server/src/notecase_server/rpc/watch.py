@@ -37,16 +37,21 @@ SLICE_BYTES = 256 << 10
 """The most text in one delta, so that a batch ends near its bound whatever the length of a reply."""
 
 
+AT_ONCE_BYTES = 128 << 10
+"""Bytes of events that are copied, or sent, before others have their turn: a MiB of small values takes 8 ms each."""
+
+
 class _Batch:
     """Events up to about a page; a larger one comes alone."""
 
-    __slots__ = ("_live", "_size", "events", "frame")
+    __slots__ = ("_live", "events", "frame", "size")
 
     def __init__(self, live: LiveSession) -> None:
         self.frame = v1.RunResponse()
         self.events = self.frame.batch.events
         self._live = live
-        self._size = 0
+        self.size = 0
+        """Bytes of the events."""
 
     def add(self, event: v1.Event) -> bool:
         """Adds a copy of an event with full names. Returns False, and leaves the event out, when there is no room for
@@ -58,10 +63,10 @@ class _Batch:
     def fits(self, added: v1.Event) -> bool:
         """Whether there is room for the newest event, which was added in its whole names; otherwise it is taken out."""
         size = added.ByteSize()
-        if self._size + size > PAGE_BYTES and len(self.events) > 1:
+        if self.size + size > PAGE_BYTES and len(self.events) > 1:
             del self.events[-1]
             return False
-        self._size += size
+        self.size += size
         return True
 
 
@@ -208,6 +213,7 @@ class Cursor:
         found = live.tail(self.sequence)
         if found is None:
             found = await self._store.read_events(live.key, self.sequence)
+        pause_at = AT_ONCE_BYTES
         for stored in found:
             kind = stored.WhichOneof("payload")
             ends = kind == "run_state_changed" and stored.run == self._run and stored.run_state_changed.state in ENDED
@@ -223,6 +229,9 @@ class Cursor:
             if ends and not self._keep_open:
                 self.finished = True
                 break
+            if batch.size >= pause_at:
+                pause_at = batch.size + AT_ONCE_BYTES
+                await asyncio.sleep(0)
         return True
 
     def _complete(self, batch: _Batch, stored: v1.Event) -> bool:

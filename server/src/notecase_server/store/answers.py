@@ -54,13 +54,16 @@ def _entry(answer: Answer, result: Result) -> v1.StateEntry:
 
 def _state(answer: Answer, result: Result) -> v1.State:
     """The state by its whole name. Once the entries hold a page, the others come without their values."""
-    state, size = deepcopy(_written(result)), 0
-    for key in sorted(state.entries):
-        entry = state.entries[key]
-        if size >= PAGE_BYTES:
-            entry.ClearField("value")
-        size += len(key) + entry.ByteSize()
-    state.name = answer.name
+    written, size = _written(result), 0
+    state = v1.State(name=answer.name, version=written.version)
+    for key in sorted(written.entries):
+        entry, told = written.entries[key], state.entries[key]
+        if size < PAGE_BYTES:
+            told.CopyFrom(entry)
+            size += len(key) + entry.ByteSize()
+        else:
+            told.version = entry.version
+            told.update_time.CopyFrom(entry.update_time)
     return state
 
 

@@ -35,6 +35,7 @@ from notecase_server.store.copies import Copies
 from notecase_server.store.imports import Replay
 from notecase_server.store.lists import take
 from notecase_server.store.sql_tables import Tables
+from notecase_server.store.tables import FIRST_PLACE, RunPlace
 
 T = TypeVar("T")
 
@@ -126,7 +127,8 @@ class TableStore(ABC):
             await self._write_rows(restore.key, None, copies.references(restore))
             replay = Replay(restore)
             while events := await asyncio.to_thread(replay.read):
-                rows = await self._read(partial(replay.rows, events=events))
+                found = await self._read(partial(replay.load, events=events))
+                rows = await asyncio.to_thread(replay.rows, events, found)
                 await self._write_rows(restore.key, None, rows)
             return await self._write(partial(copies.finish_restore, restore=restore, replayed=replay.session))
 
@@ -261,6 +263,15 @@ class TableStore(ABC):
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
 
+    async def sweep_agents(self) -> None:
+        while found := await self._read(lambda tables: tables.deleted_agents(1), alone=True):
+            (agent,) = found
+            after: RunPlace | None = FIRST_PLACE
+            while after is not None:
+                after = await self._write(partial(steps.retire_revisions, agent=agent, after=after), SWEEP, piece=True)
+            while not await self._write(partial(steps.delete_revisions, agent=agent), SWEEP, piece=True):
+                pass
+
     async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
         step = partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data, of_run=of_run)
         await self._write(step, _content(tenant))
@@ -315,9 +326,9 @@ class TableStore(ABC):
         # A reader searches for them, not the writer, since few of many blobs have no reference.
         find = partial(content.find_loose, before=uploaded_before, limit=limit)
         while found := await self._read(partial(find, after=last)):
-            remove = partial(content.remove_loose, found=found, before=uploaded_before, held=held)
-            removed += await self._write(remove, piece=True)
-            last = found[-1]
+            remove = partial(content.remove_loose, found=found, after=last, before=uploaded_before, held=held)
+            more, last = await self._write(remove, piece=True)
+            removed += more
         await self._all(lambda tables, _: tables.content.delete_chunks(limit), limit, SWEEP)
         return removed
 

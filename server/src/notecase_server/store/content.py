@@ -21,6 +21,9 @@ M = TypeVar("M", v1.Event, v1.StateOp)
 SWEEP_ROWS = 16
 """Pieces removed in one transaction: about 4 MiB, whose zeroing takes some ten milliseconds of everybody's commits."""
 
+SWEEP_UPLOADERS = 1000
+"""Records of who uploaded a blob that one transaction removes: any number of callers may have."""
+
 
 FORGET_UPLOADS = 250
 """Records of who uploaded a blob that one transaction removes."""
@@ -194,14 +197,23 @@ def find_loose(tables: Tables, before: int, after: tuple[str, str], limit: int) 
 
 
 def remove_loose(
-    tables: Tables, now: int, found: Iterable[tuple[str, str]], before: int, held: Container[tuple[str, str]]
-) -> int:
-    """Those of the blobs found that nothing needs still; returns how many."""
-    removed = 0
+    tables: Tables,
+    now: int,
+    found: Iterable[tuple[str, str]],
+    after: tuple[str, str],
+    before: int,
+    held: Container[tuple[str, str]],
+) -> tuple[int, tuple[str, str]]:
+    """Removes those of the blobs found behind `after` that nothing needs still, as far as one transaction goes. Returns
+    how many, and the last one that it is done with."""
+    removed, left = 0, SWEEP_UPLOADERS
     for tenant, sha256 in found:
         row = tables.content.blob(tenant, sha256)
         if row is not None and (tenant, sha256) not in held and tables.content.is_loose(tenant, sha256, before):
-            tables.content.delete_blob(tenant, sha256)
+            left -= tables.content.delete_blob(tenant, sha256, left)
+            if not left:
+                break
             tables.content.discard(row.content)
             removed += 1
-    return removed
+        after = (tenant, sha256)
+    return removed, after

@@ -348,6 +348,8 @@ class Page(NamedTuple, Generic[T]):
 
     rows: list[T]
     next: tuple[str | int, ...] | None
+    size: int = 0
+    """Bytes of the rows as they are stored."""
 
 
 class SessionEdit(NamedTuple):
@@ -659,7 +661,15 @@ class AgentStore(Protocol):
         ...
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
-        """Removes every revision, remembering only the last number. AGENT_NOT_FOUND, ETAG_MISMATCH."""
+        """Removes every revision, remembering only the last number. AGENT_NOT_FOUND, ETAG_MISMATCH.
+
+        From then on no read finds any of them, and runs that use one have it until they end. Their rows are left to
+        `sweep_agents`, so this is one small transaction however many revisions there are."""
+        ...
+
+    async def sweep_agents(self) -> None:
+        """Removes the revisions of deleted agents, in transactions of a bounded number of rows and of bytes. When it
+        fails or its process dies, the next call removes what is left. It may be called twice at once."""
         ...
 
 

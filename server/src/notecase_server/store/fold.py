@@ -11,7 +11,7 @@ events of a run that is queued (RUN_ACTIVE) or has ended (RUN_ENDED), a second o
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,6 +32,9 @@ MAX_QUEUED = 16
 
 INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
+
+MAX_APPENDED_BYTES = 4 << 20
+"""Bytes of the lists that one change appends to, together: each is written anew."""
 
 MAX_VALUE_DEPTH = 16
 """Levels of lists and maps in a value; each is up to four of protobuf's nested messages."""
@@ -250,11 +253,11 @@ def _run_name(key: SessionKey, run: str) -> str:
     return f"sessions/{key.session}/runs/{run}"
 
 
-def _change_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+def _change_state(rows: Rows, key: SessionKey, event: v1.Event, most: int | None = MAX_APPENDED_BYTES) -> None:
     change = event.state_changed
     scope = state_scope(key, rows.session.user, change.state)
     version = rows.versions[scope] = rows.versions.get(scope, 0) + 1
-    apply_ops(rows.state.setdefault(scope, {}), change.ops, version, event.create_time.ToMicroseconds())
+    apply_ops(rows.state.setdefault(scope, {}), change.ops, version, event.create_time.ToMicroseconds(), most)
     for op in change.ops:
         op.ClearField("if_version")
     change.version = version
@@ -262,7 +265,7 @@ def _change_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 
 def _change_own_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     if not event.state_changed.state:
-        _change_state(rows, key, event)
+        _change_state(rows, key, event, None)
 
 
 def _tell_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed) -> None:
@@ -600,11 +603,19 @@ def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys:
             told.entries[key].CopyFrom(entry)
 
 
-def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp], version: int, now: int) -> None:
+def apply_ops(
+    entries: dict[str, v1.StateEntry | None],
+    ops: Iterable[v1.StateOp],
+    version: int,
+    now: int,
+    most: int | None = None,
+) -> None:
     """Applies operations in order to the entries of one state, in place; all of them get `version`.
 
     Raises STATE_VERSION_MISMATCH for a condition that misses, STATE_TYPE_MISMATCH for an operation that the value's
-    type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page; `entries` is then to be thrown away."""
+    type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page, or for lists that are appended to and have
+    more than `most` bytes together; `entries` is then to be thrown away."""
+    appended = 0
     for op in ops:
         before = entries.get(op.key)
         if op.HasField("if_version") and op.if_version != (before.version if before else 0):
@@ -626,6 +637,9 @@ def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp
             if before is not None:
                 entry.value.list_value.CopyFrom(before.value.list_value)
             entry.value.list_value.values.append(op.append)
+            appended += entry.ByteSize()
+            if most is not None and appended > most:
+                raise errors.too_large("The lists that one change appends to", appended, most)
         if entry.ByteSize() > PAGE_BYTES:
             raise errors.too_large(f"The value of state key {op.key!r}", entry.ByteSize(), PAGE_BYTES)
         entries[op.key] = entry
@@ -709,27 +723,39 @@ KINDS: Mapping[str, Kind] = {
 OTHER = Kind()
 
 
-def references(message: Message) -> list[v1.Blob]:
-    """Every blob that a message refers to, however deep, as it stands there."""
+class TooManyError(Exception):
+    """A message has more messages within it than are looked at."""
+
+
+def references(message: Message, most: int | None = None) -> list[v1.Blob]:
+    """Every blob that a message refers to, however deep, as it stands there. Raises TooManyError where there are more
+    than `most` messages within it."""
     # Nearly no message has any, and the bytes tell at once; that a text may say the same only costs a look.
-    return list(_blobs_in(message)) if _PREFIX in message.SerializeToString() else []
-
-
-def _blobs_in(message: Message) -> Iterator[v1.Blob]:
-    if isinstance(message, v1.Blob):
-        yield message
-        return
-    for described, held in message.ListFields():
-        if described.message_type is None:
+    if _PREFIX not in message.SerializeToString():
+        return []
+    found, left, seen = list[v1.Blob](), [message], 0
+    while left:
+        each = left.pop()
+        if isinstance(each, v1.Blob):
+            found.append(each)
             continue
-        for each in _messages(described, held):
-            yield from _blobs_in(each)
+        within = [inner for described, held in each.ListFields() for inner in _messages(described, held, most)]
+        seen += len(within)
+        if most is not None and seen > most:
+            raise TooManyError
+        left += reversed(within)
+    return found
 
 
-def _messages(described: Any, held: Any) -> Iterable[Message]:
+def _messages(described: Any, held: Any, most: int | None) -> Sequence[Message]:
+    """The messages of a field; of a list that is longer than `most`, as many as show that."""
+    kind = described.message_type
+    if kind is None:
+        return ()
     if not described.is_repeated:
-        return [held]
-    if not described.message_type.GetOptions().map_entry:
+        return (held,)
+    if most is not None and len(held) > most:
+        raise TooManyError
+    if not kind.GetOptions().map_entry:
         return list(held)
-    of_messages = described.message_type.fields_by_name["value"].message_type is not None
-    return list(held.values()) if of_messages else []
+    return list(held.values()) if kind.fields_by_name["value"].message_type is not None else ()

@@ -5,6 +5,7 @@ however long the log is, and other work waits for at most one piece.
 
 from collections.abc import Set
 from operator import methodcaller
+from typing import NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -18,6 +19,7 @@ from notecase_server.store.contract import ANSWER_BYTES, LAST_SECOND, Restore, S
 from notecase_server.store.copies import Row
 from notecase_server.store.sql_tables import Tables
 from notecase_server.store.steps import event_row, load, stretches_of
+from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Batch, EventRow
 
 ARRIVED = b"imported"
@@ -41,6 +43,16 @@ a key takes twice its bytes there at most. Keys that may be set now are shorter,
 
 KEYS = 1000
 """That are asked for at a time: anybody may have written an event that changes more of them than a statement takes."""
+
+
+class Loaded(NamedTuple):
+    """What a piece needs."""
+
+    rows: fold.Rows
+    taken: Set[str]
+    """Ids that messages before it have, of those that it adds."""
+    stretches: list[Stretch]
+    """What its rewinds leave behind."""
 
 
 class Replay:
@@ -67,17 +79,23 @@ class Replay:
             raise errors.import_invalid(f"has an unfinished run, {min(self._unended)!r}")
         return piece
 
-    def rows(self, tables: Tables, events: list[v1.Event]) -> list[Row]:
-        """Replays a piece, and returns the rows that it makes or changes. All that came before it must be rows by now.
-        Raises NotecaseError IMPORT_INVALID."""
+    def load(self, tables: Tables, events: list[v1.Event]) -> "Loaded":
+        """Reads what a piece needs. All that came before it must be rows by now. Raises NotecaseError
+        IMPORT_INVALID."""
         for event in events:
             if not _looks_back(event):
                 raise _cannot_follow(event)
             if problem := _too_long(event):
                 raise errors.import_invalid(f"has {problem} in event {event.sequence}")
-        key, scope, rows = self._key, self._key.state, self._load(tables, events)
+        key = self._key
         added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
         taken = {name for _, name in tables.named_messages(key.tenant, added)}
+        return Loaded(self._load(tables, events), taken, stretches_of(tables, key, events))
+
+    def rows(self, events: list[v1.Event], loaded: "Loaded") -> list[Row]:
+        """Replays a piece, and returns the rows that it makes or changes. Takes long: a store may run steps on its
+        loop, and this is none. Raises NotecaseError IMPORT_INVALID."""
+        key, scope, rows, taken = self._key, self._key.state, loaded.rows, loaded.taken
         runs, calls = set(rows.runs), set(rows.calls)
         version, unstarted, made = rows.versions.get(scope, 0), set[str](), list[Row]()
         for event in events:
@@ -90,7 +108,7 @@ class Replay:
         self._sealing = rows.sealing
         self._unended -= rows.runs.keys()
         self._unended |= {name for name, run in rows.runs.items() if run.state not in fold.ENDED}
-        made += [(0, methodcaller("add_stretches", key, [one])) for one in stretches_of(tables, key, events)]
+        made += [(0, methodcaller("add_stretches", key, [one])) for one in loaded.stretches]
         made += [
             (message.ByteSize(), methodcaller("put_message", key, message))
             for message in rows.messages.values()

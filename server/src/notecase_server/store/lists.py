@@ -35,11 +35,11 @@ def take(found: Iterable[Found[T]], limit: int) -> Page[T]:
     last: Position | None = None
     for each in found:
         if len(rows) == limit or size >= PAGE_BYTES or (rows and size + each.size > ANSWER_BYTES):
-            return Page(rows, last)
+            return Page(rows, last, size)
         rows.append(each.row)
         size += each.size
         last = each.position
-    return Page(rows, None)
+    return Page(rows, None, size)
 
 
 def column(row: Any, name: str) -> str | int:

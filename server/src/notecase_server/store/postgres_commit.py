@@ -206,10 +206,12 @@ class CommitTables(PostgresTables):
             yield from super().messages(key, query, newest_first, step, superseded)
             return
         # The newest, of what is to be written and of what was there before.
-        stretches = sorted(changes.stretches)
+        stretches, sizes = sorted(changes.stretches), {event.sequence: len(event.body) for event in changes.events}
         for message in reversed(changes.messages):
             if superseded_at(stretches, message.sequence) is None:
-                yield Found((message.sequence,), deepcopy(message), message.ByteSize())
+                own = message.update_sequence != message.sequence
+                size = message.ByteSize() if own else sizes[message.sequence]
+                yield Found((message.sequence,), deepcopy(message), size)
         changed = {message.sequence: message for message in changes.changed_messages}
         for found in self._newest_before(key, query.limit):
             anew = changed.get(found.row.sequence)

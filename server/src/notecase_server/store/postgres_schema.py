@@ -218,7 +218,18 @@ CREATE TABLE revisions (
 );
 """
 
-MIGRATIONS = (FIRST,)
+SECOND = f"""
+-- A deletion leaves this row until the revisions up to that number are gone. Nobody reads them any more.
+CREATE TABLE deleted_agents (tenant {TEXT}, agent {TEXT}, revision bigint NOT NULL, PRIMARY KEY (tenant, agent));
+CREATE VIEW known_revisions AS SELECT tenant, agent, revision, body FROM revisions r
+    WHERE NOT EXISTS (SELECT 1 FROM deleted_agents d
+        WHERE d.tenant = r.tenant AND d.agent = r.agent AND d.revision >= r.revision);
+-- Their order, so that a piece of an erasure need not sort all of them.
+DROP INDEX requests_by_owner;
+CREATE INDEX requests_by_owner ON requests (tenant, owner, subject, rpc, request_id) WHERE owner != '';
+"""
+
+MIGRATIONS = (FIRST, SECOND)
 """What leads from each schema to the next, the first from an empty database. A migration that was released is never
 changed."""
 

@@ -3,6 +3,7 @@
 A list is read by one statement that ends where a page must end, so no cursor stays open.
 """
 
+import asyncio
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -44,6 +45,9 @@ from notecase_server.store.tables import Applied, BlobRow, Changes, EventRow, Ke
 
 CHANGES_READ = 500
 """Events that are read at a time to compute the past."""
+
+AT_ONCE_BYTES = 128 << 10
+"""Bytes of events that are parsed, and replayed, before others have their turn."""
 
 MESSAGES = f"""SELECT e.sequence, {MESSAGE}, length(coalesce(c.body, e.body)) AS size
     FROM events e {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = $1 AND e.uid = $2"""
@@ -159,7 +163,7 @@ class PostgresTables(Tables):
         LEFT JOIN session_names n ON n.tenant = $1 AND n.session = $2
         LEFT JOIN sessions s ON s.tenant = $1 AND s.uid = n.uid
         LEFT JOIN agents a ON a.tenant = $1 AND a.agent = substr(split_part({NAMED}, '@', 1), 8)
-        LEFT JOIN revisions r ON r.tenant = $1 AND r.agent = a.agent AND r.revision = coalesce(
+        LEFT JOIN known_revisions r ON r.tenant = $1 AND r.agent = a.agent AND r.revision = coalesce(
             nullif(CASE WHEN split_part({NAMED}, '@', 2) ~ '^[0-9]{{1,18}}$'
                 THEN split_part({NAMED}, '@', 2)::bigint ELSE 0 END, 0), a.revision)"""
     message_of = f"{MESSAGES} AND e.message = $3"
@@ -301,7 +305,7 @@ class PostgresTables(Tables):
                 WHERE tenant = $1 AND uid = $2 AND sequence > $3""",
             *("sequence", (*of(key), after), limit),
         ):
-            for sequence, body, size, _ in rows:
+            for sequence, body, size, _ in _in_turn(rows):
                 yield Found((sequence,), v1.Event.FromString(body), size)
             after, limit = rows[-1]["sequence"], limit - len(rows)
             if rows[-1]["before"] + rows[-1]["size"] <= ANSWER_BYTES:
@@ -313,7 +317,7 @@ class PostgresTables(Tables):
                 AND tenant = $1 AND uid = $2 AND sequence > $3 AND sequence <= $4""",
             *("sequence", (*of(key), after, until), CHANGES_READ),
         ):
-            yield from (v1.Event.FromString(row["body"]) for row in rows)
+            yield from (v1.Event.FromString(row["body"]) for row in _in_turn(rows))
             after = rows[-1]["sequence"]
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
@@ -514,6 +518,17 @@ def _event(row: EventRow) -> tuple[Any, ...]:
 def _columns(rows: Iterable[Iterable[Any]]) -> Iterator[list[Any]]:
     """The columns of rows, of which there are some."""
     return map(list, zip(*rows, strict=True))
+
+
+def _in_turn(rows: Iterable[Record]) -> Iterator[Record]:
+    """Yields rows, and lets others have their turn between them: a step runs on the event loop."""
+    size = 0
+    for row in rows:
+        yield row
+        size += row["size"]
+        if size >= AT_ONCE_BYTES:
+            size = 0
+            awaited(asyncio.sleep(0))
 
 
 def held_calls(rows: Iterable[Record]) -> dict[str, v1.Message]:

@@ -29,6 +29,7 @@ TABLES = (
     _table("tenants", "tenant", "body"),
     _table("agents", "tenant agent", "revision display_name create_time update_time labels"),
     _table("revisions", "tenant agent revision", "body"),
+    _table("deleted_agents", "tenant agent", "revision"),
     _table("keys", "key", "tenant create_time digest former body"),
     _table("principals", "tenant principal", "user subject role body"),
     _table("contents", "content", "discarded"),

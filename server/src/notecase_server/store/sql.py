@@ -30,8 +30,8 @@ MESSAGE = f"c.body AS own, CASE WHEN c.body IS NULL THEN e.body END AS event, {R
 KEPT: Mapping[Kept, str] = {
     "requests": "SELECT count(*) FROM requests WHERE tenant = $1",
     "sessions": "SELECT count(*) FROM sessions WHERE tenant = $1",
-    "agents": "SELECT count(DISTINCT agent) FROM revisions WHERE tenant = $1",
-    "revisions": "SELECT count(*) FROM revisions WHERE tenant = $1 AND agent = $2",
+    "agents": "SELECT count(DISTINCT agent) FROM known_revisions WHERE tenant = $1",
+    "revisions": "SELECT count(*) FROM known_revisions WHERE tenant = $1 AND agent = $2",
     "keys": "SELECT count(*) FROM entries WHERE tenant = $1 AND kind = $2 AND id = $3",
     "uploads": "SELECT count(*) FROM uploads WHERE tenant = $1",
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = $1), 0)

@@ -99,9 +99,15 @@ class SqlContent:
             "DELETE FROM uploaders WHERE tenant = $1 AND sha256 = $2 AND subject = $3", tenant, sha256, subject
         )
 
-    def delete_blob(self, tenant: str, sha256: str) -> None:
-        for table in ("blobs", "uploaders"):
-            self._sql.do(f"DELETE FROM {table} WHERE tenant = $1 AND sha256 = $2", tenant, sha256)
+    def delete_blob(self, tenant: str, sha256: str, most: int) -> int:
+        removed = self._sql.do(
+            """DELETE FROM uploaders WHERE tenant = $1 AND sha256 = $2 AND subject IN
+                (SELECT subject FROM uploaders WHERE tenant = $1 AND sha256 = $2 ORDER BY subject LIMIT $3)""",
+            *(tenant, sha256, most),
+        )
+        if removed < most:
+            self._sql.do("DELETE FROM blobs WHERE tenant = $1 AND sha256 = $2", tenant, sha256)
+        return removed
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
         """Whether there is such a blob, last uploaded before that time, and nothing refers to it."""

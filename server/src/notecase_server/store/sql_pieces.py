@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 from notecase_server.store.contract import Scope, SessionKey
 from notecase_server.store.rows import TABLES, Table
 from notecase_server.store.sql import Sql, marks
-from notecase_server.store.tables import Batch, Piece
+from notecase_server.store.tables import Batch, DeletedAgent, Piece
 
 WHOSE = frozenset({"tenant", "uid", "kind", "id"})
 """The columns that say of which session or state a row is."""
@@ -54,7 +54,7 @@ STATE_ROWS = (ROWS["entries"], ROWS["blob_references"])
 
 OF_TENANT = frozenset(
     {"entries", "states", "blob_references", "requests", "uploaders", "uploads", "agents", "revisions", "keys"}
-    | {"principals", "audit"}
+    | {"deleted_agents", "principals", "audit"}
 )
 TENANT_ROWS = tuple(
     TenantRows(
@@ -69,7 +69,8 @@ TENANT_ROWS = tuple(
 
 OF_SESSION = "tenant = $1 AND uid = $2"
 OF_STATE = "tenant = $1 AND kind = $2 AND id = $3"
-BLANKED = "FROM requests WHERE tenant = $1 AND owner = $2 AND owner != '' LIMIT $3"
+BLANKED = """FROM requests WHERE tenant = $1 AND owner = $2 AND owner != ''
+    ORDER BY subject, rpc, request_id LIMIT $3"""
 
 
 class Copied(NamedTuple):
@@ -129,7 +130,7 @@ class Pieces(Sql):
             self.remove(f"DELETE FROM deleted_sessions WHERE {OF_SESSION}", scope.tenant, scope.id)
         return True
 
-    def _delete_some(self, rows: Rows | TenantRows, where: str, values: Sequence[str], batch: Batch) -> None:
+    def _delete_some(self, rows: Rows | TenantRows, where: str, values: Sequence[str | int], batch: Batch) -> None:
         table, place, size = rows[:3]
         found = self.rows(
             f"SELECT {size}, {place} FROM {table} WHERE {where} ORDER BY {place} LIMIT {marks(1, len(values))}",
@@ -166,6 +167,16 @@ class Pieces(Sql):
                 self.remove(f"DELETE FROM {table} WHERE tenant = $1 AND content = $2", tenant, content)
         for each in self.tenant_rows:
             self._delete_some(each, "tenant = $1", (tenant,), batch)
+
+    def delete_revisions(self, agent: DeletedAgent, batch: Batch) -> bool:
+        """Removes the revisions of a deleted agent that the batch takes; returns whether none is left. No run needs
+        them: `retire_revisions` looked at all."""
+        table = TenantRows("revisions", "revision", "length(body)")
+        self._delete_some(table, "tenant = $1 AND agent = $2 AND revision <= $3", agent, batch)
+        if batch.full:
+            return False
+        self.do("DELETE FROM deleted_agents WHERE tenant = $1 AND agent = $2 AND revision = $3", *agent)
+        return True
 
     def forget_requests(self, before: int, batch: Batch) -> int:
         """Drops the records made before that time that the batch takes, and returns how many it dropped."""

@@ -29,7 +29,17 @@ from notecase_server.store.sql_content import SqlContent
 from notecase_server.store.sql_directory import SqlDirectory
 from notecase_server.store.sql_pieces import Pieces
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Changes, EventRow, Kept, Recorded, SessionRow
+from notecase_server.store.tables import (
+    Applied,
+    Batch,
+    Changes,
+    DeletedAgent,
+    EventRow,
+    Kept,
+    Recorded,
+    RunPlace,
+    SessionRow,
+)
 
 log = structlog.get_logger()
 
@@ -443,7 +453,7 @@ class Tables(Pieces):
     def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
         """That revision, or with 0 the newest."""
         row = self.one(
-            """SELECT body FROM revisions WHERE tenant = $1 AND agent = $2 AND revision = coalesce(
+            """SELECT body FROM known_revisions WHERE tenant = $1 AND agent = $2 AND revision = coalesce(
                 nullif($3, CAST(0 AS bigint)), (SELECT revision FROM agents WHERE tenant = $1 AND agent = $2))""",
             *(tenant, agent_id, revision),
         )
@@ -465,16 +475,31 @@ class Tables(Pieces):
         )
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
-        """Removes all but the last number."""
-        self.remove("DELETE FROM revisions WHERE tenant = $1 AND agent = $2", tenant, agent_id)
+        """Removes all but the last number, and records that the revisions are to go."""
+        self.do(
+            """INSERT INTO deleted_agents (tenant, agent, revision) SELECT tenant, agent, revision FROM agents
+                WHERE tenant = $1 AND agent = $2
+                ON CONFLICT (tenant, agent) DO UPDATE SET revision = excluded.revision""",
+            *(tenant, agent_id),
+        )
         self.do("UPDATE agents SET display_name = '', labels = NULL WHERE tenant = $1 AND agent = $2", tenant, agent_id)
+
+    def deleted_agents(self, limit: int) -> list[DeletedAgent]:
+        """At most `limit` of those that may have rows."""
+        rows = self.rows("SELECT tenant, agent, revision FROM deleted_agents ORDER BY tenant, agent LIMIT $1", limit)
+        return [DeletedAgent(*row) for row in rows]
+
+    def retire_revisions(self, agent: DeletedAgent, after: RunPlace, batch: Batch) -> RunPlace | None:
+        """Keeps the revisions of a deleted agent for those runs that have not ended and use them, as many runs of the
+        tenant after `after` as fit into the batch. Returns the place of the last one looked at, None at the end."""
+        return None  # a run has its agent with it
 
     def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]:
         values = list[Any]([tenant])
         where = self.where(query, AGENT_COLUMNS, ("a.agent",), ">", values, "a.")
         rows = self.page(
             f"""SELECT a.agent AS agent, r.body, length(r.body) AS size FROM agents a
-                JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
+                JOIN known_revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
                 WHERE a.tenant = $1{where}""",
             *("agent", values, query.limit + 1),
         )
@@ -485,7 +510,7 @@ class Tables(Pieces):
         values = list[Any]([tenant, agent_id])
         where = self.where(query._replace(where=None), (), ("revision",), "<", values)
         rows = self.page(
-            f"""SELECT revision, body, length(body) AS size FROM revisions
+            f"""SELECT revision, body, length(body) AS size FROM known_revisions
                 WHERE tenant = $1 AND agent = $2{where}""",
             *("revision DESC", values, query.limit + 1),
         )

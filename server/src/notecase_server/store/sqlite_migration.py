@@ -6,7 +6,8 @@ second lacks two tables: that of deleted sessions begins empty, and what rewinds
 since a message says no more by itself whether it is superseded. Both it and the third had a row for each message
 besides that of its event, and neither had keys, nor what says whether there ever was one. Up to the fourth, runs that
 had not ended had a row more, with their agent. Up to the fifth, a session's row had its head, and what finds rows
-within a session were indexes.
+within a session were indexes. The sixth lacks the table of deleted agents, and runs did not say that their agent was
+deleted.
 """
 
 import re
@@ -136,6 +137,10 @@ RUNS_FROM_BEFORE = (
 RUNS_FROM_FIFTH = """INSERT INTO runs SELECT tenant, uid, run, state, agent, create_time, labels, first_sequence,
     last_sequence, digest, revision, deaths, released, body FROM before_runs"""
 
+RETIRED_RUNS = """UPDATE runs SET revision = -revision WHERE revision > 0 AND EXISTS (SELECT 1 FROM retired_revisions t
+    WHERE t.tenant = runs.tenant AND t.agent = substr(runs.agent, 8) AND t.revision = runs.revision)"""
+"""A run says that its agent is a retired revision."""
+
 CONVERTED: dict[str, Callable[[Row], Row]] = {
     "runs": lambda row: (*row[:-1], earlier.run(row[-1]).SerializeToString()),
 }
@@ -146,6 +151,9 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     """Converts a file of that version. Raises DecodeError for a row that is damaged."""
     if version == 1:
         _from_first(connection)
+    elif version == 6:
+        log.info("store_migrating", schema=version)
+        _make_missing(connection)
     else:
         log.info("store_migrating", schema=version)
         _drop_indexes(connection, (*MOVED[version], "events"))
@@ -162,6 +170,8 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
             connection.execute(f"DROP TABLE before_{table}")
         if version == 2:
             _leave_behind(connection)
+    if version >= 5:
+        connection.execute(RETIRED_RUNS)
     if version < 4:
         connection.execute("ALTER TABLE store ADD COLUMN keyed INTEGER NOT NULL DEFAULT 0")
 

@@ -23,7 +23,7 @@ SOURCES = {
         LEFT JOIN run_agents o ON o.tenant = r.tenant AND o.uid = r.uid AND o.run = r.run
         LEFT JOIN revisions v ON v.tenant = r.tenant AND v.agent = substr(r.agent, 8) AND v.revision = r.revision
         LEFT JOIN retired_revisions t
-            ON t.tenant = r.tenant AND t.agent = substr(r.agent, 8) AND t.revision = r.revision
+            ON t.tenant = r.tenant AND t.agent = substr(r.agent, 8) AND t.revision = -r.revision
         WHERE r.unended = 1)""",
 }
 """Portable tables that are none of this store: it keeps a session's head with its events, what a run needs of its agent

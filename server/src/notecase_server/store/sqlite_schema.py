@@ -10,7 +10,7 @@ events with the head of their session (`logs`), all that finds rows within a ses
 index over all runs.
 """
 
-VERSION = 6
+VERSION = 7
 """Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
 
 HEAD = (1 << 63) - 1
@@ -123,8 +123,9 @@ SCHEMA = (
         message TEXT NOT NULL,
         PRIMARY KEY (tenant, uid, call_id)
     ) WITHOUT ROWID""",
-    # `revision` is that of the agent of a run that has not ended, 0 where `run_agents` has the agent, and NULL once the
-    # run has ended. `deaths` and `released` are of runs that have not ended.
+    # `revision` is that of the agent of a run that has not ended, the negative of it where `retired_revisions` has the
+    # agent, 0 where `run_agents` has it, and NULL once the run has ended. `deaths` and `released` are of runs that have
+    # not ended.
     """CREATE TABLE runs (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -311,5 +312,15 @@ SCHEMA = (
         body BLOB NOT NULL,
         PRIMARY KEY (tenant, agent, revision)
     ) WITHOUT ROWID""",
+    # A deletion leaves this row until the revisions up to that number are gone. Nobody reads them any more.
+    """CREATE TABLE deleted_agents (
+        tenant TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        revision INTEGER NOT NULL,
+        PRIMARY KEY (tenant, agent)
+    ) WITHOUT ROWID""",
+    """CREATE VIEW known_revisions AS SELECT tenant, agent, revision, body FROM revisions r
+        WHERE NOT EXISTS (SELECT 1 FROM deleted_agents d
+            WHERE d.tenant = r.tenant AND d.agent = r.agent AND d.revision >= r.revision)""",
 )
 """What makes all of it in an empty file."""

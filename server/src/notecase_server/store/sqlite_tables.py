@@ -6,7 +6,7 @@ be named in a JSON path and compared in the order of its bytes, whatever charact
 
 import json
 import sqlite3
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -33,7 +33,16 @@ from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Co
 from notecase_server.store.sql_tables import Tables, agent_body
 from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
 from notecase_server.store.stretches import Stretch
-from notecase_server.store.tables import Applied, Changes, EventRow, Kept, SessionRow
+from notecase_server.store.tables import (
+    Applied,
+    Batch,
+    Changes,
+    DeletedAgent,
+    EventRow,
+    Kept,
+    RunPlace,
+    SessionRow,
+)
 
 Bound = str | int | bytes | None
 
@@ -76,7 +85,8 @@ ADD_ENDED_RUN = ADD_RUN.format("NULL")
 
 ADD_ACTIVE_RUN = (
     ADD_RUN.format(
-        """iif(EXISTS (SELECT 1 FROM revisions WHERE tenant = ? AND agent = ? AND revision = ? AND body = ?), ?, 0)"""
+        """iif(EXISTS (SELECT 1 FROM known_revisions
+            WHERE tenant = ? AND agent = ? AND revision = ? AND body = ?), ?, 0)"""
     )
     + " RETURNING revision"
 )
@@ -118,18 +128,22 @@ ENDED_RUNS = UNENDED_RUNS.replace("unended = 1", "unended = 0")
 
 PUT_RUN = "last_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND run = ?"
 
+UNENDED_AFTER = """SELECT create_time, uid, run, agent, revision FROM runs INDEXED BY runs_by_time
+    WHERE unended = 1 AND tenant = ? AND (create_time, uid, run) > (?, ?, ?)
+    ORDER BY create_time, uid, run LIMIT ?"""
+
 RETIRE = """INSERT INTO retired_revisions (tenant, agent, revision, uses, body)
-    SELECT v.tenant, v.agent, v.revision, u.uses, v.body FROM
-        (SELECT revision, count(*) AS uses FROM runs INDEXED BY runs_by_time
-            WHERE unended = 1 AND revision > 0 AND tenant = $1 AND agent = 'agents/' || $2 GROUP BY revision) u
-        CROSS JOIN revisions v ON v.tenant = $1 AND v.agent = $2 AND v.revision = u.revision"""
+    SELECT tenant, agent, revision, ?4, body FROM revisions WHERE tenant = ?1 AND agent = ?2 AND revision = ?3
+    ON CONFLICT DO UPDATE SET uses = uses + excluded.uses"""
+
+THIS_RUN = "tenant = ? AND uid = ? AND run = ?"
 
 ACTIVE_RUN = """SELECT a.tenant, s.session, a.uid, a.body, coalesce(o.body, v.body, t.body), h.epoch, a.deaths,
     a.released, a.create_time, a.run FROM runs a JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid
     JOIN heads h ON h.tenant = a.tenant AND h.uid = a.uid
     LEFT JOIN run_agents o ON o.tenant = a.tenant AND o.uid = a.uid AND o.run = a.run
     LEFT JOIN revisions v ON v.tenant = a.tenant AND v.agent = substr(a.agent, 8) AND v.revision = a.revision
-    LEFT JOIN retired_revisions t ON t.tenant = a.tenant AND t.agent = substr(a.agent, 8) AND t.revision = a.revision
+    LEFT JOIN retired_revisions t ON t.tenant = a.tenant AND t.agent = substr(a.agent, 8) AND t.revision = -a.revision
     WHERE a.unended = 1"""
 
 ACTIVE_RUNS = ACTIVE_RUN.replace("runs a JOIN", "runs a INDEXED BY runs_by_time CROSS JOIN")
@@ -182,7 +196,7 @@ class SqliteTables(Tables):
         LEFT JOIN heads h ON h.tenant = $1 AND h.uid = n.uid
         LEFT JOIN sessions s ON s.tenant = $1 AND s.uid = n.uid
         LEFT JOIN agents a ON a.tenant = $1 AND a.agent = substr({NAMED}, 8, {AT} - 8)
-        LEFT JOIN revisions r ON r.tenant = $1 AND r.agent = a.agent
+        LEFT JOIN known_revisions r ON r.tenant = $1 AND r.agent = a.agent
             AND r.revision = coalesce(nullif(substr({NAMED}, {AT} + 1) + 0, 0), a.revision)"""
     message_of = f"{MESSAGES.replace(f'kind = {IN_ORDER}', f'kind = {BY_ID}')} AND l.key = ?"
     active = ACTIVE_RUN
@@ -464,12 +478,15 @@ class SqliteTables(Tables):
             return
         self.deleted = True
         self._execute("DELETE FROM run_agents WHERE tenant = ? AND uid = ? AND run = ?", (*of(key), run))
-        self._execute(
-            """UPDATE retired_revisions SET uses = uses - 1 WHERE (tenant, 'agents/' || agent, revision) =
-                (SELECT tenant, agent, revision FROM runs WHERE tenant = ? AND uid = ? AND run = ?)""",
+        retired = self._execute(
+            """UPDATE retired_revisions SET uses = uses - 1 WHERE (tenant, agent, revision) =
+                (SELECT tenant, substr(agent, 8), -revision FROM runs WHERE tenant = ? AND uid = ? AND run = ?)
+                RETURNING tenant, agent, revision, uses""",
             (*of(key), run),
-        )
-        self._execute("DELETE FROM retired_revisions WHERE tenant = ? AND uses = 0", (key.tenant,))
+        ).fetchall()
+        for *whose, uses in retired:
+            if not uses:
+                self._execute("DELETE FROM retired_revisions WHERE tenant = ? AND agent = ? AND revision = ?", whose)
 
     def unended_runs(self, key: SessionKey) -> list[str]:
         runs = "SELECT run FROM runs INDEXED BY runs_by_time WHERE unended = 1 AND tenant = ? AND uid = ?"
@@ -527,10 +544,32 @@ class SqliteTables(Tables):
                 (*scope, key, entry.SerializeToString()),
             )
 
-    def delete_agent(self, tenant: str, agent_id: str) -> None:
-        if self.do(RETIRE, tenant, agent_id):
+    def retire_revisions(self, agent: DeletedAgent, after: RunPlace, batch: Batch) -> RunPlace | None:
+        name, number = f"agents/{agent.agent_id}", batch.left
+        uses, last = Counter[int](), False
+        rows = self._execute(UNENDED_AFTER, (agent.tenant, *after, number)).fetchall()
+        for create_time, uid, run, agent_of_run, revision in rows:
+            used = agent_of_run == name and 0 < revision <= agent.revision
+            if not batch.takes(self._size_of(agent, revision) if used and revision not in uses else 0):
+                break
+            if used:
+                uses[revision] += 1
+                self._execute(f"UPDATE runs SET revision = -revision WHERE {THIS_RUN}", (agent.tenant, uid, run))
+            after = (create_time, uid, run)
+        else:
+            last = len(rows) < number
+        for revision, number in uses.items():
             self._retires = True
-        super().delete_agent(tenant, agent_id)
+            self._execute(RETIRE, (agent.tenant, agent.agent_id, revision, number))
+        return None if last else after
+
+    def _size_of(self, agent: DeletedAgent, revision: int) -> int:
+        """The bytes of a revision."""
+        row = self._execute(
+            "SELECT length(body) FROM revisions WHERE tenant = ? AND agent = ? AND revision = ?",
+            (agent.tenant, agent.agent_id, revision),
+        ).fetchone()
+        return int(row[0]) if row else 0
 
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
         self._execute(

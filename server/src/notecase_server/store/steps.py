@@ -4,7 +4,7 @@ A step first reads and decides, and writes only when nothing can be refused any 
 written nothing, and the others of its transaction are kept.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from copy import deepcopy
 from itertools import islice
 from typing import NamedTuple, Self
@@ -36,7 +36,20 @@ from notecase_server.store.lists import Found, take
 from notecase_server.store.quotas import require_agent, require_keys, require_log, require_record, require_session
 from notecase_server.store.sql_tables import Tables
 from notecase_server.store.stretches import Stretch, last_of, left_behind
-from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow
+from notecase_server.store.tables import (
+    Added,
+    Applied,
+    Batch,
+    Changes,
+    CommitRow,
+    DeletedAgent,
+    EventRow,
+    RunPlace,
+    SessionRow,
+)
+
+KEYS_AT_ONCE = 16
+"""Entries of a state that a list of named keys reads at a time."""
 
 REPLIES = 50
 """Runs whose replies are read at one go: a page may end before it has them all."""
@@ -431,6 +444,16 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
     return expired
 
 
+def retire_revisions(tables: Tables, now: int, agent: DeletedAgent, after: RunPlace) -> RunPlace | None:
+    """One of the first transactions of Store.sweep_agents; returns where the next one begins, None after the last."""
+    return tables.retire_revisions(agent, after, Batch(SWEEP_ROWS, SWEEP_BYTES))
+
+
+def delete_revisions(tables: Tables, now: int, agent: DeletedAgent) -> bool:
+    """One of the other transactions of Store.sweep_agents; returns whether it was the last."""
+    return tables.delete_revisions(agent, Batch(SWEEP_ROWS, SWEEP_BYTES))
+
+
 def sweep_sessions(
     tables: Tables, now: int, tenant: str | None, user: str, spared: Collection[Scope] = frozenset()
 ) -> bool:
@@ -505,19 +528,27 @@ def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) ->
     return state
 
 
+def _named(tables: Tables, scope: Scope, keys: Sequence[str]) -> Iterator[tuple[str, v1.StateEntry | None]]:
+    """Yields those of the keys that exist, in their order, and reads few at a time: each may have a page."""
+    for at in range(0, len(keys), KEYS_AT_ONCE):
+        _, entries = tables.state(scope, keys[at : at + KEYS_AT_ONCE])
+        yield from sorted(entries.items())
+
+
 def page_of_entries(
     tables: Tables, scope: Scope, query: Query, at: int, keys: Sequence[str] = ()
 ) -> tuple[v1.State, Page[str]]:
     """Store.list_state."""
     if at or keys:
+        after = str(query.after[0]) if query.after else ""
+        found: Iterable[tuple[str, v1.StateEntry | None]]
         if at:
             version, entries = past.state(tables, scope, at, set(keys) or None)
+            found = ((key, entries[key]) for key in sorted(entries) if key > after)
         else:
-            version, entries = tables.state(scope, set(keys))
-        found = ((key, entries[key]) for key in sorted(entries))
-        after = str(query.after[0]) if query.after else ""
-        later = ((key, entry) for key, entry in found if key > after)
-        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in later if entry is not None)
+            version = tables.version(scope)
+            found = _named(tables, scope, sorted(key for key in set(keys) if key > after))
+        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in found if entry is not None)
         page = take(rows, query.limit)
     else:
         version = tables.version(scope)
@@ -525,7 +556,7 @@ def page_of_entries(
     state = v1.State(version=version)
     for key, entry in page.rows:
         state.entries[key].CopyFrom(entry)
-    return state, Page([key for key, _ in page.rows], page.next)
+    return state, Page([key for key, _ in page.rows], page.next, page.size)
 
 
 def update_state(
@@ -544,7 +575,7 @@ def update_state(
         raise errors.version_mismatch("The state", before)
     version = before + 1
     old_keys = _existing(entries)
-    fold.apply_ops(entries, ops, version, now)
+    fold.apply_ops(entries, ops, version, now, fold.MAX_APPENDED_BYTES)
     require_record(tables, once)
     require_keys(tables, scope, _existing(entries) - old_keys)
     state = v1.State(version=version)

@@ -115,6 +115,20 @@ class Piece(NamedTuple):
     """Identifies the rows within their session, ascending."""
 
 
+class DeletedAgent(NamedTuple):
+    """An agent whose revisions up to that one are to be removed. Later ones are of an agent made anew."""
+
+    tenant: str
+    agent_id: str
+    revision: int
+
+
+RunPlace = tuple[int, str, str]
+"""Where a run is among those of its tenant: its create_time, its session's uid and its id."""
+
+FIRST_PLACE: RunPlace = (-1, "", "")
+"""Before all of them."""
+
 Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes", "upload_bytes"]
 
 
