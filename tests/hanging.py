@@ -1,7 +1,7 @@
 """Ends a process whose test hangs where its time-out does not help: in code that ignores the exception that the
 time-out raises, or in what is cleaned up after it.
 
-The time-out of pytest is raised once for a test. What hangs after that would hang for ever, and nobody would be told
+The time-out of pytest is raised once for a test. What hangs after that would never end, and nothing would show
 where. So each phase of a test has a second limit, kept by a thread that does not need the interpreter. It writes the
 tracebacks of all threads to standard error and ends the process; `pytest -n` then names the test, fails it and runs the
 others.

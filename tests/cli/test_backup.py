@@ -155,7 +155,7 @@ async def test_what_is_not_a_file_is_neither_replaced_nor_a_store(tmp_path: Path
     assert not Path(f"{device}-lock").exists()
 
 
-def test_a_full_disk_is_told_of_the_copy_and_not_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_names_the_copy_and_not_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorcode = sqlite3.SQLITE_FULL
     store = tmp_path / "notecase.db"

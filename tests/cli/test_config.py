@@ -303,7 +303,7 @@ async def test_a_file_is_utf_8_whatever_the_locale_and_may_begin_with_a_mark(tmp
     assert (0, f"{file} is valid.\n") == (done.code, done.out)
 
 
-async def test_a_password_that_cannot_be_read_is_told_by_the_check(tmp_path: Path) -> None:
+async def test_a_password_that_cannot_be_read_is_reported_by_the_check(tmp_path: Path) -> None:
     file = tmp_path / "notecase.toml"
     file.write_text('[store]\nurl = "postgresql://me@db/notecase"\npassword_file = "/nonexistent"\n')
     done = await notecase("config", "check", str(file))

@@ -132,7 +132,7 @@ async def test_text_that_cannot_be_sent_is_reported_before_anything_is_sent(tmp_
         assert "secret-1" not in done.err
 
 
-async def test_a_file_of_authorities_without_any_is_told(tmp_path: Path) -> None:
+async def test_a_file_of_authorities_without_any_is_reported(tmp_path: Path) -> None:
     """gRPC wrote four lines of its core, and no server could be reached."""
     (tmp_path / "ca.pem").write_text("not PEM")
     for command in (("health",), ("keys", "list")):
@@ -141,7 +141,7 @@ async def test_a_file_of_authorities_without_any_is_told(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("words", [("--help",), ("profiles", "list")])
-async def test_output_on_a_full_disk_is_told_without_a_traceback(words: tuple[str, ...]) -> None:
+async def test_output_on_a_full_disk_is_reported_without_a_traceback(words: tuple[str, ...]) -> None:
     command = " ".join((sys.executable, "-m", "notecase_server", *words))
     process = await asyncio.create_subprocess_shell(f"{command} > /dev/full", stderr=asyncio.subprocess.PIPE)
     _, err = await process.communicate()

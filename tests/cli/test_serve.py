@@ -105,7 +105,7 @@ async def test_a_taken_port_is_reported_in_a_sentence(served: Running) -> None:
         ("192.0.2.1:0", "192.0.2.1:0 (Cannot assign requested address): this machine does not have that address."),
     ],
 )
-async def test_an_address_that_cannot_be_listened_on_is_told_in_one_line(listen: str, told: str) -> None:
+async def test_an_address_that_cannot_be_listened_on_is_reported_in_one_line(listen: str, told: str) -> None:
     """gRPC would write a line, too, and its error says to set a variable of its own."""
     done = await notecase("serve", "--listen", listen, "--store", "memory:", "--insecure")
     assert (1, 1, False) == (done.code, done.err.count("\n"), "GRPC_VERBOSITY" in done.err)

@@ -187,10 +187,10 @@ async def test_a_reply_cut_in_mid_stream_is_requested_again_under_another_name(
     assert discarded[0] != kept[0].name
 
 
-async def test_text_that_a_closing_tag_shows_to_be_reasoning_comes_anew_as_that(
+async def test_text_that_a_closing_tag_shows_to_be_reasoning_is_sent_again_as_reasoning(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """Watchers are told to forget the text, and joined deltas are what the log has."""
+    """Watchers drop the text, and joined deltas are what the log has."""
     seen = asyncio.Event()
     model.script(reply("I weigh it.\n</think>\n\nLight.", chunks=2).held(seen, after=2))
     call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))

@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import logging
 import random
 import threading
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -16,9 +18,10 @@ import pytest
 import structlog
 from notecase import v1
 from notecase_server.errors import NotecaseError
+from notecase_server.models import openai as openai_provider
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.models.pieces import BASE64_BYTES
+from notecase_server.models.pieces import BASE64_BYTES, Pieces, encoded
 from notecase_server.models.request_content import MAX_CONTENT_BYTES
 
 from tests.support.openai_server import (
@@ -519,6 +522,25 @@ class TestLeaving:
             await task
         await client_left(server)
 
+    async def test_the_request_is_let_go_of_once_its_answer_has_begun(
+        self, server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It may have megabytes, and a reply may take minutes."""
+        made: list[weakref.ref[Pieces]] = []
+
+        def remembered(body: Any, **settings: Any) -> Pieces:
+            pieces = encoded(body, **settings)
+            made.append(weakref.ref(pieces))
+            return pieces
+
+        monkeypatch.setattr(openai_provider, "encoded", remembered)
+        server.script(reply("ab", chunks=2).held(asyncio.Event(), after=2))
+        answer = provider.stream(ask(user("x" * (1 << 20))))
+        await anext(answer)
+        gc.collect()
+        assert [None] == [each() for each in made]
+        await answer.aclose()
+
     async def test_a_slow_end_of_the_body_does_not_hold_up_the_reply(
         self, server: OpenAIServer, provider: OpenAIProvider
     ) -> None:
@@ -667,7 +689,7 @@ class TestRefused:
         assert words in (await failure(provider, request)).message
         assert 4 == len(server.requests)
 
-    async def test_an_invalid_schema_is_told(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+    async def test_an_invalid_schema_is_reported(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(error(400, "Invalid schema for response_format 'reply': no type"))
         assert "no type" in (await failure(provider, ask()._replace(output_schema="{}"))).message
 

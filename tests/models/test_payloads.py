@@ -1071,7 +1071,7 @@ def test_what_tags_mean_does_not_depend_on_how_the_text_was_cut(pieces: list[str
     assert whole == read([said_in(*said) + END])
 
 
-def test_text_beside_reasoning_of_its_own_is_no_reasoning() -> None:
+def test_text_next_to_a_reasoning_field_is_text() -> None:
     said = "hm\n</think>\n\nHi"
     assert Came(said, "so") == read([chunk({"reasoning": "so"}) + said_in(said) + END])
 

@@ -1151,7 +1151,7 @@ async def test_a_database_that_does_not_exist_is_named(clock: ManualClock) -> No
         await PostgresStore.open(postgres.shared().url("nowhere"), clock)
 
 
-def test_a_key_that_no_index_takes_is_told_where_a_store_is_copied() -> None:
+def test_a_key_that_no_index_takes_is_reported_where_a_store_is_copied() -> None:
     """One that a tool once set in a SQLite store."""
     error = asyncpg.exceptions.ProgramLimitExceededError("index row size 6056 exceeds btree version 4 maximum 2704")
     assert postgres_database.refusal("db", error).startswith("db cannot hold a key of state of more than 2.7 KB.")

@@ -146,7 +146,7 @@ async def test_a_handshake_that_lists_tools_is_one() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 404, 503])
-async def test_an_error_status_is_told(status: int) -> None:
+async def test_an_error_status_is_reported(status: int) -> None:
     """Of 401 and 403, where to look, too."""
 
     class Refusing(Lists):

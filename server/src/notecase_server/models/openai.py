@@ -202,6 +202,7 @@ class OpenAIProvider:
             try:
                 async with Limit() as limit:
                     answer = await self._accepted(sent, write, profile, limit, default=not request.model)
+                    sent.body = Pieces([])  # it may have megabytes, which nobody needs while the answer is read
                     clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:
                         limit.due = clock.due
