@@ -155,6 +155,18 @@ async def test_a_value_cannot_outgrow_a_page(store: Store) -> None:
     assert len((await store.get_state(USER_STATE, ["list"])).entries["list"].value.list_value.values) == 1
 
 
+async def test_one_change_may_append_to_a_long_list_often(store: Store) -> None:
+    """The list is copied once, whatever the number of operations, and judged by its size after the last."""
+    await store.update_state(USER_STATE, [append("list", "x" * 1_000_000)])
+    await store.update_state(USER_STATE, [append("list", number) for number in range(3000)])
+    with refused("PAYLOAD_TOO_LARGE"):
+        await store.update_state(USER_STATE, [append("list", "y" * 20) for _ in range(2000)])
+    again = [put("list", 1), remove("list"), append("list", 2), append("list", 3)]
+    await store.update_state(USER_STATE, [append("list", "z"), *again])
+    found = (await store.get_state(USER_STATE, ["list"])).entries["list"].value.list_value.values
+    assert [2, 3] == [item.int_value for item in found]
+
+
 async def test_the_lists_that_one_change_appends_to_are_bounded_together(store: Store) -> None:
     """Each is read and written whole."""
     number = MAX_APPENDED_BYTES // PAGE_BYTES + 1

@@ -33,8 +33,11 @@ MAX_QUEUED = 16
 INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
 
-MAX_APPENDED_BYTES = 4 << 20
-"""Bytes of the lists that one change appends to, together: each is written anew."""
+MAX_APPENDED_BYTES = 16 << 20
+"""Bytes of the lists that one change appends to, together: each is copied once, and written as a whole."""
+
+ITEM_BYTES = 16
+"""More than an item of a list takes besides its own bytes."""
 
 MAX_VALUE_DEPTH = 16
 """Levels of lists and maps in a value; each is up to four of protobuf's nested messages."""
@@ -615,12 +618,21 @@ def apply_ops(
     Raises STATE_VERSION_MISMATCH for a condition that misses, STATE_TYPE_MISMATCH for an operation that the value's
     type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page, or for lists that are appended to and have
     more than `most` bytes together; `entries` is then to be thrown away."""
-    appended = 0
+    copied = 0
+    lists = dict[str, int]()
+    """The lists that were copied to be appended to, with at least as many bytes as they have."""
     for op in ops:
         before = entries.get(op.key)
         if op.HasField("if_version") and op.if_version != (before.version if before else 0):
             raise errors.version_mismatch(f"State key {op.key!r}", before.version if before else 0)
         kind = op.WhichOneof("op")
+        if kind == "append" and before is not None and op.key in lists:
+            before.value.list_value.values.append(op.append)
+            lists[op.key] += op.append.ByteSize() + ITEM_BYTES
+            if lists[op.key] > PAGE_BYTES:
+                lists[op.key] = _size_of(op.key, before)
+            continue
+        lists.pop(op.key, None)
         if kind == "remove":
             entries[op.key] = None
             continue
@@ -637,12 +649,20 @@ def apply_ops(
             if before is not None:
                 entry.value.list_value.CopyFrom(before.value.list_value)
             entry.value.list_value.values.append(op.append)
-            appended += entry.ByteSize()
-            if most is not None and appended > most:
-                raise errors.too_large("The total of all lists that one change appends to", appended, most)
-        if entry.ByteSize() > PAGE_BYTES:
-            raise errors.too_large(f"The value of state key {op.key!r}", entry.ByteSize(), PAGE_BYTES)
+            lists[op.key] = entry.ByteSize()
+            copied += lists[op.key]
+            if most is not None and copied > most:
+                raise errors.too_large("The total of all lists that one change appends to", copied, most)
+        _size_of(op.key, entry)
         entries[op.key] = entry
+
+
+def _size_of(key: str, entry: v1.StateEntry) -> int:
+    """Returns the bytes of an entry. Raises PAYLOAD_TOO_LARGE when it outgrows a page."""
+    size = entry.ByteSize()
+    if size > PAGE_BYTES:
+        raise errors.too_large(f"The value of state key {key!r}", size, PAGE_BYTES)
+    return size
 
 
 def _incremented(op: v1.StateOp, before: v1.StateEntry | None) -> int:
