@@ -170,7 +170,11 @@ class Pieces(Sql):
 
     def delete_revisions(self, agent: DeletedAgent, batch: Batch) -> bool:
         """Removes the revisions of a deleted agent that the batch takes; returns whether none is left. No run needs
-        them: `retire_revisions` looked at all."""
+        them: `retire_revisions` looked at all. Removes nothing once the deletion is not recorded any more: the tenant
+        was erased meanwhile, and another agent may have the id and the numbers."""
+        recorded = "SELECT 1 FROM deleted_agents WHERE tenant = $1 AND agent = $2 AND revision >= $3"
+        if self.one(recorded, *agent) is None:
+            return True
         table = TenantRows("revisions", "revision", "length(body)")
         self._delete_some(table, "tenant = $1 AND agent = $2 AND revision <= $3", agent, batch)
         if batch.full:
