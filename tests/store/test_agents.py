@@ -1,7 +1,11 @@
 """Every store: agents, their revisions, and what remains of a deleted one."""
 
+from typing import Any, cast
+
 import pytest
 from notecase import v1
+from notecase_server.store import steps
+from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Answer, Query, Replayed, Store
 
 from tests.store.build import EVERYTHING, NOTHING, ManualClock, create, names, once, refused, session_key
@@ -105,6 +109,30 @@ async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
     assert again.revision == 3
     assert again.etag != second.etag
     assert names((await store.list_agent_revisions("acme", "sherlock", EVERYTHING)).rows) == ["agents/sherlock"]
+
+
+async def test_a_late_sweep_removes_nothing_of_another_tenant_of_that_name(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tenant of the agent is erased during the sweep, and made again: revisions begin at 1 once more."""
+    await store.create_agent("acme", "sherlock", titled("one"))
+    await store.edit_agent("acme", "sherlock", titled("two"), if_revision=1)
+    await store.delete_agent("acme", "sherlock")
+    tables = cast(TableStore, store)
+    write, once_more = tables._write, iter([True])
+
+    async def late(step: Any, *within: Any, **named: Any) -> Any:
+        if getattr(step, "func", None) is steps.delete_revisions and next(once_more, False):
+            while not await store.erase_tenant("acme"):
+                pass
+            await store.create_agent("acme", "sherlock", titled("new"))
+        return await write(step, *within, **named)
+
+    monkeypatch.setattr(tables, "_write", late)
+    await store.sweep_agents()
+    found = await store.get_agent("acme", "sherlock")
+    assert found is not None
+    assert (found.display_name, found.revision) == ("new", 1)
 
 
 async def test_a_repeated_creation_gets_the_first_answer(store: Store) -> None:

@@ -1,13 +1,14 @@
 """Every store: who the principals are that events name."""
 
 import hashlib
+from typing import Any
 
 import pytest
 from notecase import v1
 from notecase_server.store import content, steps
-from notecase_server.store.contract import Commit, Store
+from notecase_server.store.contract import Commit, Replayed, Store
 
-from tests.store.build import KEY, ManualClock, changed, put
+from tests.store.build import KEY, NOTHING, USER_STATE, ManualClock, changed, create, once, put
 from tests.store.fixtures import looks_inside
 
 
@@ -92,3 +93,43 @@ async def test_erasing_a_user_removes_who_uploaded_a_blob_that_others_have_too(
         pass
     known = [await store.known_blobs("acme", f"keys/{number}", "users/nobody", blobs) for number in range(3)]
     assert [set(), set(), set(blobs)] == known
+
+
+async def test_a_users_uploads_stay_on_record_unless_the_user_is_erased_now(store: Store) -> None:
+    """Neither an erasure that must wait for a session, nor a repeat of an earlier one, forgets them."""
+    sha256 = hashlib.sha256(b"one").hexdigest()
+
+    async def uploaded() -> bool:
+        return bool(await store.known_blobs("acme", "keys/1", "users/nobody", [sha256]))
+
+    assert await store.erase_state("acme", "users/ada", once("erase", NOTHING))
+    await store.know_principal("acme", principal(1, "keys/1", "users/ada"))
+    await store.put_blob("acme", "keys/1", sha256, b"one")
+    await create(store)
+    assert not await store.erase_state("acme", "users/ada")
+    assert await uploaded()
+    await store.delete_session(KEY)
+    await store.sweep_sessions()
+    with pytest.raises(Replayed):
+        await store.erase_state("acme", "users/ada", once("erase", NOTHING))
+    assert await uploaded()
+    while not await store.erase_state("acme", "users/ada"):
+        pass
+    assert not await uploaded()
+
+
+async def test_uploads_are_looked_for_once_however_many_rows_a_user_has(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "SWEEP_ROWS", 2)
+    await store.update_state(USER_STATE, [put(f"k{number}", 1) for number in range(9)])
+    find, looks = content.uploaded_by, []
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        looks.append(1)
+        return find(*arguments, **named)
+
+    monkeypatch.setattr(content, "uploaded_by", counted)
+    while not await store.erase_state("acme", "users/ada"):
+        assert [] == looks
+    assert [1] == looks

@@ -483,6 +483,8 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         await store.list_state(session_key("acme", "case").state, Query(2, key))
     await store.read_events(KEY, 0)
     await store.expired_sessions(0, 10)
+    for user in ("", "users/ada"):
+        await store.session_keys("acme", user, 10)
     for reader in store._connections.readers:
         reader.set_trace_callback(None)
 
@@ -499,12 +501,33 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         scans = [step for step in plan if "SCAN" in step and "VIRTUAL TABLE" not in step]
         assert [] == scans + [step for step in plan if "TEMP B-TREE" in step], sql
     for sql, plan in plans.items():
-        if "user = " in sql:
-            assert "sessions_by_user" in plan[0]
+        if '"user" = ' in sql:
+            assert "sessions_by_user" in plan[0], sql
         if "unended = " in sql:
             ranges = [step for step in plan if step.startswith("SEARCH r ")]
             assert ranges
             assert all("runs_by_time (unended=? AND tenant=?" in step for step in ranges)
+
+
+async def test_an_erasure_finds_what_it_removes_in_an_index(store: SqliteStore) -> None:
+    """It reads no sessions and no requests of others: the writer keeps all commits waiting."""
+    await create(store)
+    asked: set[str] = set()
+    store._connections.writer.set_trace_callback(asked.add)
+    await store.delete_session(KEY)
+    await store.sweep_sessions()
+    assert await store.erase_state("acme", "users/ada")
+    store._connections.writer.set_trace_callback(None)
+    planner = store._connections.readers[0]
+    found = [
+        row[3]
+        for sql in asked
+        if sql.startswith(("SELECT", "UPDATE requests", "DELETE"))
+        for row in planner.execute(f"EXPLAIN QUERY PLAN {sql}")
+        if row[3].startswith(("SEARCH requests", "SEARCH sessions"))
+    ]
+    assert len(found) > 3
+    assert [] == [step for step in found if step.endswith(" USING PRIMARY KEY (tenant=?)")]
 
 
 async def test_a_page_of_messages_needs_no_more_of_the_file_when_it_is_long(store: SqliteStore) -> None:

@@ -245,3 +245,18 @@ async def test_answers_about_an_erased_user_are_blanked_in_the_order_of_their_re
         seen.append(await kept())
     names = sorted(sizes)
     assert [names[0:], names[3:], names[5:], names[6:]] == [*seen, await kept()][:4]
+
+
+async def test_others_have_their_turn_between_the_transactions_of_a_sweep(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a store that waits for nothing."""
+    monkeypatch.setattr(steps, "SWEEP_ROWS", 2)
+    await create(store)
+    await add(store, *(said(f"m{number}") for number in range(20)))
+    await store.delete_session(KEY)
+    sweeping, turns = asyncio.create_task(store.sweep_sessions()), 0
+    while not sweeping.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 10

@@ -182,11 +182,14 @@ class TableStore(ABC):
             pass
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
-        # They are looked for beside the writes, since a tenant may have very many.
+        erase = partial(steps.erase_state, tenant=tenant, user=user, once=once)
+        if not await self._write(partial(erase, last=False)):
+            return False
+        # They are looked for beside the writes, and once for all rows above, since a tenant may have very many.
         find = partial(content.uploaded_by, tenant=tenant, user=user)
         while found := await self._read(find):
             await self._write(partial(content.forget_uploaders, tenant=tenant, found=found), piece=True)
-        return await self._write(partial(steps.erase_state, tenant=tenant, user=user, once=once))
+        return await self._write(partial(erase, last=True))
 
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None:
         return await self._of(key.tenant, key.uid, lambda tables: tables.message(key, message), None)

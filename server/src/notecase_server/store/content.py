@@ -24,9 +24,8 @@ SWEEP_ROWS = 16
 SWEEP_UPLOADERS = 1000
 """Records of who uploaded a blob that one transaction removes: any number of callers may have."""
 
-
 FORGET_UPLOADS = 250
-"""Records of who uploaded a blob that one transaction removes."""
+"""Records of one user's uploads that one transaction removes."""
 
 
 def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], list[dict[str, int]]]:

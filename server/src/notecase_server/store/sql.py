@@ -54,6 +54,8 @@ class Sql(ABC):
     """The table whose one row has the store's secret."""
     discarded: ClassVar[str]
     """Finds content that was given up, by its partial index."""
+    by_owner: ClassVar[str] = ""
+    """Stands behind the table of requests, where they are to be found by their owner."""
     for_update: ClassVar[str] = ""
     for_share: ClassVar[str] = ""
     """End a SELECT that locks its rows, where several transactions write at a time."""

@@ -69,8 +69,6 @@ TENANT_ROWS = tuple(
 
 OF_SESSION = "tenant = $1 AND uid = $2"
 OF_STATE = "tenant = $1 AND kind = $2 AND id = $3"
-BLANKED = """FROM requests WHERE tenant = $1 AND owner = $2 AND owner != ''
-    ORDER BY subject, rpc, request_id LIMIT $3"""
 
 
 class Copied(NamedTuple):
@@ -145,11 +143,13 @@ class Pieces(Sql):
     def _blank_some(self, scope: Scope, batch: Batch) -> None:
         """Drops the responses of requests that go with it, and keeps that they were carried out."""
         owner = scope.id if scope.kind == "session" else f"users/{scope.id}"
-        sizes = self.rows(f"SELECT length(response) {BLANKED}", scope.tenant, owner, batch.left)
+        blanked = f"""FROM requests{self.by_owner} WHERE tenant = $1 AND owner = $2 AND owner != ''
+            ORDER BY subject, rpc, request_id LIMIT $3"""
+        sizes = self.rows(f"SELECT length(response) {blanked}", scope.tenant, owner, batch.left)
         if taken := sum([batch.takes(size or 0) for (size,) in sizes]):
             self.remove(
                 f"""UPDATE requests SET response = NULL, owner = '' WHERE tenant = $1
-                    AND (subject, rpc, request_id) IN (SELECT subject, rpc, request_id {BLANKED})""",
+                    AND (subject, rpc, request_id) IN (SELECT subject, rpc, request_id {blanked})""",
                 *(scope.tenant, owner, taken),
             )
 
@@ -170,7 +170,11 @@ class Pieces(Sql):
 
     def delete_revisions(self, agent: DeletedAgent, batch: Batch) -> bool:
         """Removes the revisions of a deleted agent that the batch takes; returns whether none is left. No run needs
-        them: `retire_revisions` looked at all."""
+        them: `retire_revisions` looked at all. Removes nothing once the deletion is not recorded any more: the tenant
+        was erased meanwhile, and another agent may have the id and the numbers."""
+        recorded = "SELECT 1 FROM deleted_agents WHERE tenant = $1 AND agent = $2 AND revision >= $3"
+        if self.one(recorded, *agent) is None:
+            return True
         table = TenantRows("revisions", "revision", "length(body)")
         self._delete_some(table, "tenant = $1 AND agent = $2 AND revision <= $3", agent, batch)
         if batch.full:

@@ -176,6 +176,7 @@ class SqliteTables(Tables):
     store = "store"
     labels = staticmethod(_labels)
     discarded = "discarded"
+    by_owner = " INDEXED BY requests_by_owner"
     heads = "heads"
     log = "logs"
     listed = "sessions CROSS JOIN heads USING (tenant, uid)"

@@ -471,8 +471,8 @@ def forget_requests(tables: Tables, now: int, before: int) -> tuple[int, bool]:
     return tables.forget_requests(before, batch), not batch.full
 
 
-def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | None) -> bool:
-    """Store.erase_state."""
+def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | None, last: bool) -> bool:
+    """Store.erase_state. Unless it is the `last` step, the principals stay, by which the user's uploads are found."""
     recall(tables, once)
     if tables.session_keys(tenant, user, 1):
         return False
@@ -481,6 +481,8 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
     scope = Scope(tenant, "user", user.removeprefix("users/"))
     if not tables.delete_rows(scope, Batch(SWEEP_ROWS, SWEEP_BYTES)):
         return False
+    if not last:
+        return True
     if tables.directory.delete_principals(tenant, user, SWEEP_ROWS):
         return False
     remember(tables, once, None, now)
