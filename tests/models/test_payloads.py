@@ -1059,6 +1059,11 @@ def test_tags_are_text_where_no_profile_says_otherwise() -> None:
 )
 def test_a_tag_that_is_mentioned_is_text(said: str) -> None:
     assert Came(said) == read([said_in(said) + END])
+        'It prints "so</think>yes" then.',
+        '<thought id="1">\nhm\n</thought>\n\nHi',
+        "<",
+        " [",
+        "<|",
     assert Came(said) == read([said_in(*said) + END])
 
 
