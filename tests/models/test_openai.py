@@ -522,7 +522,11 @@ class TestLeaving:
             await task
         await client_left(server)
 
-    @pytest.mark.parametrize("refused", [(), (error(400, "unknown variant `image_url`"),)], ids=["first", "second"])
+    @pytest.mark.parametrize(
+        "refused",
+        [(), (error(400, "unknown variant `image_url`"),), (error(413, "The image is too large."),)],
+        ids=["first", "refused", "too large"],
+    )
     async def test_the_request_is_let_go_of_once_its_answer_has_begun(
         self, server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch, refused: tuple[Answer]
     ) -> None:

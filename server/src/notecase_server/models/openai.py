@@ -173,7 +173,7 @@ class OpenAIProvider:
             return None
         status, large = error.metadata.get("status"), is_large(request)
         refused = error.of_request or error.reason == v1.ERROR_REASON_MODEL_ERROR
-        _, _, words = error.message.partition("): ")  # before them is the model's name, which may have such words too
+        _, _, words = error.message.partition(": ")  # before them is the model's name, which may have such words too
         if refused and _OF_CONTENT.search(words):
             name = partial(in_names, request.messages)
             if (named := await asyncio.to_thread(name) if large else name()) is not None:
