@@ -284,6 +284,23 @@ async def test_all_mistakes_are_reported_at_once_without_secrets(tmp_path: Path)
     assert "secret-1" not in begun.err
 
 
+def test_a_value_from_a_variable_may_have_any_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`${NAME}` is refused only where it is written, since a secret may have it, which no message may show."""
+    monkeypatch.setenv("TOKEN", "s3${cret}")
+    texts = (
+        '[mcp.one]\ncommand = "true"\npass_env = "TOKEN"\n',
+        '[mcp.two]\nurl = "https://mcp.example/mcp"\nheader_env = {X-Token = "TOKEN"}\n',
+        '[mcp.three]\nurl = "https://mcp.example/mcp"\nheaders = {X-Token = "${TOKEN}"}\n',
+    )
+    path = written(tmp_path, "".join(texts[:2]))
+    checked = CliRunner().invoke(main, ["config", "check", str(path)])
+    assert (0, f"{path} is valid.\n") == (checked.exit_code, checked.stdout)
+    path = written(tmp_path, "".join(texts))
+    checked = CliRunner().invoke(main, ["config", "check", str(path)])
+    assert 1 == checked.exit_code
+    assert checked.stdout.startswith("mcp.three.command: `headers` contains ${TOKEN}; variables are not replaced here")
+
+
 @pytest.mark.parametrize("text", ["[server", "= 1", None])
 async def test_a_file_that_cannot_be_read_is_reported(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "notecase.toml" if text is None else written(tmp_path, text)

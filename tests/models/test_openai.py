@@ -522,10 +522,15 @@ class TestLeaving:
             await task
         await client_left(server)
 
+    @pytest.mark.parametrize(
+        "refused",
+        [(), (error(400, "unknown variant `image_url`"),), (error(413, "The image is too large."),)],
+        ids=["first", "refused", "too large"],
+    )
     async def test_the_request_is_let_go_of_once_its_answer_has_begun(
-        self, server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch
+        self, server: OpenAIServer, provider: OpenAIProvider, monkeypatch: pytest.MonkeyPatch, refused: tuple[Answer]
     ) -> None:
-        """It may have megabytes, and a reply may take minutes."""
+        """It may have megabytes, and a reply may take minutes. So may the one that was refused before it."""
         made: list[weakref.ref[Pieces]] = []
 
         def remembered(body: Any, **settings: Any) -> Pieces:
@@ -534,11 +539,11 @@ class TestLeaving:
             return pieces
 
         monkeypatch.setattr(openai_provider, "encoded", remembered)
-        server.script(reply("ab", chunks=2).held(asyncio.Event(), after=2))
-        answer = provider.stream(ask(user("x" * (1 << 20))))
+        server.script(*refused, reply("ab", chunks=2).held(asyncio.Event(), after=2))
+        answer = provider.stream(ask(user(data(b"png", "image/png")), assistant("A plan."), user("x" * (1 << 20))))
         await anext(answer)
         gc.collect()
-        assert [None] == [each() for each in made]
+        assert [None, *(None for _ in refused)] == [each() for each in made]
         await answer.aclose()
 
     async def test_a_slow_end_of_the_body_does_not_hold_up_the_reply(
@@ -688,6 +693,32 @@ class TestRefused:
         assert ("max_tokens" in members) == (second.get("max_completion_tokens") == 9)
         assert words in (await failure(provider, request)).message
         assert 4 == len(server.requests)
+
+    @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
+    async def test_a_request_that_has_no_other_form_is_sent_once(
+        self, server: OpenAIServer, provider: OpenAIProvider, refused: Answer
+    ) -> None:
+        server.script(refused, reply("Hi"))
+        await failure(provider)
+        assert 1 == len(server.requests)
+
+    @pytest.mark.parametrize(
+        "refused",
+        [
+            error(400, "temperature is not supported"),
+            error(401),
+            stream(event({"error": {"message": "an image is not allowed", "code": 400}, "usage": USAGE})),
+        ],
+        ids=["for another reason", "the key", "once it was read"],
+    )
+    async def test_images_stay_unless_the_provider_refuses_them(self, server: OpenAIServer, refused: Answer) -> None:
+        """Whatever the model and the setting of the key are called."""
+        provider = OpenAIProvider(KEY, server.url, "m", key_source="IMAGE KEY")
+        server.script(refused, reply("Hi"))
+        image = user(data(b"png", "image/png"))
+        await failure(provider, ask(image, assistant("A plan."), user("And now?"), model="a-vision-model"))
+        await provider.close()
+        assert 1 == len(server.requests)
 
     async def test_an_invalid_schema_is_reported(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(error(400, "Invalid schema for response_format 'reply': no type"))

@@ -729,6 +729,10 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         HI + STOP + chunk(usage={"prompt_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 5}}),
         Came(SAID, tokens=(9, 0, 5, 5)),
     ),
+    "the total and the output alone": (
+        HI + STOP + chunk(usage={"completion_tokens": 3, "total_tokens": 17}),
+        Came(SAID, tokens=(0, 0, 3, 0)),
+    ),
     "cached input beside the input": (
         HI
         + chunk(
@@ -1055,6 +1059,11 @@ def test_tags_are_text_where_no_profile_says_otherwise() -> None:
         "- </think>: the end",
         "\u201c</think>\u201d",
         "a\n</think> is the end",
+        'It prints "so</think>yes" then.',
+        '<thought id="1">\nhm\n</thought>\n\nHi',
+        "<",
+        " [",
+        "<|",
     ],
 )
 def test_a_tag_that_is_mentioned_is_text(said: str) -> None:

@@ -10,7 +10,7 @@ from notecase_server.auth.principal import Principal
 from notecase_server.auth.settings import IssuerSettings, listed_issuers, listed_principals
 from notecase_server.auth.tables import MOST_RETRIES, Mistake, Table, load
 from notecase_server.config import variable
-from notecase_server.tools.mcp_settings import McpServerSettings
+from notecase_server.tools.mcp_settings import McpServerSettings, reference_problem
 
 LIMITS = (
     *("max_runs", "max_calls", "max_connections", "max_request_bytes", "max_unread_bytes"),
@@ -228,10 +228,12 @@ def _mcp_server(table: Table, secrets: _Secrets) -> McpServerSettings | None:
     given["protocol"] = table.matching("protocol", "2026-07-28".__eq__, "This must be 2026-07-28.", needed=False)
     given["args"] = table.texts("args", needed=False)
     given["headers"] = secrets.headers(table)
-    given["env"] = {
-        **table.named_texts("env"),
-        **{name: secrets.variable(table, "pass_env", name) for name in passed},
-    }
+    env = table.named_texts("env")
+    given["env"] = {**env, **{name: secrets.variable(table, "pass_env", name) for name in passed}}
+    named = table.values.get("header_env")
+    written = given["headers"].keys() - (named if isinstance(named, dict) else {})
+    problem = reference_problem(given["url"], {name: given["headers"][name] for name in written}, env)
+    table.check(not problem, "command", f"{problem}.")
     for key in ("connect_timeout", "timeout"):
         given[key] = table.number(key, above=True)
     table.done()

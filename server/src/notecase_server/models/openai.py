@@ -155,7 +155,7 @@ class OpenAIProvider:
         except NotecaseError as error:
             if begun or (plainer := await self._plainer(request, error)) is None:
                 raise
-            refused = error
+            refused = error.with_traceback(None)  # its frames hold the first request
         try:
             async with aclosing(plainer) as stream:
                 async for delta in stream:
@@ -168,10 +168,13 @@ class OpenAIProvider:
 
     async def _plainer(self, request: ModelRequest, error: NotecaseError) -> AsyncGenerator[Delta, None] | None:
         """What to try after the error: the request with older content named, if the model takes none, or without the
-        provider's own data."""
+        provider's own data. Nothing after an error with usage: the request was accepted."""
+        if error.usage is not None:
+            return None
         status, large = error.metadata.get("status"), is_large(request)
         refused = error.of_request or error.reason == v1.ERROR_REASON_MODEL_ERROR
-        if refused and _OF_CONTENT.search(error.message):
+        _, _, words = error.message.partition(": ")  # before them is the model's name, which may have such words too
+        if refused and _OF_CONTENT.search(words):
             name = partial(in_names, request.messages)
             if (named := await asyncio.to_thread(name) if large else name()) is not None:
                 log.info("content_refused", status=status)
@@ -252,8 +255,11 @@ class OpenAIProvider:
         except NotecaseError as error:
             if not error.of_request or (other := after(error.message, profile)) == profile:
                 raise
+            again = await asyncio.to_thread(write, other)
+            if again.body.is_same(sent.body):  # it has nothing of what the words seem to mean
+                raise
             log.info("request_form_refused", status=error.metadata.get("status"))
-        return await self._answer(await asyncio.to_thread(write, other), limit, default=default)
+        return await self._answer(again, limit, default=default)
 
     async def _answer(self, sent: _Sent, limit: Limit, *, default: bool) -> Answer:
         """Returns the provider's answer, its body unread. Raises what a refusal or a failure to reach it comes to;

@@ -45,6 +45,10 @@ class Pieces:
         self.whole = pieces[0] if len(pieces) == 1 and self.size <= PIECE_BYTES else b""
         """All of it where it is one short piece; otherwise nothing."""
 
+    def is_same(self, other: "Pieces") -> bool:
+        """Whether the other has the same pieces."""
+        return self._pieces == other._pieces
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         for piece in self._pieces:
             for start in range(0, len(piece), PIECE_BYTES):

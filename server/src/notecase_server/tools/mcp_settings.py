@@ -13,6 +13,7 @@ import codecs
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -62,14 +63,20 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             raise ValueError(
                 f"`{stray[0]}` has no meaning for a server with a `{'command' if self.command else 'url'}`"
             )
-        for name, values in (("url", [self.url]), ("headers", self.headers.values()), ("env", self.env.values())):
-            if named := next((found for value in values if value and (found := _VARIABLE.search(value))), None):
-                raise ValueError(
-                    f"`{name}` contains {named[0]}; variables are not replaced here (the tables [mcp.NAME] of the "
-                    "configuration file have header_env and pass_env for them)"
-                )
         if not all(0 < seconds <= MOST_SECONDS for seconds in (self.connect_timeout, self.timeout)):
             raise ValueError(f"time-outs are seconds above 0 and at most {MOST_SECONDS:,}")
+
+
+def reference_problem(url: str | None, headers: Mapping[str, str], env: Mapping[str, str]) -> str:
+    """Says in a sentence which of these refers to a variable, as their author wrote them: values that were read from
+    variables may have any text. Empty if none does."""
+    for name, values in (("url", [url or ""]), ("headers", headers.values()), ("env", env.values())):
+        if named := next((found for value in values if (found := _VARIABLE.search(value))), None):
+            return (
+                f"`{name}` contains {named[0]}; variables are not replaced here (the tables [mcp.NAME] of the "
+                "configuration file have header_env and pass_env for them)"
+            )
+    return ""
 
 
 def program_problem(server: McpServerSettings) -> str:
@@ -95,8 +102,12 @@ def read_mcp_servers(path: Path) -> dict[str, McpServerSettings]:
     try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
         read = msgspec.toml.decode if path.suffix == ".toml" else msgspec.json.decode
-        return read(content, type=_File).mcp_servers
+        servers = read(content, type=_File).mcp_servers
     except OSError as error:
         raise ToolSettingsError(f"The MCP servers' file {path} cannot be read: {error.strerror}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ToolSettingsError(f"The MCP servers' file {path} is wrong: {error}.") from error
+    for name, server in servers.items():
+        if problem := reference_problem(server.url, server.headers, server.env):
+            raise ToolSettingsError(f"The MCP servers' file {path} is wrong: {problem} - at {name!r}.")
+    return servers

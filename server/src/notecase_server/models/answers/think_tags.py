@@ -122,12 +122,11 @@ class ThinkTags:
         held = self._held
         if not held:
             return []
-        if self.begun:
-            return self._look(held, last=True)
-        if self._closes is not None:
+        if self._closes is not None and not self.begun:
             self._held = ""
             return [Reasoning(held)]
-        return self._begin(held)
+        found = [] if self.begun else self._begin(held)
+        return found + self._look(self._held, last=True) if self._held else found
 
     def _begin(self, text: str) -> list[Text | Reasoning | Thought]:
         self._held = ""
@@ -189,11 +188,13 @@ def _is_end(before: str, tag: str, rest: str) -> bool:
     """Whether a closing tag without an opening one before it ends reasoning, and is not only mentioned there: in code,
     in quotes, or as a word of a sentence."""
     line = before.rpartition("\n")[2]
-    opened = any(row.closes == tag and row.opens in before for row in TAGS)
+    opened = any(row.closes == tag and (row.opens in before or f"{row.opens[:-1]} " in before) for row in TAGS)
     if opened or before.count("```") % 2 or line.count("`") % 2 or rest[:1] in _CLOSE_QUOTES:
         return False
     if not before.strip():
         return bool(rest.strip())
     if rest[:1] in {"", "\n", "\r"}:
         return not line or not line[-1].isspace() or line.rstrip()[-1:] in _STOPS
+    if line.count('"') % 2:
+        return False
     return not rest[0].isspace() and (not line or not (line[-1].isspace() or line[-1] in _OPEN_QUOTES))

@@ -98,9 +98,9 @@ class Counts:
     def _apart(self, usage: v1.Usage) -> int:
         """Tokens of reasoning that are not in the output: xAI and Gemini count them apart (mozilla-ai/any-llm#1290,
         sonami-tech/omni-llm-provider#49, router-for-me/CLIProxyAPI#5733). Only the total shows those of Gemini; it may
-        also have cached input that is not in the input."""
+        also have cached input that is not in the input, or the input itself where it is not reported."""
         beyond, reasoning = self._total - usage.input_tokens - usage.output_tokens, usage.reasoning_tokens
-        if beyond == reasoning or (beyond > 0 and not usage.cached_input_tokens):
+        if beyond == reasoning or (beyond > 0 and usage.input_tokens and not usage.cached_input_tokens):
             return beyond
         return reasoning if reasoning > usage.output_tokens else 0
 
