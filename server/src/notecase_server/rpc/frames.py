@@ -31,6 +31,12 @@ MESSAGES = frozenset(
 )
 """The methods by which messages come, with content within them."""
 
+HEALTH = "/grpc.health.v1.Health/"
+"""The methods that need no credential: a probe has none."""
+
+MAX_PROBE_BYTES = 4 << 10
+"""The largest frame of those: the name of a service, which is held as long as its health is watched."""
+
 ALONE_BYTES = 32 << 10
 """A frame from this size on is parsed in a step of the loop by itself."""
 
@@ -50,7 +56,8 @@ class Decoder:
         """`method` is its path, such as /notecase.v1.RunService/Run. `judge` checks a parsed request whose caller is
         bound to a user."""
         self._judge = judge
-        self._most = MAX_MESSAGE_BYTES if method in MESSAGES else MAX_OTHER_BYTES
+        most = MAX_PROBE_BYTES if method.startswith(HEALTH) else MAX_OTHER_BYTES
+        self._most = MAX_MESSAGE_BYTES if method in MESSAGES else most
         self._parse = parse
 
     async def __call__(self, frame: bytes, call: Call) -> Any:
