@@ -114,8 +114,8 @@ async def plan(
 ) -> Plan | None:
     """What to cover beyond the summary of that sequence, once `keep` + `batch` messages are not: all of a page but the
     newest `keep`, or `most` messages unless that is 0, and never the newest of a user or what follows it. It ends with
-    a turn, or within one where no turn ends in the page. Large results are shortened as in other requests. None when
-    that leaves nothing."""
+    a turn, or within one where no turn ends in the page or in those `most`. Large results are shortened as in other
+    requests. None when that leaves nothing."""
     before = await in_effect(store, key, sequence)
     page = await store.list_messages(key, Query(PAGE, (before.last_sequence if before else 0,)))
     rows, size, number, fits = page.rows, page.size, len(page.rows), True
@@ -126,10 +126,10 @@ async def plan(
             rows, size = rows + page.rows, size + page.size
     if number < keep + batch:
         return None
-    most = min(number - keep, most or PAGE, len(rows))
-    end = _end_of_turn(rows, most)
-    if not end and page.next is not None and await _speaks_again(store, key, rows[-1].sequence):
-        end = most
+    last = min(number - keep, most or PAGE, len(rows))
+    end, goes_on = _end_of_turn(rows, last), page.next is not None or last < number - keep
+    if not end and goes_on and await _speaks_again(store, key, rows[last - 1].sequence):
+        end = last
     return Plan(before, await Results(store, contents, key).shown(rows[:end], size), size) if end else None
 
 
