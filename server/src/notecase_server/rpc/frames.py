@@ -46,6 +46,10 @@ DRAIN_BYTES = 64 << 20
 DRAIN_SECONDS = 0.5
 """What is still read of a stream that was refused, and for how long."""
 
+GONE_SECONDS = 0.1
+"""A call that has no message may be one whose caller has left: the end of its frames comes first, and within so many
+seconds it is cancelled."""
+
 
 class Decoder:
     """Parses the frames of one method."""
@@ -107,6 +111,7 @@ class Decoded:
         async for message in self:
             self._call.whole = True
             return message
+        await asyncio.sleep(GONE_SECONDS)
         raise errors.invalid([Violation("request", "the call has no message")])
 
 
