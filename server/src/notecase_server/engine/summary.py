@@ -30,6 +30,9 @@ PAGE = 500
 MOST_BYTES = 4 << 20
 """Of messages covered at a time, for the same reason."""
 
+LEAST = 5
+"""Messages of one turn that a shorter summary covers at least: each costs a call of the model."""
+
 MAX_BYTES = 64 << 10
 """Of a summary, which is shown in every request: whatever is longer does not sum up."""
 
@@ -91,9 +94,9 @@ class Plan(NamedTuple):
 
     def shorter(self) -> "Plan | None":
         """Returns a plan that covers at most a quarter of the messages, for a model that does not take more; None when
-        that is none."""
+        no turn ends there and they are fewer than LEAST."""
         most = len(self.messages) // 4
-        end = _end_of_turn(self.messages, most) or most
+        end = _end_of_turn(self.messages, most) or (most if most >= LEAST else 0)
         return self._replace(messages=self.messages[:end]) if end else None
 
     def events(self, text: str, usage: v1.Usage) -> list[v1.Event]:
