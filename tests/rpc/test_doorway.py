@@ -421,9 +421,10 @@ async def test_a_caller_that_leaves_before_its_request_has_come_is_not_refused()
         yield b""
 
     async with running() as served:
-        doorway, method = served.server._doorway, served.channel.stream_unary("/notecase.v1.SessionService/GetSession")
+        doorway = served.server._doorway
+        method: Any = served.channel.stream_unary("/notecase.v1.SessionService/GetSession")
         with capture_logs() as lines:
-            call: Any = method(late())
+            call = method(late())
             await until(lambda: any(one.principal is not None for one in doorway._under_way.values()))
             call.cancel()
             await until(lambda: not doorway._under_way)
