@@ -149,6 +149,22 @@ async def test_of_starts_at_once_that_expect_the_same_head_one_is_made_and_its_r
         assert {"SEQUENCE_MISMATCH"} == lost
 
 
+@pytest.mark.parametrize("way", [v1.StartRun.ON_BUSY_REJECT, QUEUE, INTERRUPT, ROLLBACK])
+async def test_repeats_of_a_command_at_once_find_its_run_although_the_log_has_grown(
+    store: Store, clock: ManualClock, way: v1.StartRun.OnBusy.ValueType
+) -> None:
+    async with house(store, clock, Model()) as rooms:
+        (key,) = await rooms.prepare()
+        if way != v1.StartRun.ON_BUSY_REJECT:
+            await rooms.start(key, "hold", "one")
+        said = [v1.Message(parts=[v1.Part(text="hold")])]
+        head = len(await rooms.log(key))
+        start = v1.StartRun(session=f"sessions/{key.session}", messages=said, on_busy=way, if_last_sequence=head)
+        caused = Caused("c", None, CommandId("c", b"digest"))
+        made = await asyncio.gather(*(rooms.runs.admission.start(TENANT, start, caused) for _ in range(3)))
+        assert 1 == len({one.run.name for one in made})
+
+
 async def test_a_stop_refuses_starts(store: Store, clock: ManualClock) -> None:
     async with house(store, clock, Model()) as rooms:
         (key,) = await rooms.prepare()

@@ -23,6 +23,7 @@ from notecase_server.rpc.server import SERVICES
 from tests.e2e.driving import fields_of, metadata_of, reason_of, said
 from tests.support.callers import ByWord, Words, who, word
 from tests.support.openai_server import OpenAIServer, reply
+from tests.support.polling import until
 from tests.support.server import Running, running
 
 TENANTS = [Role.VIEWER, Role.USER, Role.DEVELOPER, Role.ADMIN]
@@ -338,6 +339,31 @@ async def test_a_stream_goes_on_while_its_credential_cannot_be_looked_up(
     request = v1.AppendMessagesRequest(parent="sessions/case", messages=[said("Go on.")])
     await lasting.served.messages.AppendMessages(request, metadata=lasting.by)
     assert await next_event(stream) == "message_added"
+
+
+async def test_a_call_without_its_request_ends_with_its_credential(lasting: Lasting) -> None:
+    """Otherwise the request could come, and be carried out, long after that."""
+    judged, doorway = asyncio.Event(), lasting.served.server._doorway
+
+    async def late() -> AsyncIterator[v1.GetSessionRequest]:
+        await judged.wait()
+        yield v1.GetSessionRequest(name="sessions/case")
+
+    method: Any = lasting.served.channel.stream_unary(
+        "/notecase.v1.SessionService/GetSession",
+        request_serializer=v1.GetSessionRequest.SerializeToString,
+        response_deserializer=v1.Session.FromString,
+    )
+    for revoked in (False, True):
+        call = method(late(), metadata=lasting.by)
+        await until(lambda: any(one.principal is not None for one in doorway._under_way.values()))
+        if revoked:
+            lasting.words.revoked.add("ada")
+        await lasting.judge()
+        judged.set()
+        assert ("UNAUTHENTICATED" if revoked else "") == await reason(call)
+        judged.clear()
+        await until(lambda: not doorway._under_way)
 
 
 @pytest.mark.parametrize("method", ["WaitRun", "Invoke"])

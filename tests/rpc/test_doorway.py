@@ -31,6 +31,7 @@ from structlog.testing import capture_logs
 from tests.e2e.driving import detail_of, fields_of, reason_of, said
 from tests.store.test_sqlite import full_disk
 from tests.support.openai_server import OpenAIServer, reply
+from tests.support.polling import until
 from tests.support.server import Running, running
 
 GARBAGE = {"not UTF-8": b"\x0a\x03\xff\xfe\xfd", "cut off": b"\x0a\x7f", "no message": b"\xff\xff\xff"}
@@ -409,6 +410,25 @@ async def test_a_caller_that_leaves_is_not_taken_for_the_stop() -> None:
             calling.cancel()
             await waiting.door.close(patience=3600)
     assert (["cancelled"], []) == (waiting.ended, lines)
+
+
+async def test_a_caller_that_leaves_before_its_request_has_come_is_not_refused() -> None:
+    """To grpc's stream of requests that is an end like any other."""
+    never = asyncio.Event()
+
+    async def late() -> AsyncIterator[bytes]:
+        await never.wait()
+        yield b""
+
+    async with running() as served:
+        doorway = served.server._doorway
+        method: Any = served.channel.stream_unary("/notecase.v1.SessionService/GetSession")
+        with capture_logs() as lines:
+            call = method(late())
+            await until(lambda: any(one.principal is not None for one in doorway._under_way.values()))
+            call.cancel()
+            await until(lambda: not doorway._under_way)
+            assert [] == [line for line in lines if line["event"] == "rpc_refused"]
 
 
 async def test_a_waiting_server_does_not_remember_the_paths_that_callers_make_up() -> None:

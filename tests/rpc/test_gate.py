@@ -171,6 +171,15 @@ async def test_probes_are_bounded_and_take_no_places_of_callers(monkeypatch: pyt
         assert await third.Watch(request).read()
 
 
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_a_probe_holds_no_large_request(method: str) -> None:
+    """Anybody may send one, and those of watchers would leave no room for the requests of callers."""
+    async with running() as served:
+        probe: Any = served.channel.unary_stream(f"/grpc.health.v1.Health/{method}")
+        frame = health_pb2.HealthCheckRequest(service="x" * (4 << 10)).SerializeToString()
+        assert "PAYLOAD_TOO_LARGE" == reason_of(await refusal(probe(frame).read()))
+
+
 async def test_a_watcher_of_health_that_reads_nothing_delays_no_other_caller() -> None:
     """Neither other watchers nor the stop of the server."""
     status = health_pb2.HealthCheckResponse

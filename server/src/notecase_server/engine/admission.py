@@ -98,21 +98,24 @@ class Admission:
                 key = self._sessions.new_key(tenant, key.session)
                 meant = Meant(key, start.new_session, meant.agent)
             body = body if goes_back(start) else await self._kept(key, body)
-            return await self._admit(meant, body, digest, caused)
+            try:
+                return await self._admit(meant, body, digest, caused)
+            except NotecaseError as error:
+                if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
+                    key = (await self._meant(tenant, start, user)).key  # another start has just made its session
+                elif error.reason not in BY_ANOTHER:
+                    raise
+                await self._store.recall(caused.once)
+                await self._store.recall_command(key, caused.command)
+                if found := await self._find(key, start.run_id, digest):
+                    return found
+                raise
         except Duplicate as duplicate:
             row = await self._store.get_run(key, duplicate.run)
             if row is None:
                 await self._sessions.watched(key)  # it may be gone since
                 raise errors.reused("command_id", caused.cause_id) from None
             return Started(key, row[0], None)
-        except NotecaseError as error:
-            if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
-                key = (await self._meant(tenant, start, user)).key  # another start has just made a session of this name
-            elif error.reason not in BY_ANOTHER:
-                raise
-            if found := await self._find(key, start.run_id, digest):
-                return found
-            raise
 
     async def _meant(self, tenant: str, start: v1.StartRun, user: str) -> Meant:
         """What a start names, or makes, read at once; SESSION_NOT_FOUND, also where it is not of `user`. A new session

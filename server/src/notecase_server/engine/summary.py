@@ -30,6 +30,9 @@ PAGE = 500
 MOST_BYTES = 4 << 20
 """Of messages covered at a time, for the same reason."""
 
+LEAST = 5
+"""Messages of one turn that a shorter summary covers at least: each costs a call of the model."""
+
 MAX_BYTES = 64 << 10
 """Of a summary, which is shown in every request: whatever is longer does not sum up."""
 
@@ -91,9 +94,9 @@ class Plan(NamedTuple):
 
     def shorter(self) -> "Plan | None":
         """Returns a plan that covers at most a quarter of the messages, for a model that does not take more; None when
-        that is none."""
+        no turn ends there and they are fewer than LEAST."""
         most = len(self.messages) // 4
-        end = _end_of_turn(self.messages, most) or most
+        end = _end_of_turn(self.messages, most) or (most if most >= LEAST else 0)
         return self._replace(messages=self.messages[:end]) if end else None
 
     def events(self, text: str, usage: v1.Usage) -> list[v1.Event]:
@@ -114,8 +117,8 @@ async def plan(
 ) -> Plan | None:
     """What to cover beyond the summary of that sequence, once `keep` + `batch` messages are not: all of a page but the
     newest `keep`, or `most` messages unless that is 0, and never the newest of a user or what follows it. It ends with
-    a turn, or within one where no turn ends in the page. Large results are shortened as in other requests. None when
-    that leaves nothing."""
+    a turn, or within one where no turn ends in the page or in those `most`. Large results are shortened as in other
+    requests. None when that leaves nothing."""
     before = await in_effect(store, key, sequence)
     page = await store.list_messages(key, Query(PAGE, (before.last_sequence if before else 0,)))
     rows, size, number, fits = page.rows, page.size, len(page.rows), True
@@ -126,10 +129,10 @@ async def plan(
             rows, size = rows + page.rows, size + page.size
     if number < keep + batch:
         return None
-    most = min(number - keep, most or PAGE, len(rows))
-    end = _end_of_turn(rows, most)
-    if not end and page.next is not None and await _speaks_again(store, key, rows[-1].sequence):
-        end = most
+    last = min(number - keep, most or PAGE, len(rows))
+    end, goes_on = _end_of_turn(rows, last), page.next is not None or last < number - keep
+    if not end and goes_on and await _speaks_again(store, key, rows[last - 1].sequence):
+        end = last
     return Plan(before, await Results(store, contents, key).shown(rows[:end], size), size) if end else None
 
 

@@ -31,6 +31,12 @@ MESSAGES = frozenset(
 )
 """The methods by which messages come, with content within them."""
 
+HEALTH = "/grpc.health.v1.Health/"
+"""The methods that need no credential: a probe has none."""
+
+MAX_PROBE_BYTES = 4 << 10
+"""The largest frame of those: the name of a service, which is held as long as its health is watched."""
+
 ALONE_BYTES = 32 << 10
 """A frame from this size on is parsed in a step of the loop by itself."""
 
@@ -39,6 +45,10 @@ TRANSPORT_BYTES = 16 << 20
 DRAIN_BYTES = 64 << 20
 DRAIN_SECONDS = 0.5
 """What is still read of a stream that was refused, and for how long."""
+
+GONE_SECONDS = 0.1
+"""A call that has no message may be one whose caller has left: the end of its frames comes first, and within so many
+seconds it is cancelled."""
 
 
 class Decoder:
@@ -50,7 +60,8 @@ class Decoder:
         """`method` is its path, such as /notecase.v1.RunService/Run. `judge` checks a parsed request whose caller is
         bound to a user."""
         self._judge = judge
-        self._most = MAX_MESSAGE_BYTES if method in MESSAGES else MAX_OTHER_BYTES
+        most = MAX_PROBE_BYTES if method.startswith(HEALTH) else MAX_OTHER_BYTES
+        self._most = MAX_MESSAGE_BYTES if method in MESSAGES else most
         self._parse = parse
 
     async def __call__(self, frame: bytes, call: Call) -> Any:
@@ -100,6 +111,7 @@ class Decoded:
         async for message in self:
             self._call.whole = True
             return message
+        await asyncio.sleep(GONE_SECONDS)
         raise errors.invalid([Violation("request", "the call has no message")])
 
 

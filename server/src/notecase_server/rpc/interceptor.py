@@ -24,16 +24,13 @@ from notecase_server.auth.principals import Principals
 from notecase_server.auth.tenants import Tenants
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc.caller import NOBODY, Caller, caller
-from notecase_server.rpc.frames import Decoded, Decoder, drain
+from notecase_server.rpc.frames import HEALTH, Decoded, Decoder, drain
 from notecase_server.rpc.gate import Call, Gate, Outlet
 from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
 from notecase_server.supervisor import is_passing
 
 log = structlog.get_logger()
-
-HEALTH = "/grpc.health.v1.Health/"
-"""The methods that need no credential: a probe has none."""
 
 READS = ("Get", "List")
 """How the names of methods begin that change nothing."""
@@ -62,7 +59,7 @@ class UnderWay:
     context: Any
     metadata: Any
     lasts: bool
-    """It is judged again while it lasts."""
+    """It is judged again while it lasts, others until their request has come."""
     principal: Principal | None = None
     """None until the call was judged, and of a probe."""
     ends: bool = False
@@ -186,11 +183,13 @@ class Doorway(grpc.aio.ServerInterceptor):
             await self.judge()
 
     async def judge(self) -> None:
-        """Authenticates every call that lasts once more, and ends each whose credential is missing, not valid any more
-        or another principal's, or whose tenant is not open. While the store is away, no call is ended."""
+        """Authenticates every call that lasts or has no request yet once more, and ends each whose credential is
+        missing, not valid any more or another principal's, or whose tenant is not open. While the store is away, no
+        call is ended."""
         with suppress(NotecaseError):
             await self._chain.look()
-        lasting = [one for one in self._under_way.values() if one.lasts and one.principal is not None]
+        known = [one for one in self._under_way.values() if one.principal is not None]
+        lasting = [one for one in known if one.lasts or not one.call.whole]
         for number, one in enumerate(lasting, 1):
             try:
                 if await self._principal(one) != one.principal:
