@@ -597,8 +597,9 @@ def ops_fit(ops: Iterable[v1.StateOp]) -> bool:
 
 
 def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys: Iterable[str]) -> None:
-    """Puts the named keys into `told` with their current values; those that do not exist are left out."""
-    for key in keys:
+    """Puts the named keys into `told` with their current values; those that do not exist are left out. A key may be
+    named often: a change of a long list by many operations."""
+    for key in dict.fromkeys(keys):
         entry = entries.get(key)
         if entry is None:
             told.entries.pop(key, None)
