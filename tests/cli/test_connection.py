@@ -12,7 +12,7 @@ from notecase import Client, NotecaseError, Retry
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.cli.connection import unreachable
 
-from tests.cli.command import notecase
+from tests.cli.command import notecase, spawn
 from tests.support.authority import Authority
 from tests.support.server import running
 
@@ -138,6 +138,15 @@ async def test_a_file_of_authorities_without_any_is_reported(tmp_path: Path) -> 
     for command in (("health",), ("keys", "list")):
         done = await notecase(*command, "--ca", str(tmp_path / "ca.pem"))
         assert (2, 1, True) == (done.code, done.err.count("\n"), "it has no certificate in PEM." in done.err)
+
+
+async def test_authorities_may_come_from_a_pipe(place: Place) -> None:
+    """As in `--ca <(program)`: they can be read once."""
+    command = " ".join((sys.executable, "-m", "notecase_server", "state", "put", "app", "case", "7"))
+    words = f"{command} --server {place.address} --token secret-1 --ca <(cat {place.ca})"
+    process = await spawn("bash", "-c", words)
+    assert (b"1\n", b"") == await process.communicate()
+    assert 0 == process.returncode
 
 
 @pytest.mark.parametrize("words", [("--help",), ("profiles", "list")])
