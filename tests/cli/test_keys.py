@@ -114,7 +114,7 @@ async def test_an_operators_first_key_makes_keys_of_a_tenant(tmp_path: Path) -> 
     listed = await notecase("keys", "list", "--tenant", "acme", env=env)
     assert 3 == len(listed.out.splitlines())
     assert 0 == (await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": made.out.strip()})).code
-    assert "needs the role viewer" in (await notecase("sessions", "list", env=env)).err
+    assert "an operator has no tenant" in (await notecase("sessions", "list", env=env)).err
     await server.stop()
 
 

@@ -130,7 +130,7 @@ async def test_a_file_is_copied_into_a_database_and_served(store: str, tmp_path:
     await fill(tmp_path / "store.db")
     done = await notecase("copy", "--from", f"sqlite:{tmp_path / 'store.db'}", "--to", store)
     assert 0 == done.code
-    assert 25 == len(done.out.splitlines())
+    assert 26 == len(done.out.splitlines())
     key = await notecase("keys", "bootstrap", "--store", store, "--tenant", "acme")
     assert key.out.startswith("nck_")
     assert 1 == len(key.out.splitlines())

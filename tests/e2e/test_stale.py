@@ -1,8 +1,8 @@
 """An owner that was away while another took its run over: every commit of it is refused, and it stops at once.
 
-On one machine the lock of a SQLite file, which dies with its owner, makes this impossible. Here the lock's file is
-removed while its owner is stopped, so that a second process can own the store; what then protects the run is the epoch
-alone, as it does wherever owners are known by leases.
+On one machine the locks of a SQLite file, which die with its owner, make this impossible. Here the servers run without
+the lock on a byte of the database, and the file of the other lock is removed while its owner is stopped, so that a
+second process can own the store. Then the epoch alone protects the run, as it does wherever owners are known by leases.
 """
 
 import asyncio
@@ -39,7 +39,8 @@ SESSION, RUN = "sessions/case", "sessions/case/runs/r1"
 
 
 async def spawn(tmp_path: Path, model: OpenAIServer, log: str) -> Spawned:
-    env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url}
+    (tmp_path / "sitecustomize.py").write_text("import fcntl\nvars(fcntl).pop('F_OFD_SETLK', None)\n")
+    env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url, "PYTHONPATH": str(tmp_path)}
     return await Spawned.start(f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / log, env=env)
 
 

@@ -639,7 +639,7 @@ def apply_ops(
             entry.value.list_value.values.append(op.append)
             appended += entry.ByteSize()
             if most is not None and appended > most:
-                raise errors.too_large("The lists that one change appends to", appended, most)
+                raise errors.too_large("The total of all lists that one change appends to", appended, most)
         if entry.ByteSize() > PAGE_BYTES:
             raise errors.too_large(f"The value of state key {op.key!r}", entry.ByteSize(), PAGE_BYTES)
         entries[op.key] = entry
