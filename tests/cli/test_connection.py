@@ -1,6 +1,7 @@
 """How commands reach a server beyond this machine: by TLS, and with a token."""
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import NamedTuple
 
 import grpc
 import pytest
-from notecase import Client, NotecaseError, Retry
+from notecase import Client, NotecaseError, Retry, v1
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.cli.connection import unreachable
 
-from tests.cli.command import notecase
+from tests.cli.command import environment, notecase, spawn
 from tests.support.authority import Authority
 from tests.support.server import running
 
@@ -138,6 +139,38 @@ async def test_a_file_of_authorities_without_any_is_reported(tmp_path: Path) -> 
     for command in (("health",), ("keys", "list")):
         done = await notecase(*command, "--ca", str(tmp_path / "ca.pem"))
         assert (2, 1, True) == (done.code, done.err.count("\n"), "it has no certificate in PEM." in done.err)
+
+
+async def test_authorities_may_come_from_a_pipe(place: Place) -> None:
+    """As in `--ca <(program)`: they can be read once."""
+    command = " ".join((sys.executable, "-m", "notecase_server", "state", "put", "app", "case", "7"))
+    words = f"{command} --server {place.address} --token secret-1 --ca <(cat {place.ca})"
+    process = await spawn("bash", "-c", words)
+    assert (b"1\n", b"") == await process.communicate()
+    assert 0 == process.returncode
+
+
+@pytest.mark.parametrize("lost", ["disk", "pipe"])
+async def test_a_reply_that_cannot_be_written_ends_the_command_without_a_traceback(lost: str) -> None:
+    """A full disk, which is named, and a pipe whose reader has gone."""
+    if lost == "disk":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, out = os.pipe()
+        os.close(reader)
+    async with running() as served:
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=v1.LlmAgent())))
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "notecase_server", "run", "/say Here.", "--server", served.address),
+            env=environment(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=out,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        os.close(out)
+        _, err = await process.communicate()
+    told = ["Error: The output cannot be written: No space left on device."] if lost == "disk" else []
+    assert (1, told) == (process.returncode, err.decode().splitlines()[1:])  # the first names the session
 
 
 @pytest.mark.parametrize("words", [("--help",), ("profiles", "list")])

@@ -133,7 +133,11 @@ async def test_a_server_serves_where_its_output_or_its_log_cannot_be_written(los
 
 
 async def test_the_end_of_its_terminal_stops_a_server_as_sigterm_does_unless_that_is_ignored(tmp_path: Path) -> None:
-    server = await Spawned.start("memory:", tmp_path / "log")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the server inherits: the tests may run under nohup
+    try:
+        server = await Spawned.start("memory:", tmp_path / "log")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     server.process.send_signal(signal.SIGHUP)
     await server._gone()
     assert (0, True) == (server.process.returncode, "server_stopped" in (tmp_path / "log").read_text())

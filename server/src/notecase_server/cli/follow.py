@@ -78,8 +78,10 @@ class Follower:
         self._following = asyncio.create_task(self._follow())
         with keyboard.on_interrupt(self._interrupt), keyboard.hushed(self._asks):
             await asyncio.wait([self._following])
-        self._reply.end()
         gone = self._following.cancelled()
+        if not gone and isinstance(failed := self._following.exception(), OSError):
+            raise failed  # nothing can be written any more
+        self._reply.end()
         if self._stopping is not None:
             self._stopping.cancel()
         if not gone:
