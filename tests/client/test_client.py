@@ -11,16 +11,15 @@ from typing import Any, assert_type
 import grpc
 import pytest
 from notecase import Client, NotecaseError, Resource, Retry, RunStream, text_of, v1
+from notecase.retry import Backoff
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.engine.content import Contents
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.watch import Pace
-from structlog.testing import capture_logs
 
 from tests.client.conftest import QUICK
 from tests.client.proxy import Proxy
 from tests.support.openai_server import OpenAIServer, error, reply
-from tests.support.polling import until
 from tests.support.server import Running, Spawned, running
 
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
@@ -649,14 +648,23 @@ async def test_an_upload_is_patient_as_long_as_it_gets_on(served: Running) -> No
         assert (await sending).name == f"blobs/{hashlib.sha256(data).hexdigest()}"
 
 
-async def test_an_upload_waits_while_the_server_has_too_much_to_do(served: Running) -> None:
+async def test_an_upload_waits_while_the_server_has_too_much_to_do(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = bytes(range(256)) * (8 << 10)
+    refused, wait = asyncio.Event(), Backoff.wait
+
+    async def noted(backoff: Backoff, error: Any, **options: Any) -> None:
+        assert error.reason == "RATE_LIMITED"
+        refused.set()
+        await wait(backoff, error, **options)
+
+    monkeypatch.setattr(Backoff, "wait", noted)
     async with Client(served.address, retry=Retry(first_delay=0.01)) as client:
         gate = served.server.gate
         gate.requested += 1 << 40
-        with capture_logs() as lines:
-            sending = asyncio.create_task(client.upload(data, "image/png"))
-            await until(lambda: any(line.get("reason") == "RATE_LIMITED" for line in lines))
+        sending = asyncio.create_task(client.upload(data, "image/png"))
+        await refused.wait()
         gate.requested -= 1 << 40
         assert (await sending).name == f"blobs/{hashlib.sha256(data).hexdigest()}"
 

@@ -63,7 +63,6 @@ from tests.support import raw
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 FAILED = grpc.StatusCode.FAILED_PRECONDITION
-MISSING = grpc.StatusCode.NOT_FOUND
 
 PUT, UPDATE, STATE = "StateService/PutState", "StateService/UpdateState", "StateService/GetState"
 APPEND, CREATE = "MessageService/AppendMessages", "SessionService/CreateSession"
@@ -442,7 +441,10 @@ AROUND = {
         statements=100,
     ),
     "the health of a name of 1 MiB": Hostile(
-        "grpc.health.v1.Health/Check", lambda: [health_pb2.HealthCheckRequest(service="x" * MIB)], MISSING
+        "grpc.health.v1.Health/Check",
+        lambda: [health_pb2.HealthCheckRequest(service="x" * MIB)],
+        EXHAUSTED,
+        "PAYLOAD_TOO_LARGE",
     ),
     "reflection asked 300 times": Hostile(
         raw.REFLECTION,

@@ -9,6 +9,7 @@ from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Answer, Query, Replayed, Store
 
 from tests.store.build import EVERYTHING, NOTHING, ManualClock, create, names, once, refused, session_key
+from tests.store.fixtures import looks_inside
 
 MADE = Answer("agent")
 
@@ -111,6 +112,7 @@ async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
     assert names((await store.list_agent_revisions("acme", "sherlock", EVERYTHING)).rows) == ["agents/sherlock"]
 
 
+@looks_inside
 async def test_a_late_sweep_removes_nothing_of_another_tenant_of_that_name(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
