@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -148,6 +149,8 @@ def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -
     return asyncio.run(make())
 
 
+MAKING = threading.Lock()
+
 Later = Callable[[Callable[[], Provider]], "asyncio.Task[Provider]"]
 """Begins a task that makes a provider, once there is time for that."""
 
@@ -162,7 +165,13 @@ def _made(given: ProviderSettings, later: Later) -> Provider:
     check_provider(given)
     if given.kind == "offline":
         return make_provider(given)
-    return Deferred(given.name, later(partial(make_provider, given)))
+    return Deferred(given.name, later(partial(_make_alone, given)))
+
+
+def _make_alone(given: ProviderSettings) -> Provider:
+    """Makes one provider at a time: msgspec crashes when two threads use one of its types for the first time."""
+    with MAKING:
+        return make_provider(given)
 
 
 def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
