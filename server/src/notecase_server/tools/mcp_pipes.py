@@ -56,24 +56,24 @@ class _Program:
     async def start(cls, settings: McpServerSettings, errors: TextIO) -> Self:
         """Starts it. Raises OSError when that is not possible."""
         # Sockets, as libuv gives to programs: a transport over a file closes its descriptor twice under uvloop.
-        (tells, told), (hears, said) = socket.socketpair(), socket.socketpair()
-        with told, said:
+        (ours_in, its_in), (ours_out, its_out) = socket.socketpair(), socket.socketpair()
+        with its_in, its_out:
             try:
                 process = subprocess.Popen(  # noqa: ASYNC220  (it returns once the program is executed)
                     [settings.command or "", *settings.args],
                     env=get_default_environment() | dict(settings.env or {}),
                     cwd=settings.cwd,
-                    stdin=told.fileno(),
-                    stdout=said.fileno(),
+                    stdin=its_in.fileno(),
+                    stdout=its_out.fileno(),
                     stderr=errors,
                     start_new_session=True,
                 )
             except BaseException:
-                tells.close()
-                hears.close()
+                ours_in.close()
+                ours_out.close()
                 raise
-        _, into = await asyncio.open_unix_connection(sock=tells)
-        output, unused = await asyncio.open_unix_connection(sock=hears, limit=MAX_ANSWER)
+        _, into = await asyncio.open_unix_connection(sock=ours_in)
+        output, unused = await asyncio.open_unix_connection(sock=ours_out, limit=MAX_ANSWER)
         return cls(process, output, into, unused)
 
     def signal(self, number: signal.Signals) -> None:
@@ -97,7 +97,9 @@ class _Program:
             for number in (signal.SIGTERM, signal.SIGKILL):
                 self.signal(number)
                 await self.ended()
-        self._unused.close()  # a child that is left may hold the other side
+        # A child that is left may hold the other side of both, and read nothing more.
+        self.input.transport.abort()
+        self._unused.close()
         return code
 
 
@@ -111,11 +113,11 @@ async def program(
     with anyio.CancelScope(shield=True):  # otherwise a caller who leaves meanwhile would leave the program behind
         started = await _Program.start(settings, errors)
     said, hears = anyio.create_memory_object_stream[SessionMessage | Exception](0)
-    tells, told = anyio.create_memory_object_stream[SessionMessage](0)
+    tells, asks = anyio.create_memory_object_stream[SessionMessage](0)
     pipes = Tasks(f"mcp {name}")
     asked = Asked()
     pipes.start(_read(name, started, said, asked), "read")
-    writing = pipes.start(_write(started.input, told, said, asked), "write")
+    writing = pipes.start(_write(started.input, asks, said, asked), "write")
     try:
         yield hears, tells
     finally:
