@@ -3,11 +3,12 @@
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 import pytest
 from notecase import v1
+from notecase_server import serve
 from notecase_server.config import ProviderSettings, Settings
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider
@@ -87,6 +88,24 @@ async def test_the_settings_are_judged_before_anything_is_loaded() -> None:
     bad = ProviderSettings(name="big", kind="openai", api_key="two words", base_url="http://127.0.0.1:1/v1")
     with pytest.raises(ProviderSettingsError, match="The big provider cannot be used: the API key contains a space"):
         make_providers(Settings(listen="", providers=(bad,)), lambda make: pytest.fail("It is loaded."))
+
+
+def test_providers_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is made in a thread, and msgspec crashes when two threads use one of its types for the first time."""
+    held = list[bool]()
+
+    def made(given: ProviderSettings) -> Quick:
+        held.append(serve.MAKING.locked())
+        return Quick()
+
+    monkeypatch.setattr(serve, "make_provider", made)
+    makes = list[Callable[[], Provider]]()
+    given = [ProviderSettings(name=name, kind="openai", api_key="k", base_url="http://127.0.0.1:1/v1") for name in "ab"]
+    make_providers(Settings(listen="", providers=tuple(given)), makes.append)  # type: ignore[arg-type]
+    for make in makes:
+        make()
+    assert [True, True] == held
+    assert not serve.MAKING.locked()
 
 
 def test_a_server_imports_no_library_of_a_provider_before_it_serves() -> None:

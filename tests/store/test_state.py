@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store import steps
+from notecase_server.store import fold, steps
 from notecase_server.store.contract import PAGE_BYTES, Answer, Query, Replayed, Scope, Store
 from notecase_server.store.fold import MAX_APPENDED_BYTES
 
@@ -165,6 +165,22 @@ async def test_one_change_may_append_to_a_long_list_often(store: Store) -> None:
     await store.update_state(USER_STATE, [append("list", "z"), *again])
     found = (await store.get_state(USER_STATE, ["list"])).entries["list"].value.list_value.values
     assert [2, 3] == [item.int_value for item in found]
+
+
+def test_a_key_with_many_operations_is_shown_once() -> None:
+    """A value may have a megabyte, and a change thousands of operations."""
+    read = list[str]()
+
+    class Noted(dict[str, v1.StateEntry | None]):
+        def get(self, key: str, *_: Any) -> Any:
+            read.append(key)
+            return self[key]
+
+    entries = Noted(a=v1.StateEntry(version=1), b=None)
+    shown = v1.State()
+    fold.show_entries(shown, entries, ["a", "b", "a", "a"])
+    assert ["a", "b"] == read
+    assert ["a"] == list(shown.entries)
 
 
 async def test_the_lists_that_one_change_appends_to_are_bounded_together(store: Store) -> None:
