@@ -168,18 +168,24 @@ async def test_a_model_that_refuses_fails_the_run_as_data_without_the_key(
     assert again.reply.parts[0].text == "Better."
 
 
-async def test_a_reply_cut_in_mid_stream_is_requested_again_under_another_name(
-    served: Running, session: str, model: OpenAIServer
-) -> None:
-    """Watchers receive `message_discarded` for the first; only the second is in the log."""
-    seen = asyncio.Event()
-    model.script(reply("Lost words.", chunks=3).cut(after=2).held(seen, after=2), reply("Kept words."))
+async def frames_of_run(served: Running, session: str, seen: asyncio.Event) -> list[v1.RunResponse]:
+    """Runs a turn to its end; sets `seen` when text was streamed."""
     call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))
     frames = []
     async for frame in call:
         frames.append(frame)
         if any(event.HasField("block_delta") for event in frame.batch.events):
             seen.set()
+    return frames
+
+
+async def test_a_reply_cut_in_mid_stream_is_requested_again_under_another_name(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """Watchers receive `message_discarded` for the first; only the second is in the log."""
+    seen = asyncio.Event()
+    model.script(reply("Lost words.", chunks=3).cut(after=2).held(seen, after=2), reply("Kept words."))
+    frames = await frames_of_run(served, session, seen)
     discarded = [e.message_discarded.message for e in events_of(frames) if e.HasField("message_discarded")]
     kept = [e.message_added for e in durable(frames) if e.message_added.role == v1.Message.ROLE_ASSISTANT]
     assert [message.parts[0].text for message in kept] == ["Kept words."]
@@ -193,12 +199,7 @@ async def test_text_that_a_closing_tag_shows_to_be_reasoning_is_sent_again_as_re
     """Watchers drop the text, and joined deltas are what the log has."""
     seen = asyncio.Event()
     model.script(reply("I weigh it.\n</think>\n\nLight.", chunks=2).held(seen, after=2))
-    call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))
-    frames = []
-    async for frame in call:
-        frames.append(frame)
-        if any(event.HasField("block_delta") for event in frame.batch.events):
-            seen.set()
+    frames = await frames_of_run(served, session, seen)
     events = events_of(frames)
     (discarded,) = (event.message_discarded.message for event in events if event.HasField("message_discarded"))
     (kept,) = (e.message_added for e in durable(frames) if e.message_added.role == v1.Message.ROLE_ASSISTANT)

@@ -9,7 +9,7 @@ from notecase_server.engine.caused import Caused
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store.contract import CommandId, Commit, Query, SessionKey, Store
 
-from tests.engine.rooms import TENANT, Model, house, kinds
+from tests.engine.rooms import TENANT, House, Model, house, kinds
 from tests.store.build import ManualClock, refused
 from tests.support.failing import Failing, Mode
 
@@ -132,20 +132,26 @@ async def test_a_start_that_expects_the_head_is_refused_when_the_log_grows_befor
         assert len(model.asked) == 1 or not before
 
 
+async def session_for(rooms: House, way: v1.StartRun.OnBusy.ValueType) -> SessionKey:
+    """Makes a session that has an active run, unless a start of that way is refused then."""
+    (key,) = await rooms.prepare()
+    if way != v1.StartRun.ON_BUSY_REJECT:
+        await rooms.start(key, "hold", "one")
+    return key
+
+
 @pytest.mark.parametrize("way", [v1.StartRun.ON_BUSY_REJECT, QUEUE, INTERRUPT, ROLLBACK])
 async def test_of_starts_at_once_that_expect_the_same_head_one_is_made_and_its_repeats_find_it(
     store: Store, clock: ManualClock, way: v1.StartRun.OnBusy.ValueType
 ) -> None:
     async with house(store, clock, Model()) as rooms:
-        (key,) = await rooms.prepare()
-        if way != v1.StartRun.ON_BUSY_REJECT:
-            await rooms.start(key, "hold", "one")
+        key = await session_for(rooms, way)
         head, runs = len(await rooms.log(key)), ("a", "b", "a", "b", "a", "b")
         starts = (rooms.start(key, "hold", run, on_busy=way, if_last_sequence=head) for run in runs)
         made = await asyncio.gather(*starts, return_exceptions=True)
-        told = {one.run.name for one in made if isinstance(one, Started)}
+        names = {one.run.name for one in made if isinstance(one, Started)}
         lost = {reason_name(one.reason) for one in made if isinstance(one, NotecaseError)}
-        assert (1, 3) == (len(told), sum(isinstance(one, Started) for one in made))
+        assert (1, 3) == (len(names), sum(isinstance(one, Started) for one in made))
         assert {"SEQUENCE_MISMATCH"} == lost
 
 
@@ -154,9 +160,7 @@ async def test_repeats_of_a_command_at_once_find_its_run_although_the_log_has_gr
     store: Store, clock: ManualClock, way: v1.StartRun.OnBusy.ValueType
 ) -> None:
     async with house(store, clock, Model()) as rooms:
-        (key,) = await rooms.prepare()
-        if way != v1.StartRun.ON_BUSY_REJECT:
-            await rooms.start(key, "hold", "one")
+        key = await session_for(rooms, way)
         said = [v1.Message(parts=[v1.Part(text="hold")])]
         head = len(await rooms.log(key))
         start = v1.StartRun(session=f"sessions/{key.session}", messages=said, on_busy=way, if_last_sequence=head)
