@@ -140,7 +140,7 @@ def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "team.yaml: The file holds no agent."),
         ("name: [", "team.yaml:1: This is not YAML: "),
@@ -154,10 +154,10 @@ def test_all_mistakes_of_a_file_are_reported_at_once() -> None:
         ("[" * 5000, "This is not YAML"),
     ],
 )
-def test_a_file_that_does_not_contain_agents_is_reported(text: str, told: str) -> None:
+def test_a_file_that_does_not_contain_agents_is_reported(text: str, expected: str) -> None:
     with pytest.raises(manifest.Mistakes) as raised:
         manifest.read("team.yaml", text)
-    assert told in str(raised.value)
+    assert expected in str(raised.value)
 
 
 def test_json_with_tabs_and_escapes_is_read_as_json() -> None:

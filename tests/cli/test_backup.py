@@ -123,17 +123,17 @@ async def test_a_store_in_use_is_never_replaced(spawned: Spawned, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         ("memory:", "Error: 'memory:' is not a store in a file; write sqlite:PATH.\n"),
         ("sqlite:{}/none.db", "Error: There is no store at {}/none.db.\n"),
         ("sqlite:{}/text.db", "Error: {}/text.db is not a SQLite database. Choose another path.\n"),
     ],
 )
-async def test_a_file_that_is_not_a_store_is_not_copied(tmp_path: Path, url: str, told: str) -> None:
+async def test_a_file_that_is_not_a_store_is_not_copied(tmp_path: Path, url: str, expected: str) -> None:
     (tmp_path / "text.db").write_text("This is a text, and not a database of any kind." * 100)
     done = await notecase("backup", "--store", url.format(tmp_path), str(tmp_path / "copy.db"))
-    assert (done.code, done.err) == (1, told.format(tmp_path))
+    assert (done.code, done.err) == (1, expected.format(tmp_path))
     assert not (tmp_path / "copy.db").exists()
     missing = await notecase("backup", "--store", f"sqlite:{tmp_path}/text.db", str(tmp_path / "no" / "copy.db"))
     assert missing.code == 1
@@ -144,13 +144,13 @@ async def test_what_is_not_a_file_is_neither_replaced_nor_a_store(tmp_path: Path
     device, store = tmp_path / "pipe", f"sqlite:{tmp_path / 'notecase.db'}"
     os.mkfifo(device)
     assert 0 == (await notecase("keys", "bootstrap", "--store", store)).code
-    told = f"Error: {device} is not a file. Choose another path.\n"
+    expected = f"Error: {device} is not a file. Choose another path.\n"
     for words in (
         ("backup", str(device), "--force", "--store", store),
         ("keys", "bootstrap", "--store", f"sqlite:{device}"),
     ):
         done = await notecase(*words)
-        assert (1, told) == (done.code, done.err)
+        assert (1, expected) == (done.code, done.err)
     assert device.is_fifo()
     assert not Path(f"{device}-lock").exists()
 

@@ -110,8 +110,8 @@ def given(path: Path, *arguments: str) -> dict[str, Any]:
 def test_every_option_has_a_key_that_the_page_tells() -> None:
     assert OPTIONS == set(KEYS)
     assert len(KEYS) == len(set(KEYS.values()))
-    told = re.sub(r"`\.(\w+)`", r"`provider_defaults.\1`", PAGE)
-    assert set() == {key for key in KEYS.values() if f"`{key}`" not in told and not key.startswith("limits.max_")}
+    expected = re.sub(r"`\.(\w+)`", r"`provider_defaults.\1`", PAGE)
+    assert set() == {key for key in KEYS.values() if f"`{key}`" not in expected and not key.startswith("limits.max_")}
 
 
 def value_for(option: click.Option) -> tuple[str, object]:
@@ -234,13 +234,13 @@ def test_the_driver_of_the_store_is_looked_for(tmp_path: Path, monkeypatch: pyte
     """Before: `serve` ended with a traceback."""
     monkeypatch.setitem(sys.modules, "asyncpg", None)
     url = "postgresql://notecase@db.example/notecase"
-    told = "A PostgreSQL store needs a driver that is not installed: install notecase-server[postgres]."
+    expected = "A PostgreSQL store needs a driver that is not installed: install notecase-server[postgres]."
     path = written(tmp_path, f'[store]\nurl = "{url}"\n')
     checked = CliRunner().invoke(main, ["config", "check", str(path)])
-    assert (1, f"store.url: {told}\n") == (checked.exit_code, checked.stdout)
+    assert (1, f"store.url: {expected}\n") == (checked.exit_code, checked.stdout)
     for command in (["serve", "--listen", "127.0.0.1:0"], ["migrate"], ["store", "renew"]):
         done = CliRunner().invoke(main, [*command, "--store", url])
-        assert (1, f"Error: {told}\n") == (done.exit_code, done.stderr)
+        assert (1, f"Error: {expected}\n") == (done.exit_code, done.stderr)
 
 
 async def test_all_mistakes_are_reported_at_once_without_secrets(tmp_path: Path) -> None:
@@ -324,8 +324,8 @@ async def test_a_password_that_cannot_be_read_is_reported_by_the_check(tmp_path:
     file = tmp_path / "notecase.toml"
     file.write_text('[store]\nurl = "postgresql://me@db/notecase"\npassword_file = "/nonexistent"\n')
     done = await notecase("config", "check", str(file))
-    told = "store.password_file: /nonexistent, the file with the store's password, cannot be read.\n"
-    assert (1, told) == (done.code, done.out)
+    expected = "store.password_file: /nonexistent, the file with the store's password, cannot be read.\n"
+    assert (1, expected) == (done.code, done.out)
 
 
 async def test_the_whole_example_of_the_page_is_fine(tmp_path: Path) -> None:
@@ -486,14 +486,14 @@ ASKED: Sequence[tuple[object, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("answer", "code", "told"), ASKED, ids=["a reply", "a wrong key", "away"])
-async def test_a_provider_is_tried_out_with_one_question(tmp_path: Path, answer: Any, code: int, told: str) -> None:
+@pytest.mark.parametrize(("answer", "code", "expected"), ASKED, ids=["a reply", "a wrong key", "away"])
+async def test_a_provider_is_tried_out_with_one_question(tmp_path: Path, answer: Any, code: int, expected: str) -> None:
     async with OpenAIServer() as models:
         models.script(answer)
         path = written(tmp_path, f'[[provider]]\nname = "main"\nbase_url = "{models.url}"\nmodel = "stub"\n')
         done = await notecase("providers", "test", "main", "--config", str(path))
     assert code == done.code
-    assert re.fullmatch(told, done.err if code else done.out)
+    assert re.fullmatch(expected, done.err if code else done.out)
     assert 1 == len(models.received)
 
 
@@ -524,8 +524,8 @@ async def test_the_error_for_a_wrong_key_names_the_setting_that_has_it(
         given = next(one for one in settings_of(serve, path) if one.name == "openai")
         with pytest.raises(NotecaseError) as caught:
             await _ask(given)
-    told = f"The model provider refused the server's credential (status 401); check {source}."
-    assert told == caught.value.message
+    expected = f"The model provider refused the server's credential (status 401); check {source}."
+    assert expected == caught.value.message
 
 
 @pytest.mark.parametrize("of_file", [False, True], ids=["variable", "file"])

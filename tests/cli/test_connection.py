@@ -115,7 +115,7 @@ async def test_what_is_not_an_address_is_refused(wrong: str) -> None:
 async def test_text_that_cannot_be_sent_is_reported_before_anything_is_sent(tmp_path: Path) -> None:
     none = str(tmp_path / "none.pem")
     unread = f"Error: The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {none}: No such file or "
-    for arguments, env, told in (
+    for arguments, env, expected in (
         (("sessions", "list", "--ca", none), {}, unread),
         (("sessions", "list"), {"NOTECASE_CA": none}, unread),
         (("health",), {"NOTECASE_CA": none}, unread),
@@ -128,7 +128,7 @@ async def test_text_that_cannot_be_sent_is_reported_before_anything_is_sent(tmp_
     ):
         done = await notecase(*arguments, env=env)
         assert 2 == done.code
-        assert told in done.err
+        assert expected in done.err
         assert "words" not in done.err
         assert "secret-1" not in done.err
 
@@ -169,8 +169,8 @@ async def test_a_reply_that_cannot_be_written_ends_the_command_without_a_traceba
         )
         os.close(out)
         _, err = await process.communicate()
-    told = ["Error: The output cannot be written: No space left on device."] if lost == "disk" else []
-    assert (1, told) == (process.returncode, err.decode().splitlines()[1:])  # the first names the session
+    expected = ["Error: The output cannot be written: No space left on device."] if lost == "disk" else []
+    assert (1, expected) == (process.returncode, err.decode().splitlines()[1:])  # the first names the session
 
 
 @pytest.mark.parametrize("words", [("--help",), ("profiles", "list")])

@@ -32,10 +32,10 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
     made = await notecase("keys", "bootstrap", "--store", store)
     assert 0 == made.code
     assert KEY.fullmatch(made.out)
-    told = (
+    expected = (
         rf"created a new store at {re.escape(str(tmp_path / 'notecase.db'))}\nkeys/[0-9a-f-]{{36}}, shown only once:\n"
     )
-    assert re.fullmatch(told, made.err)
+    assert re.fullmatch(expected, made.err)
     server = await Spawned.start(store, tmp_path / "log")
     yield Shop(server, made.out.strip())
     await server.stop()
@@ -132,7 +132,7 @@ async def test_a_key_that_is_bound_to_a_user_sees_that_users_sessions_only(shop:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("--tenant", ""), "--tenant: A tenant must be 1 to 63 lower-case letters"),
         (("--tenant", "The Acme company"), "--tenant: A tenant must be 1 to 63 lower-case letters"),
@@ -140,10 +140,12 @@ async def test_a_key_that_is_bound_to_a_user_sees_that_users_sessions_only(shop:
     ],
     ids=["an unset variable", "no id", "two kinds of key"],
 )
-async def test_a_first_key_is_of_the_tenant_that_is_named(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+async def test_a_first_key_is_of_the_tenant_that_is_named(
+    tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
     """With an empty name it was an operator's."""
     done = await notecase("keys", "bootstrap", "--store", f"sqlite:{tmp_path / 'notecase.db'}", *words)
-    assert (2, "", True) == (done.code, done.out, told in done.err)
+    assert (2, "", True) == (done.code, done.out, expected in done.err)
     assert not (tmp_path / "notecase.db").exists()
 
 

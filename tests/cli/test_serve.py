@@ -34,8 +34,8 @@ async def test_the_commands_are_listed_with_the_first_sentence_of_their_help() -
     """As click would list them if it imported them all."""
     done = await notecase("--help")
     assert 0 == done.code
-    told = re.sub(r"\n {6,}", " ", done.out.partition("Commands:\n")[2])
-    listed = dict(re.findall(r"^  (\w+) +(\w.*\.)$", told, re.MULTILINE))
+    expected = re.sub(r"\n {6,}", " ", done.out.partition("Commands:\n")[2])
+    listed = dict(re.findall(r"^  (\w+) +(\w.*\.)$", expected, re.MULTILINE))
     assert list(COMMANDS) == list(listed)
     context = click.Context(main)
     commands = {name: main.get_command(context, name) for name in listed}
@@ -94,22 +94,22 @@ async def test_a_store_that_another_server_owns_is_refused(tmp_path: Path) -> No
 async def test_a_taken_port_is_reported_in_a_sentence(served: Running) -> None:
     done = await notecase("serve", "--listen", served.address, "--store", "memory:")
     assert 1 == done.code
-    told = "(Address already in use); another server may use it."
-    assert f"Error: --listen: cannot listen on {served.address} {told}\n" == done.err
+    expected = "(Address already in use); another server may use it."
+    assert f"Error: --listen: cannot listen on {served.address} {expected}\n" == done.err
 
 
 @pytest.mark.parametrize(
-    ("listen", "told"),
+    ("listen", "expected"),
     [
         ("nobody.invalid:0", "nobody.invalid:0 ("),
         ("192.0.2.1:0", "192.0.2.1:0 (Cannot assign requested address): this machine does not have that address."),
     ],
 )
-async def test_an_address_that_cannot_be_listened_on_is_reported_in_one_line(listen: str, told: str) -> None:
+async def test_an_address_that_cannot_be_listened_on_is_reported_in_one_line(listen: str, expected: str) -> None:
     """gRPC would write a line, too, and its error says to set a variable of its own."""
     done = await notecase("serve", "--listen", listen, "--store", "memory:", "--insecure")
     assert (1, 1, False) == (done.code, done.err.count("\n"), "GRPC_VERBOSITY" in done.err)
-    assert done.err.startswith(f"Error: --listen: cannot listen on {told}")
+    assert done.err.startswith(f"Error: --listen: cannot listen on {expected}")
 
 
 COMMAND = (sys.executable, "-m", "notecase_server", "serve", "--listen", "127.0.0.1:0", "--store", "memory:")
@@ -152,7 +152,7 @@ async def test_the_end_of_its_terminal_stops_a_server_as_sigterm_does_unless_tha
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "expected"),
     [
         ("OPENAI_BASE_URL", "ftp://models.example", "the base URL must begin with http:// or https://"),
         ("OPENAI_BASE_URL", "https://name:secret-1@models.example", "the base URL must not contain credentials"),
@@ -168,7 +168,7 @@ async def test_the_end_of_its_terminal_stops_a_server_as_sigterm_does_unless_tha
     ],
 )
 async def test_a_provider_that_cannot_work_is_reported_before_the_server_serves(
-    variable: str, value: str, told: str
+    variable: str, value: str, expected: str
 ) -> None:
     """And its key or URL is not."""
     done = await notecase(
@@ -176,7 +176,7 @@ async def test_a_provider_that_cannot_work_is_reported_before_the_server_serves(
     )
     assert 1 == done.code
     assert "" == done.out
-    assert f"Error: The openai provider cannot be used: {told}" in done.err
+    assert f"Error: The openai provider cannot be used: {expected}" in done.err
     assert "secret-1" not in done.err
 
 

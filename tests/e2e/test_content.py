@@ -401,7 +401,7 @@ async def test_a_start_that_goes_back_says_the_state_as_it_is_then(
         await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="draft", value=value))
         return (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).last_sequence
 
-    async def told(**fields: Any) -> str:
+    async def said_to_the_model(**fields: Any) -> str:
         draft = v1.Message(parts=[v1.Part(state_key="draft")])
         start = v1.StartRun(session=session, messages=[draft], **fields)
         await served.runs.Invoke(v1.InvokeRequest(start=start))
@@ -409,17 +409,17 @@ async def test_a_start_that_goes_back_says_the_state_as_it_is_then(
 
     old = await put("old")
     await put("new")
-    assert await told(rewind_to_sequence=old) == "old"
+    assert await said_to_the_model(rewind_to_sequence=old) == "old"
     await put("new")
-    assert await told(rewind_to_sequence=0, state={"draft": v1.Value(string_value="given")}) == "given"
+    assert await said_to_the_model(rewind_to_sequence=0, state={"draft": v1.Value(string_value="given")}) == "given"
     await put("old")
     look = v1.Tool(name="look", client=v1.ClientTool())
     waits = v1.StartRun(session=session, messages=[said("Look")], client_tools=[look])
     await served.runs.Invoke(v1.InvokeRequest(start=waits))
     await put("new")
-    assert await told(on_busy=v1.StartRun.ON_BUSY_ROLLBACK) == "old"
+    assert await said_to_the_model(on_busy=v1.StartRun.ON_BUSY_ROLLBACK) == "old"
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await told(rewind_to_sequence=0)
+        await said_to_the_model(rewind_to_sequence=0)
     assert reason_of(refused.value) == "STATE_KEY_NOT_FOUND"
 
 
@@ -512,8 +512,8 @@ async def test_an_image_of_a_result_that_the_model_does_not_take_is_named(
     command = v1.RunRequest(tool_result=v1.ToolResult(call_id=waiting.pending_calls[0].call_id, result=parts))
     await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
     await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
-    told = {"role": "tool", "tool_call_id": "call_0", "content": "drawn [image/png, not shown]"}
-    assert told == model.requests[-1]["messages"][-1]
+    shown = {"role": "tool", "tool_call_id": "call_0", "content": "drawn [image/png, not shown]"}
+    assert shown == model.requests[-1]["messages"][-1]
 
 
 async def test_a_tools_media_may_be_larger_than_text(served: Running, session: str, model: OpenAIServer) -> None:

@@ -197,12 +197,12 @@ async def test_keys_that_tools_once_could_set_are_read() -> None:
 
 async def test_keys_and_ids_that_not_every_store_can_hold_are_refused_on_all() -> None:
     """A SQLite file would take them, and an index of PostgreSQL would not."""
-    for told, event in (
+    for problem, event in (
         ("a key of state of more than 1024 bytes", versioned(v1.Value(int_value=1), "é" * 513)),
         ("the id of a call of more than 1024 bytes", called("m1", "", "c" * 1025)),
     ):
         file = made_of(numbered(said("m0"), event), v1.ExportHeader())
-        assert f"The file has {told} in event 2; nothing was imported." == await problem_of_log(file)
+        assert f"The file has {problem} in event 2; nothing was imported." == await problem_of_log(file)
 
 
 @pytest.mark.parametrize(("version", "kept"), [(1, []), (2, ["i1"])])

@@ -683,7 +683,7 @@ class TestRefused:
     async def test_a_form_that_is_refused_is_changed_once(
         self, server: OpenAIServer, provider: OpenAIProvider, words: str, members: set[str]
     ) -> None:
-        """The schema is then told in words, and the limit has its other name."""
+        """The schema is then described in words, and the limit has its other name."""
         request = ask(max_output_tokens=9)._replace(output_schema='{"type": "object", "title": "Plan"}', only_text=True)
         server.script(error(400, words), reply("{}"), error(400, words), error(400, words))
         assert "{}" == fold(await pieces_of(provider, request)).text

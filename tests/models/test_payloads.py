@@ -707,7 +707,7 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         + chunk(usage={"prompt_tokens": 3, "completion_tokens": 2}, timings={"prompt_n": 1, "predicted_n": 2}),
         Came(SAID, tokens=(3, 0, 2, 0)),
     ),
-    "reasoning counted beside the output": (
+    "reasoning counted apart from the output": (
         HI
         + STOP
         + chunk(
@@ -733,7 +733,7 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         HI + STOP + chunk(usage={"completion_tokens": 3, "total_tokens": 17}),
         Came(SAID, tokens=(0, 0, 3, 0)),
     ),
-    "cached input beside the input": (
+    "cached input apart from the input": (
         HI
         + chunk(
             finish="stop",
@@ -742,7 +742,7 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         + DONE,
         Came(SAID, tokens=(9, 4, 3, 0)),
     ),
-    "newly cached input beside the input": (
+    "newly cached input apart from the input": (
         HI
         + chunk(usage={"input_tokens": 9, "cache_creation_input_tokens": 4, "output_tokens": 3, "total_tokens": 16})
         + END,

@@ -34,7 +34,7 @@ async def test_only_what_an_update_changes_or_breaks_is_refused(tmp_path: Path) 
         assert "New" == (await update(served, v1.Agent(display_name="New"), "display_name")).display_name
         made = await update(served, v1.Agent(llm=v1.LlmAgent(instruction="Deduce.")), "llm.instruction")
         assert (3, TOOLS) == (made.revision, list(made.llm.tools))
-        for agent, path, told in (
+        for agent, path, expected in (
             (v1.Agent(llm=v1.LlmAgent(tools=TOOLS)), "llm.tools", "agent.llm.tools"),
             (v1.Agent(llm=llm), "llm", "agent.llm.tools"),
             (v1.Agent(output_key="user"), "output_key", "agent.output_key"),
@@ -43,5 +43,5 @@ async def test_only_what_an_update_changes_or_breaks_is_refused(tmp_path: Path) 
         ):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await update(served, agent, path)
-            assert any(field.endswith(told) for field in fields_of(refused.value)), fields_of(refused.value)
+            assert any(field.endswith(expected) for field in fields_of(refused.value)), fields_of(refused.value)
         assert 3 == (await served.agents.GetAgent(v1.GetAgentRequest(name="agents/old"))).revision

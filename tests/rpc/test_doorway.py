@@ -145,7 +145,7 @@ def test_a_full_disk_is_reported_to_callers() -> None:
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorname = "SQLITE_FULL"
     with capture_logs() as lines:
-        failure = sqlite_writer.told(full)
+        failure = sqlite_writer.caller_error(full)
     assert "STORE_UNAVAILABLE: The disk of the store is full; this call changed nothing." == (
         f"{errors.reason_name(failure.reason)}: {failure.message}"  # type: ignore[attr-defined]
     )

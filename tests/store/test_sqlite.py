@@ -690,16 +690,16 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
     writer, tell = store._connections.writer, store._tell
     assert (0,) == writer.execute("PRAGMA wal_autocheckpoint").fetchone()
 
-    def told(jobs: Any, outcomes: Any) -> None:
+    def answered(jobs: Any, outcomes: Any) -> None:
         if threading.current_thread().name == "store-writer":
-            seen.append("told")
+            seen.append("answered")
         tell(jobs, outcomes)
 
     def held() -> None:
         begun.set()
         go.wait()
 
-    store._tell = told  # type: ignore[method-assign]
+    store._tell = answered  # type: ignore[method-assign]
     await create(store)
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
@@ -719,7 +719,7 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
             assert size > 4 << 20
     assert size == Path(f"{path}-wal").stat().st_size
     (at,) = (place for place, sql in enumerate(seen) if "wal_checkpoint" in sql)
-    assert ["COMMIT", "told"] == seen[at - 2 : at]
+    assert ["COMMIT", "answered"] == seen[at - 2 : at]
 
 
 async def test_a_checkpoint_that_fails_loses_nothing(store: SqliteStore) -> None:

@@ -157,19 +157,19 @@ async def test_an_error_status_is_reported(status: int) -> None:
                 return f"HTTP/1.1 {status} Sorry\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\nno".encode()
             return super()._answer(asked)
 
-    told = f": it answered with status {status}" + ("; check the `headers` in its settings" if status == 401 else "")
+    detail = f": it answered with status {status}" + ("; check the `headers` in its settings" if status == 401 else "")
     server = Refusing(lambda cursor: {"tools": [T]})
     async with server.box() as box:
-        assert f"The MCP server 's' refused the call{told}" == (await box.call(BINDING, {}, context())).error
+        assert f"The MCP server 's' refused the call{detail}" == (await box.call(BINDING, {}, context())).error
         server.refuses = "tools/list"
         with pytest.raises(NotecaseError) as refused:
             await listed(box)
-        assert f"The MCP server 's' does not list its tools{told}." == refused.value.message
+        assert f"The MCP server 's' does not list its tools{detail}." == refused.value.message
     server.refuses = "initialize"
     async with server.box() as box:
         with pytest.raises(NotecaseError) as refused:
             await listed(box)
-        assert f"The MCP server 's' cannot be reached{told}." == refused.value.message
+        assert f"The MCP server 's' cannot be reached{detail}." == refused.value.message
 
 
 async def test_a_redirect_in_the_middle_tells_no_address() -> None:
@@ -266,9 +266,9 @@ async def test_an_answer_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp
         over = McpServerSettings(url=url, timeout=60)
         box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60) if transport == "pipes" else over})
         try:
-            for line, told in (LINES if transport == "pipes" else LINES | OF_HTTP).items():
+            for line, result in (LINES if transport == "pipes" else LINES | OF_HTTP).items():
                 outcome = await box.call(BINDING, {"line": line}, context())
-                assert told == (outcome.error or "".join(part.text for part in outcome.parts)), line
+                assert result == (outcome.error or "".join(part.text for part in outcome.parts)), line
         finally:
             await box.close()
 

@@ -69,14 +69,14 @@ def connection() -> tuple[str, dict[str, Any]]:
     if given.get("plaintext"):
         given.pop("ca", None)
     if ca := given.get("ca"):
-        told = f"The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {ca}:"
+        problem = f"The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {ca}:"
         try:
             with Path(ca).open("rb") as opened:  # what a pipe has is left to the client: it can be read once
                 is_empty = Path(ca).is_file() and b"CERTIFICATE-----" not in opened.read()
             if is_empty:
-                raise Refusal(f"{told} it has no certificate in PEM.", Exit.USAGE)
+                raise Refusal(f"{problem} it has no certificate in PEM.", Exit.USAGE)
         except OSError as error:
-            raise Refusal(f"{told} {error.strerror}.", Exit.USAGE) from None
+            raise Refusal(f"{problem} {error.strerror}.", Exit.USAGE) from None
     return server, given
 
 

@@ -200,10 +200,10 @@ def _declared(llm: v1.LlmAgent, messages: Sequence[v1.Message]) -> list[Tool]:
 
 def _in_words(message: v1.Message) -> v1.Message:
     """The message with its content named: replies say what it was, and a model that sums up need not take it."""
-    told = deepcopy(message)
-    for part in told.parts:
+    worded = deepcopy(message)
+    for part in worded.parts:
         for shown in (part, *part.tool_call.result):
             content = getattr(shown, shown.WhichOneof("kind") or "text")
             if hasattr(content, "media_type"):
                 shown.text = f"[{content.media_type}{': ' if content.filename else ''}{content.filename}]"
-    return told
+    return worded

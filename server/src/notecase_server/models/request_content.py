@@ -98,8 +98,8 @@ def newest_of_user(messages: Sequence[v1.Message]) -> list[int]:
 
 
 def in_names(messages: Sequence[v1.Message]) -> list[v1.Message] | None:
-    """Returns the messages with content that is no text named, for a model that takes none; what the newest messages of
-    a user hold stays. None where that changes nothing."""
+    """Returns the messages with content that is not text replaced by its name, for a model that takes only text; the
+    newest ones of a user keep theirs. Returns None where that changes nothing."""
     asked = set(newest_of_user(messages))
     made = [message if index in asked else _all_in_words(message) for index, message in enumerate(messages)]
     return None if all(new is old for new, old in zip(made, messages, strict=True)) else made

@@ -103,9 +103,9 @@ class States(v1.StateServiceServicer):
             )
         # The answer may have a page of values: it is made and serialised in steps of their own.
         await asyncio.sleep(0)
-        told = answers.of(answer, made)
+        changed = answers.of(answer, made)
         await asyncio.sleep(0)
-        return told
+        return changed
 
 
 def _require_own(check: Check, scope: Scope) -> None:

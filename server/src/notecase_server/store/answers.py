@@ -57,13 +57,13 @@ def _state(answer: Answer, result: Result) -> v1.State:
     written, size = _written(result), 0
     state = v1.State(name=answer.name, version=written.version)
     for key in sorted(written.entries):
-        entry, told = written.entries[key], state.entries[key]
+        entry, shown = written.entries[key], state.entries[key]
         if size < PAGE_BYTES:
-            told.CopyFrom(entry)
+            shown.CopyFrom(entry)
             size += len(key) + entry.ByteSize()
         else:
-            told.version = entry.version
-            told.update_time.CopyFrom(entry.update_time)
+            shown.version = entry.version
+            shown.update_time.CopyFrom(entry.update_time)
     return state
 
 

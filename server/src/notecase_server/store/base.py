@@ -185,7 +185,7 @@ class TableStore(ABC):
         erase = partial(steps.erase_state, tenant=tenant, user=user, once=once)
         if not await self._write(partial(erase, last=False)):
             return False
-        # They are looked for beside the writes, and once for all rows above, since a tenant may have very many.
+        # Searched in reads, after all rows above are gone, since a tenant may have very many.
         find = partial(content.uploaded_by, tenant=tenant, user=user)
         while found := await self._read(find):
             await self._write(partial(content.forget_uploaders, tenant=tenant, found=found), piece=True)

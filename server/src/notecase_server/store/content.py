@@ -1,4 +1,4 @@
-"""Content beside the log: uploads, blobs, and what refers to them.
+"""Content outside the log: uploads, blobs, and what refers to them.
 
 As in `steps`, a step writes only when nothing can be refused any more.
 """

@@ -137,7 +137,7 @@ class Sql(ABC):
                     label, other = self.label(table, name.removeprefix(LABELS), str(value), values)
                     return f"{label} {op} {other}"
                 if name not in columns:
-                    raise ValueError("a filter names a field that is no column of its list")
+                    raise ValueError("a filter names a field that is not a column of its list")
                 return f'{table}"{name}" {op} {bind(values, value)}'
 
 

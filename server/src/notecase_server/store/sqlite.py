@@ -28,7 +28,7 @@ from notecase_server.store.sql_tables import Tables
 from notecase_server.store.sqlite_file import Connections, connect
 from notecase_server.store.sqlite_starts import Starts
 from notecase_server.store.sqlite_tables import SqliteTables
-from notecase_server.store.sqlite_writer import Outcome, Writer, checkpointed, told
+from notecase_server.store.sqlite_writer import Outcome, Writer, caller_error, checkpointed
 from notecase_server.supervisor import Tasks
 
 __all__ = ["SqliteStore"]
@@ -59,7 +59,7 @@ class _Job(NamedTuple):
 
 
 def _scrub(*_: Any) -> bool:
-    """The one job that is no step: it wants the connection outside of a transaction. See Writer.scrub."""
+    """The only job that is not a step: it needs the connection outside of a transaction. See Writer.scrub."""
     raise AssertionError("scrubbing is no step")
 
 
@@ -195,7 +195,7 @@ class SqliteStore(TableStore):
                     if not job.alone:
                         connection.execute("ROLLBACK")
             except Exception as error:  # noqa: BLE001 - it belongs to the caller
-                outcome = Outcome(None, told(error))
+                outcome = Outcome(None, caller_error(error))
             self._tell([job], [outcome])
 
     def _checkpoint(self) -> None:

@@ -104,7 +104,7 @@ def in_memory() -> tuple[sqlite3.Connection, bytes]:
 
 
 def _lock(path: Path, opened: ExitStack) -> None:
-    """Locks a file beside the database, then the database, and sees to it that this exists, readable by its owner
+    """Locks a file next to the database, then the database, and creates the database if needed, readable by its owner
     only. The database is touched last, since closing any handle of it drops SQLite's own locks in this process."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

@@ -24,7 +24,7 @@ CHECKPOINT_ROWS = 1000
 
 DEFECTS = (sqlite3.IntegrityError, sqlite3.ProgrammingError)
 """What SQLite raises for a write that can never succeed, such as a message id used twice: our mistake and not the
-disk's, so nobody is told to try again."""
+disk's, so the error does not say that a retry may help."""
 
 Step = Callable[[Tables, int], Any]
 
@@ -84,7 +84,7 @@ class Writer:
                     connection.execute("ROLLBACK")
                     if len(steps) > 1:
                         return None
-                outcomes.append(Outcome(None, told(error)))
+                outcomes.append(Outcome(None, caller_error(error)))
         if connection.in_transaction:
             connection.execute("COMMIT")
         return outcomes
@@ -151,8 +151,8 @@ def checkpointed(connection: sqlite3.Connection) -> int:
     return pages
 
 
-def told(error: Exception) -> Exception:
-    """What the caller of a failed step is told: what the disk, SQLite or a row that does not decode said stays here."""
+def caller_error(error: Exception) -> Exception:
+    """Returns the error for the caller of a failed step, without the words of the disk, SQLite or a damaged row."""
     if not isinstance(error, sqlite3.Error | OSError | DecodeError) or isinstance(error, DEFECTS):
         return error
     log.error("store_step_failed", error=_name(error))

@@ -123,16 +123,18 @@ class McpServer:
         tools, wanted = await self._tools(), set(only)
         chosen = [tool for tool in tools if not wanted or tool.name in wanted]
         if len(chosen) > naming.MOST:
-            told = f"has {len(chosen)} tools, of which a run has at most {naming.MOST}"
-            raise errors.tool_error(f"The MCP server {self._name!r} {told}; list those to be used in `mcp.tools`.")
+            problem = f"has {len(chosen)} tools, of which a run has at most {naming.MOST}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {problem}; list those to be used in `mcp.tools`.")
         usable = [tool for tool in chosen if len(tool.name) <= naming.OWN_LENGTH]
         functions = self._offered(prefix, usable)
         if missing := wanted - {tool.name for tool in tools}:
-            told = ", ".join(map(repr, sorted(missing)))
-            raise Incomplete(f"The MCP server {self._name!r} has no tool {told}.", functions)
+            lacking = ", ".join(map(repr, sorted(missing)))
+            raise Incomplete(f"The MCP server {self._name!r} has no tool {lacking}.", functions)
         if len(usable) < len(chosen):
-            told = f"has a tool whose name is longer than {naming.OWN_LENGTH}; list the tools to be used in `mcp.tools`"
-            raise Incomplete(f"The MCP server {self._name!r} {told}.", functions)
+            problem = (
+                f"has a tool whose name is longer than {naming.OWN_LENGTH}; list the tools to be used in `mcp.tools`"
+            )
+            raise Incomplete(f"The MCP server {self._name!r} {problem}.", functions)
         return functions
 
     def _offered(self, prefix: str, chosen: Sequence[types.Tool]) -> list[Function]:
@@ -171,9 +173,9 @@ class McpServer:
             log.warning("mcp_list_failed", server=self._name, error=type(error).__name__)
             if isinstance(error, TimeoutError) and connection.questions.idle:
                 connection.end()  # a program that hangs is replaced
-            told = error.message if isinstance(error, MCPError) and error.message.startswith(ANSWERED) else ""
-            told = f"does not list its tools{told and ': '}{told}"
-            raise errors.tool_error(f"The MCP server {self._name!r} {told}.") from error
+            problem = error.message if isinstance(error, MCPError) and error.message.startswith(ANSWERED) else ""
+            problem = f"does not list its tools{problem and ': '}{problem}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {problem}.") from error
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
         """Calls a tool by the server's own name of it, as Toolbox.call promises."""
@@ -248,8 +250,8 @@ class McpServer:
         except TimeoutError:
             connection.end()
         if connection.over:
-            told = f"cannot be reached{connection.refusal and ': '}{connection.refusal}"
-            raise errors.tool_error(f"The MCP server {self._name!r} {told}.")
+            problem = f"cannot be reached{connection.refusal and ': '}{connection.refusal}"
+            raise errors.tool_error(f"The MCP server {self._name!r} {problem}.")
         return connection
 
 
