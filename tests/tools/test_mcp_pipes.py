@@ -18,7 +18,7 @@ print(subprocess.Popen(["sleep", "600"], start_new_session=True).pid, flush=True
 
 async def test_the_input_of_a_program_is_closed_although_a_child_that_is_left_holds_it() -> None:
     """What is still to be written would otherwise wait, with its socket, until the child ends."""
-    settings = McpServerSettings(command=sys.executable, args=["-c", LEAVES_A_CHILD])
+    settings = McpServerSettings(command=sys.executable, args=("-c", LEAVES_A_CHILD))
     program = await _Program.start(settings, sys.stderr)
     child = int(await program.output.readline())
     try:
