@@ -6,8 +6,10 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 from hypothesis import settings
 
 from tests.support import failing
@@ -50,6 +52,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Shuffles the tests alike in every process of one run."""
     if os.environ.get(SHUFFLE):
         random.Random(os.environ[SEED]).shuffle(items)
+
+
+# A command that runs within a test sets up the log. A logger that it made keep that setup would ignore capture_logs in
+# the tests after it.
+configure_log = structlog.configure
+
+
+def _configure_for_one_test(**settings: Any) -> None:
+    configure_log(**settings | {"cache_logger_on_first_use": False})
+
+
+structlog.configure = _configure_for_one_test  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def _the_log_stays_as_it_was() -> Iterator[None]:
+    before = structlog.get_config()
+    yield
+    configure_log(**before)
 
 
 @pytest.fixture(autouse=True)

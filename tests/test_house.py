@@ -183,7 +183,10 @@ class Line(NamedTuple):
 
 LINES: dict[str, Line] = {
     "*.StatusCode": Line({"rpc.interceptor"}, "Failures are turned into statuses in one place."),
-    "*.abort": Line({"rpc.interceptor"}, "All other modules raise errors."),
+    "*.abort": Line(
+        {"rpc.interceptor", "tools.mcp_pipes"},
+        "Calls are aborted in one place, other modules raise errors. The other aborts the input of a program.",
+    ),
     "grpc*": Line({"rpc", "auth.tls", "cli.health"}, "Only the services and the health check use the transport."),
     "cryptography": Line({"auth.tls"}, "Certificates are read in one place."),
     "jwt": Line({"auth.jwks", "auth.tokens"}, "Tokens are verified in one place."),
