@@ -324,8 +324,8 @@ def test_each_kind_of_code_is_where_it_belongs() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "named"),
     [
-        ("store.postgres", "from notecase_server.store import sqlite_tables", "store.sqlite"),
-        ("store.postgres", "from .sqlite import SqliteStore", "store.sqlite"),
+        ("store.postgres", "from notecase_server.store.sqlite import tables", "store.sqlite"),
+        ("store.postgres.tables", "from ..sqlite.store import SqliteStore", "store.sqlite"),
         ("store.tables", "import notecase_server.store.memory as other", "store.memory"),
         ("models.offline", "from notecase_server.models.openai import OpenAIProvider", "models.openai"),
         ("engine.turn", "from ..rpc import watch", "rpc"),
@@ -356,7 +356,7 @@ def test_a_forbidden_import_is_found(module: str, source: str, named: str) -> No
         ("store.memory", "import sqlite3 as db"),
         ("store.sqlite", "from asyncpg import Connection"),
         ("rpc.validate", "from liquid import Environment"),
-        ("store.sqlite_file", "import os\nhome = os.environ['HOME']"),
+        ("store.sqlite.file", "import os\nhome = os.environ['HOME']"),
         ("cli", "from os import getenv"),
         ("cli.chat", "from prompt_toolkit import PromptSession"),
         ("cli.run", "from rich.markdown import Markdown"),
@@ -382,7 +382,7 @@ def test_misplaced_code_is_found(module: str, source: str) -> None:
         ("engine.runs", "import time\ntime.monotonic()"),
         ("engine.runs", "def run(self, uuid, openai):\n    return uuid.hex + openai.key"),
         ("engine.runs", "from notecase_server import __version__, errors\nfrom notecase import v1"),
-        ("store.sqlite_file", "import sqlite3\nfrom .sqlite_tables import SqliteTables"),
+        ("store.sqlite.file", "import sqlite3\nfrom .tables import SqliteTables"),
         ("models.openai", "import openai"),
         ("serve", "from notecase_server.models.openai import OpenAIProvider"),
         ("serve", "from notecase_server.store.contract import Store"),

@@ -11,9 +11,9 @@ from unittest import mock
 import grpc
 import pytest
 from notecase import v1
-from notecase_server.store import sqlite_file
 from notecase_server.store.contract import SessionKey, StoreOpenError
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite import file as sqlite_file
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.cli.command import COMMAND, notecase, spawn
 from tests.store.build import ManualClock

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from notecase_server.store.postgres_schema import VERSION
+from notecase_server.store.postgres.schema import VERSION
 
 from tests.cli.command import notecase
 from tests.promises import ROOT

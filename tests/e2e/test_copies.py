@@ -21,8 +21,8 @@ from notecase_server.serve import now
 from notecase_server.serve_stores import open_store
 from notecase_server.store import copies
 from notecase_server.store.contract import Fork, SessionKey, Store
-from notecase_server.store.sql_pieces import STATE_ROWS
-from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.sql.pieces import STATE_ROWS
+from notecase_server.store.sqlite.tables import SqliteTables
 
 from tests.e2e.driving import reason_of
 from tests.e2e.test_deletion import Swept

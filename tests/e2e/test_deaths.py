@@ -8,7 +8,7 @@ import pytest
 from notecase import Client, v1
 from notecase_server.serve import now
 from notecase_server.store.contract import SessionKey
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.e2e.driving import said
 from tests.support.crashing import Crashing

@@ -16,7 +16,7 @@ from notecase import from_value, v1
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.serve import now
 from notecase_server.store.contract import Commit, Committed
-from notecase_server.store.postgres import PostgresStore
+from notecase_server.store.postgres.store import PostgresStore
 
 from tests.e2e.driving import log_of, reason_of, said
 from tests.store.build import KEY, create, increment

@@ -22,8 +22,8 @@ from notecase.view import ENDED
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now
 from notecase_server.store.contract import SessionKey, Store
-from notecase_server.store.postgres import PostgresStore
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.postgres.store import PostgresStore
+from notecase_server.store.sqlite.store import SqliteStore
 from notecase_server.tools.functions import CallContext, tool
 from notecase_server.tools.toolbox import make_toolbox
 

@@ -17,7 +17,7 @@ from notecase_server.serve import now
 from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import SessionKey, Store
 from notecase_server.store.fold import ENDED, state_scope
-from notecase_server.store.postgres import PostgresStore
+from notecase_server.store.postgres.store import PostgresStore
 from notecase_server.tools.toolbox import make_toolbox
 
 from tests.e2e.conftest import STORES

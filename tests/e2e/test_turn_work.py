@@ -13,8 +13,8 @@ from notecase import v1
 from notecase_server import serve
 from notecase_server.auth.principal import AuthContext, Authenticator, Metadata, Principal, Role
 from notecase_server.engine import upkeep
-from notecase_server.store import sqlite_writer
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite import writer as sqlite_writer
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.e2e.driving import OnStream, events_of, kinds, said
 from tests.support.server import ByTenant, Running, running

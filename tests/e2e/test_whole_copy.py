@@ -20,7 +20,7 @@ from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.store.contract import Scope
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.e2e.driving import said
 from tests.store import build

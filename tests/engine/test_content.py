@@ -11,7 +11,7 @@ from notecase_server.engine import values
 from notecase_server.engine.content import MAX_PART_BYTES, Contents, Limits, is_large
 from notecase_server.store.contract import CHUNK_BYTES, Quotas, Store
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import KEY, ManualClock, refused
 

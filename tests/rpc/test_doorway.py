@@ -24,8 +24,8 @@ from notecase_server.rpc.caller import caller
 from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.standby import _AnyMethod, _Doorway
-from notecase_server.store import sqlite_writer
 from notecase_server.store.memory import MemoryStore
+from notecase_server.store.sqlite import writer as sqlite_writer
 from structlog.testing import capture_logs
 
 from tests.e2e.driving import detail_of, fields_of, reason_of, said

@@ -10,7 +10,7 @@ from itertools import count
 
 from notecase import v1
 from notecase_server.store.contract import Commit
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import session_key
 

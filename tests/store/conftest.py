@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from notecase_server.store.contract import Clock, Store
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.postgres import PostgresStore
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.postgres.store import PostgresStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.fixtures import Open, clock, store
 from tests.support import pgbouncer, postgres

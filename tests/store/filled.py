@@ -6,7 +6,7 @@ from pathlib import Path
 
 from notecase import v1
 from notecase_server.store.contract import AuditRow, CommandId, Commit, KeyRow, Scope
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import (
     KEY,

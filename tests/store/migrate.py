@@ -9,8 +9,8 @@ from collections.abc import MutableMapping
 from typing import Any, NoReturn
 
 import structlog
-from notecase_server.store import sqlite_migration
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite import migration as sqlite_migration
+from notecase_server.store.sqlite.store import SqliteStore
 
 
 def stop(_: object, __: str, facts: MutableMapping[str, Any]) -> NoReturn:

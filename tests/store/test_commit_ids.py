@@ -13,7 +13,7 @@ from notecase_server.store.contract import (
     Fork,
     Store,
 )
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import (
     EVERYTHING,

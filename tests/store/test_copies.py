@@ -38,8 +38,8 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.imports import PIECE, Replay
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import (
     EVERYTHING,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from notecase import v1
 from notecase_server.store.contract import Answer, Commit, SessionKey
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import (
     KEY,

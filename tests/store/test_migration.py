@@ -20,10 +20,11 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from notecase import v1
 from notecase_server import names
-from notecase_server.store import bindings, sqlite_file
+from notecase_server.store import bindings
 from notecase_server.store.contract import Answer, Once, Query, Replayed, Scope, SessionKey, StoreOpenError
-from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.sqlite_schema import VERSION
+from notecase_server.store.sqlite import file as sqlite_file
+from notecase_server.store.sqlite.schema import VERSION
+from notecase_server.store.sqlite.store import SqliteStore
 from structlog.testing import capture_logs
 
 from tests.store.build import ManualClock, add, ended, refused, said

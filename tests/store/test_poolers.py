@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
-from notecase_server.store.postgres_database import Access, dialled, keeps_statements, reach
+from notecase_server.store.postgres.database import Access, dialled, keeps_statements, reach
 from structlog.testing import capture_logs
 
 from tests.support import postgres

@@ -18,8 +18,6 @@ from hypothesis import strategies as st
 from notecase import v1
 from notecase_server import serve_stores
 from notecase_server.errors import NotecaseError, reason_name
-from notecase_server.store import postgres as postgres_store
-from notecase_server.store import postgres_database, postgres_wire
 from notecase_server.store.contract import (
     CommandId,
     Commit,
@@ -30,11 +28,14 @@ from notecase_server.store.contract import (
     SessionKey,
     StoreOpenError,
 )
-from notecase_server.store.postgres import PostgresStore
-from notecase_server.store.postgres_commit import CommitTables
-from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
-from notecase_server.store.postgres_tables import PostgresTables
-from notecase_server.store.postgres_wire import Defect, awaited, escaped, unescaped
+from notecase_server.store.postgres import database as postgres_database
+from notecase_server.store.postgres import store as postgres_store
+from notecase_server.store.postgres import wire as postgres_wire
+from notecase_server.store.postgres.commit import CommitTables
+from notecase_server.store.postgres.schema import MIGRATIONS, VERSION
+from notecase_server.store.postgres.store import PostgresStore
+from notecase_server.store.postgres.tables import PostgresTables
+from notecase_server.store.postgres.wire import Defect, awaited, escaped, unescaped
 from structlog.testing import capture_logs
 
 from tests.store.build import (

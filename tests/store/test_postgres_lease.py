@@ -13,12 +13,12 @@ import pytest
 from notecase_server import serve, serve_stores
 from notecase_server.config import Settings
 from notecase_server.models.contract import Provider
-from notecase_server.store import postgres_renewal
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.postgres import PostgresStore
-from notecase_server.store.postgres_database import Access, dialled, migrate
-from notecase_server.store.postgres_lease import Owner, PostgresLease
-from notecase_server.store.postgres_renewal import renew
+from notecase_server.store.postgres import renewal as postgres_renewal
+from notecase_server.store.postgres.database import Access, dialled, migrate
+from notecase_server.store.postgres.lease import Owner, PostgresLease
+from notecase_server.store.postgres.renewal import renew
+from notecase_server.store.postgres.store import PostgresStore
 from notecase_server.store.rows import TABLES, Head
 from notecase_server.supervisor import Tasks
 from structlog.testing import capture_logs

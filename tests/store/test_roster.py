@@ -5,7 +5,7 @@ from pathlib import Path
 
 from notecase import v1
 from notecase_server.store.contract import ActiveRun, SessionKey, Store
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import (
     AGENT,

@@ -8,8 +8,8 @@ import pytest
 from notecase import v1
 from notecase_server.store import steps
 from notecase_server.store.contract import Commit, RunRecord, SessionKey
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.store import SqliteStore
 from notecase_server.store.tables import DeletedAgent
 
 from tests.store.build import (

@@ -19,7 +19,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
-from notecase_server.store import copies, sqlite_file, steps
+from notecase_server.store import copies, steps
 from notecase_server.store.contract import (
     Commit,
     Committed,
@@ -32,11 +32,12 @@ from notecase_server.store.contract import (
     StepKey,
     StoreOpenError,
 )
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.sqlite_schema import SCHEMA
-from notecase_server.store.sqlite_tables import SqliteTables
-from notecase_server.store.sqlite_writer import CHECKPOINT_WRITES
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite import file as sqlite_file
+from notecase_server.store.sqlite.schema import SCHEMA
+from notecase_server.store.sqlite.store import SqliteStore
+from notecase_server.store.sqlite.tables import SqliteTables
+from notecase_server.store.sqlite.writer import CHECKPOINT_WRITES
 from structlog.testing import capture_logs
 
 from tests.store.build import (

@@ -10,9 +10,9 @@ from typing import cast
 import pytest
 from notecase import v1
 from notecase_server.store.contract import Commit, SessionKey
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.store import SqliteStore
+from notecase_server.store.sqlite.tables import SqliteTables
 
 from tests.store.build import KEY, ManualClock, add, create, edit, ended, reborn, refused, said, start
 from tests.store.test_sqlite import full_disk
@@ -144,8 +144,8 @@ async def test_a_refused_commit_and_one_that_the_disk_fails_leave_what_the_file_
 
 
 async def test_few_and_small_sessions_and_agents_are_kept(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("notecase_server.store.sqlite_starts.MOST_SESSIONS", 3)
-    monkeypatch.setattr("notecase_server.store.sqlite_starts.MOST_AGENTS", 2)
+    monkeypatch.setattr("notecase_server.store.sqlite.starts.MOST_SESSIONS", 3)
+    monkeypatch.setattr("notecase_server.store.sqlite.starts.MOST_AGENTS", 2)
     for number in range(9):
         key = SessionKey(TENANT, f"s{number}", f"u{number}")
         await store.commit(Commit(key=key, create=v1.Session(agent="agents/sherlock")))
@@ -191,7 +191,7 @@ async def test_any_writes_at_once_leave_what_the_file_holds(store: SqliteStore, 
 async def test_the_rows_of_few_and_small_sessions_are_kept_for_their_next_commit(
     store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("notecase_server.store.sqlite_tables.SAVED_SESSIONS", 3)
+    monkeypatch.setattr("notecase_server.store.sqlite.tables.SAVED_SESSIONS", 3)
     kept = store._writer._tables._saved
     keys = [SessionKey(TENANT, f"s{number}", f"u{number}") for number in range(9)]
     for key in keys:

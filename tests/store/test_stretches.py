@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.store import fold
 from notecase_server.store.contract import Commit, Query, SessionKey
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 from notecase_server.store.stretches import Stretch, last_of, left_behind, superseded_at
 
 from tests.store.build import ManualClock, said

@@ -9,9 +9,9 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Answer, Commit, Once, Quotas, Replayed
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.sqlite_tallies import ROWS
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.store import SqliteStore
+from notecase_server.store.sqlite.tallies import ROWS
 
 from tests.store.build import SESSION, ManualClock, edit, once, refused, session_key
 

@@ -13,8 +13,8 @@ from notecase import v1
 from notecase_server.engine.sessions import Sessions
 from notecase_server.store import content, steps
 from notecase_server.store.contract import Answer, Commit, RunRecord
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.store import SqliteStore
 
 from tests.store.build import (
     KEY,

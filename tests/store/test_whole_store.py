@@ -371,7 +371,7 @@ async def test_keys_open_a_copy_and_a_renewed_store_as_before(path: Path, target
 
 RENEWED = """
 import os, signal, sys
-from notecase_server.store import sqlite_renewal
+from notecase_server.store.sqlite import renewal as sqlite_renewal
 session = sqlite_renewal.renewed_session
 def killed(body, uid):
     if sys.argv[2] == "kill":

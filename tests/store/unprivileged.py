@@ -7,7 +7,7 @@ import struct
 import sys
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite.store import SqliteStore
 
 CAPABILITY_VERSION_3 = 0x20080522
 

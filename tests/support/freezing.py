@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from notecase_server import cli
-from notecase_server.store.postgres import PostgresStore
-from notecase_server.store.postgres_commit import CommitTables
+from notecase_server.store.postgres.commit import CommitTables
+from notecase_server.store.postgres.store import PostgresStore
 
 from tests.support.polling import until
 from tests.support.server import Spawned

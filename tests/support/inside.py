@@ -3,8 +3,8 @@
 from typing import Any, cast
 
 from notecase_server.store.contract import Store
-from notecase_server.store.sql_pieces import STATE_ROWS
-from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.sql.pieces import STATE_ROWS
+from notecase_server.store.sqlite.tables import SqliteTables
 
 
 async def select(store: Store, statement: str) -> list[Any]:
@@ -17,7 +17,7 @@ def session_rows(store: Store) -> tuple[tuple[str, str, str], ...]:
     has."""
     tables: Any = SqliteTables
     if store.kind == "postgresql":
-        from notecase_server.store.postgres_tables import PostgresTables
+        from notecase_server.store.postgres.tables import PostgresTables
 
         tables = PostgresTables
     rows = (*tables.session_rows, *STATE_ROWS)

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
-from notecase_server.store import postgres_database
+from notecase_server.store.postgres import database as postgres_database
 
 SERVER = "NOTECASE_POSTGRES"
 """The variable with the URL of a superuser of a server to test on, which is neither started nor stopped."""

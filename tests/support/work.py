@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import Check
-from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.sqlite.tables import SqliteTables
 
 from tests.support.server import Running
 

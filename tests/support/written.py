@@ -8,8 +8,8 @@ assert max(each.rows for each in seen) < 1000
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.store import SqliteStore
 
 BYTES = {"body", "response", "data"}
 """The columns that may be large."""

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from notecase_server.store import sqlite_file, sqlite_renewal
 from notecase_server.store.contract import Clock, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.rows import StoreRows
-from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.sqlite_rows import SqliteRows
+from notecase_server.store.sqlite import file as sqlite_file
+from notecase_server.store.sqlite import renewal as sqlite_renewal
+from notecase_server.store.sqlite.rows import SqliteRows
+from notecase_server.store.sqlite.store import SqliteStore
 from notecase_server.store.store_copy import Progress, copy_store
 
 if TYPE_CHECKING:
-    from notecase_server.store.postgres_database import Access
-    from notecase_server.store.postgres_lease import PostgresLease
+    from notecase_server.store.postgres.database import Access
+    from notecase_server.store.postgres.lease import PostgresLease
 
 POSTGRES = frozenset({"postgresql", "postgres"})
 """Schemes of URLs."""
@@ -80,7 +81,7 @@ async def open_store(url: str, clock: Clock, database: Database = DATABASE, wait
     if kind in POSTGRES:
         if problem := driver_problem(url):
             raise StoreOpenError(problem)
-        from notecase_server.store.postgres import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
+        from notecase_server.store.postgres.store import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
 
         access, lease, _ = await _own(url, database, waiting)
         try:
@@ -101,12 +102,12 @@ async def open_store(url: str, clock: Clock, database: Database = DATABASE, wait
 async def _own(
     url: str, database: Database, waiting: Waiting | None = None, unfinished: bool = False
 ) -> "tuple[Access, PostgresLease, int]":
-    """Becomes the owner of a PostgreSQL store, as `postgres_database.own` has it. The number is that of the schema
+    """Becomes the owner of a PostgreSQL store, as `postgres.database.own` has it. The number is that of the schema
     before."""
     if problem := driver_problem(url):
         raise StoreOpenError(problem)
-    from notecase_server.store.postgres_database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
-    from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
+    from notecase_server.store.postgres.database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres.lease import PostgresLease  # noqa: PLC0415
 
     if (file := database.password_file) is not None and (problem := password_problem(file)):
         raise StoreOpenError(problem)
@@ -156,8 +157,8 @@ async def renew(url: str, new_uid: Callable[[], str], database: Database = DATAB
     if kind not in POSTGRES:
         raise _no_store(url, "sqlite:PATH")
     access, lease, _ = await _own(url, database)
-    from notecase_server.store.postgres_database import dialled, place, telling  # noqa: PLC0415  # asyncpg is an extra
-    from notecase_server.store.postgres_renewal import renew as renew_all  # noqa: PLC0415
+    from notecase_server.store.postgres.database import dialled, place, telling  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres.renewal import renew as renew_all  # noqa: PLC0415
 
     try:
         with telling(place(url)):
@@ -175,7 +176,7 @@ async def migrate(url: str, database: Database = DATABASE) -> tuple[int, int]:
         raise StoreOpenError("Only a PostgreSQL store needs this; a SQLite file is upgraded when it is opened.")
     _, lease, former = await _own(url, database)
     await lease.release()
-    from notecase_server.store.postgres_schema import VERSION  # noqa: PLC0415  # only this command needs it
+    from notecase_server.store.postgres.schema import VERSION  # noqa: PLC0415  # only this command needs it
 
     return former, VERSION
 
@@ -202,8 +203,8 @@ async def open_rows(url: str, is_target: bool) -> StoreRows:
     if kind not in POSTGRES:
         raise _no_store(url, "sqlite:PATH")
     access, lease, _ = await _own(url, Database(migrate=is_target), unfinished=is_target)
-    from notecase_server.store.postgres_database import place, telling  # noqa: PLC0415  # asyncpg is an extra
-    from notecase_server.store.postgres_rows import PostgresRows  # noqa: PLC0415
+    from notecase_server.store.postgres.database import place, telling  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres.rows import PostgresRows  # noqa: PLC0415
 
     where = place(url)
     try:

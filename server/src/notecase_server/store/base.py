@@ -34,7 +34,7 @@ from notecase_server.store.contract import (
 from notecase_server.store.copies import Copies
 from notecase_server.store.imports import Replay
 from notecase_server.store.lists import take
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.tables import FIRST_PLACE, RunPlace
 
 T = TypeVar("T")

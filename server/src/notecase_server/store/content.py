@@ -13,7 +13,7 @@ from notecase_server import errors
 from notecase_server.store.contract import CHUNK_BYTES, Scope
 from notecase_server.store.fold import PREFIX, references
 from notecase_server.store.quotas import require_content, require_upload
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.tables import BlobRow, UploadRow
 
 M = TypeVar("M", v1.Event, v1.StateOp)

@@ -23,7 +23,7 @@ from notecase_server import errors
 from notecase_server.store import fold, past
 from notecase_server.store.contract import Commit, Committed, Fork, Once, Past, Restore, Scope, SessionKey
 from notecase_server.store.quotas import require_record, require_session
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.steps import FIRST_EPOCH, event_rows, existing, recall, remember, require_free
 from notecase_server.store.tables import Batch, Piece, SessionRow
 

@@ -17,7 +17,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
 from notecase_server.store.contract import ANSWER_BYTES, LAST_SECOND, Restore, SessionKey
 from notecase_server.store.copies import Row
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.steps import event_row, load, stretches_of
 from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Batch, EventRow

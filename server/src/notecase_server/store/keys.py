@@ -6,7 +6,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.store.contract import MAX_KEYS, KeyRow, Once
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.steps import recall, remember
 from notecase_server.store.tenants import known_tenant
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 from notecase_server import errors
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite_file import in_memory
-from notecase_server.store.sqlite_tables import SqliteTables
-from notecase_server.store.sqlite_writer import Writer
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.file import in_memory
+from notecase_server.store.sqlite.tables import SqliteTables
+from notecase_server.store.sqlite.writer import Writer
 
 T = TypeVar("T")
 

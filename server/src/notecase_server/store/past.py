@@ -11,7 +11,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.store import fold
 from notecase_server.store.contract import Past, Query, Scope, SessionKey, StepKey
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 
 Entries = dict[str, v1.StateEntry | None]
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 from notecase import v1
 
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 
 
 def know(tables: Tables, now: int, tenant: str, principal: v1.Principal) -> v1.Principal:

@@ -5,7 +5,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.store.contract import Commit, Once, Quotas, Scope
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 
 BEGINS = frozenset({"message_added", "run_started", "command_queued", "state_changed"})
 """Events by which a caller's commit adds to what is kept. A commit with a rewind takes something back, and is let

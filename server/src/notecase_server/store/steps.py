@@ -34,7 +34,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.lists import Found, take
 from notecase_server.store.quotas import require_agent, require_keys, require_log, require_record, require_session
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.stretches import Stretch, last_of, left_behind
 from notecase_server.store.tables import (
     Added,

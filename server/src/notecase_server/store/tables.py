@@ -1,4 +1,4 @@
-"""The rows under a store as values; `sql_tables.Tables` reads and writes them, and `steps` decides what they hold."""
+"""The rows under a store as values; `sql.tables.Tables` reads and writes them, and `steps` decides what they hold."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -5,7 +5,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.store.contract import Once, Query
 from notecase_server.store.lists import take
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.steps import SWEEP_BYTES, SWEEP_ROWS, recall, remember
 from notecase_server.store.tables import Batch
 

@@ -24,10 +24,10 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.lists import Found, column
-from notecase_server.store.sql import KEPT, REWIND, marks, message_row, of, session_row
-from notecase_server.store.sql_content import SqlContent
-from notecase_server.store.sql_directory import SqlDirectory
-from notecase_server.store.sql_pieces import Pieces
+from notecase_server.store.sql.content import SqlContent
+from notecase_server.store.sql.directory import SqlDirectory
+from notecase_server.store.sql.pieces import Pieces
+from notecase_server.store.sql.statements import KEPT, REWIND, marks, message_row, of, session_row
 from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import (
     Applied,

@@ -9,9 +9,9 @@ import asyncpg
 import structlog
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.postgres_database import UNFINISHED, refusal, stay_owner
-from notecase_server.store.postgres_lease import PostgresLease
-from notecase_server.store.postgres_wire import LOST, escaped, kind, unescaped
+from notecase_server.store.postgres.database import UNFINISHED, refusal, stay_owner
+from notecase_server.store.postgres.lease import PostgresLease
+from notecase_server.store.postgres.wire import LOST, escaped, kind, unescaped
 from notecase_server.store.rows import TABLES, Head, Row, Table
 
 log = structlog.get_logger()

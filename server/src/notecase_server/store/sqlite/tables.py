@@ -12,10 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from notecase import v1
 
-from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import RUN_COLUMNS, Query, Quotas, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found, Labelled, column
-from notecase_server.store.sql import (
+from notecase_server.store.sql.pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, TenantRows, copies
+from notecase_server.store.sql.statements import (
     CHANGED,
     COMMITS,
     MESSAGE,
@@ -29,9 +29,9 @@ from notecase_server.store.sql import (
     of,
     session_row,
 )
-from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, TenantRows, copies
-from notecase_server.store.sql_tables import Tables, agent_body
-from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
+from notecase_server.store.sql.tables import Tables, agent_body
+from notecase_server.store.sqlite import tallies
+from notecase_server.store.sqlite.schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
 from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import (
     Applied,
@@ -300,7 +300,7 @@ class SqliteTables(Tables):
 
     def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         if kind in self.tallied:
-            row = self._execute(sqlite_tallies.KEPT, (kind, tenant)).fetchone()
+            row = self._execute(tallies.KEPT, (kind, tenant)).fetchone()
             return int(row[0]) if row else 0
         return super().kept(kind, tenant, *within)
 

@@ -15,9 +15,9 @@ import structlog
 from asyncpg import Connection, Pool, Record
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.postgres_lease import PostgresLease
-from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
-from notecase_server.store.postgres_wire import (
+from notecase_server.store.postgres.lease import PostgresLease
+from notecase_server.store.postgres.schema import MIGRATIONS, VERSION
+from notecase_server.store.postgres.wire import (
     LOCK_BOUND,
     LOST,
     OWNED,

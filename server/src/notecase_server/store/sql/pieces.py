@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from notecase_server.store.contract import Scope, SessionKey
 from notecase_server.store.rows import TABLES, Table
-from notecase_server.store.sql import Sql, marks
+from notecase_server.store.sql.statements import Sql, marks
 from notecase_server.store.tables import Batch, DeletedAgent, Piece
 
 WHOSE = frozenset({"tenant", "uid", "kind", "id"})

@@ -3,7 +3,7 @@ history."""
 
 import asyncpg
 
-from notecase_server.store.postgres_database import stay_owner
+from notecase_server.store.postgres.database import stay_owner
 from notecase_server.store.renewal import renewed_answer, renewed_session
 from notecase_server.store.rows import UIDS
 

@@ -17,7 +17,7 @@ from notecase import v1
 from notecase_server.store import fold
 from notecase_server.store.contract import Commit, Once, Query, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found
-from notecase_server.store.postgres_tables import (
+from notecase_server.store.postgres.tables import (
     CALLS,
     MESSAGES,
     PUT_SESSION,
@@ -27,8 +27,8 @@ from notecase_server.store.postgres_tables import (
     held_calls,
     session_changes,
 )
-from notecase_server.store.postgres_tallies import Counts
-from notecase_server.store.postgres_wire import (
+from notecase_server.store.postgres.tallies import Counts
+from notecase_server.store.postgres.wire import (
     GUARD,
     LOCK_BOUND,
     OWNED,
@@ -38,7 +38,7 @@ from notecase_server.store.postgres_wire import (
     uncancelled,
     unescaped,
 )
-from notecase_server.store.sql import REWIND, message_row, session_row
+from notecase_server.store.sql.statements import REWIND, message_row, session_row
 from notecase_server.store.stretches import superseded_at
 from notecase_server.store.tables import Applied, Changes, Recorded, SessionRow
 

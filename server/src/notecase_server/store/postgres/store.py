@@ -1,7 +1,7 @@
 """A store in a PostgreSQL database: durable when a commit returns, owned by one server at a time.
 
 Each read sees one state of the rows: it is a transaction or a single statement. A commit is two statements and no
-transaction (`postgres_commit`); every other write is one transaction. A write is made in a task of the store, so that
+transaction (`commit`); every other write is one transaction. A write is made in a task of the store, so that
 no caller who goes away leaves it half done. When a connection is lost, STORE_UNAVAILABLE may also mean that the write
 was made: callers ask by the commit's or the request's id.
 """
@@ -17,13 +17,13 @@ from notecase_server import errors
 from notecase_server.store import fold, steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed
-from notecase_server.store.postgres_commit import CommitTables
-from notecase_server.store.postgres_database import Access, Database, connect, raise_fence
-from notecase_server.store.postgres_lease import PostgresLease
-from notecase_server.store.postgres_locks import Locks
-from notecase_server.store.postgres_tables import PostgresTables, WritingTables
-from notecase_server.store.postgres_tallies import CountedAloneError, Counts, Tallies
-from notecase_server.store.postgres_wire import (
+from notecase_server.store.postgres.commit import CommitTables
+from notecase_server.store.postgres.database import Access, Database, connect, raise_fence
+from notecase_server.store.postgres.lease import PostgresLease
+from notecase_server.store.postgres.locks import Locks
+from notecase_server.store.postgres.tables import PostgresTables, WritingTables
+from notecase_server.store.postgres.tallies import CountedAloneError, Counts, Tallies
+from notecase_server.store.postgres.wire import (
     GUARD,
     LOST,
     MISPLACED,
@@ -36,7 +36,7 @@ from notecase_server.store.postgres_wire import (
     sqlstate,
     uncancelled,
 )
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.supervisor import Tasks
 
 __all__ = ["PostgresStore"]
@@ -73,7 +73,7 @@ class PostgresStore(TableStore):
         lease: PostgresLease | None = None,
     ) -> Self:
         """Opens `postgresql://USER@HOST/DATABASE?PARAMETERS`, with the parameters of libpq, under a lease that was
-        taken (`postgres_database.own`); the store lets go of it when it is closed. See `postgres_database.connect` for
+        taken (`database.own`); the store lets go of it when it is closed. See `database.connect` for
         what happens without.
 
         Raises StoreOpenError, whose text is for the operator."""

@@ -22,8 +22,8 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.sqlite_migration import migrate
-from notecase_server.store.sqlite_schema import SCHEMA, VERSION
+from notecase_server.store.sqlite.migration import migrate
+from notecase_server.store.sqlite.schema import SCHEMA, VERSION
 
 log = structlog.get_logger()
 

@@ -23,9 +23,11 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.lists import Found, Labelled, column
-from notecase_server.store.postgres_tallies import TALLIED, CountedAloneError, Counts
-from notecase_server.store.postgres_wire import awaited, escaped, unescaped
-from notecase_server.store.sql import (
+from notecase_server.store.postgres.tallies import TALLIED, CountedAloneError, Counts
+from notecase_server.store.postgres.wire import awaited, escaped, unescaped
+from notecase_server.store.sql.content import SqlContent
+from notecase_server.store.sql.pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, copies
+from notecase_server.store.sql.statements import (
     CHANGED,
     MESSAGE,
     REWIND,
@@ -37,9 +39,7 @@ from notecase_server.store.sql import (
     message_row,
     of,
 )
-from notecase_server.store.sql_content import SqlContent
-from notecase_server.store.sql_pieces import ROWS, SESSION_ROWS, TENANT_ROWS, Copied, Rows, copies
-from notecase_server.store.sql_tables import Tables
+from notecase_server.store.sql.tables import Tables
 from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Applied, BlobRow, Changes, EventRow, Kept, SessionRow, UploadRow
 
@@ -139,7 +139,7 @@ def _labels(row: Labelled) -> str | None:
 
 
 class PostgresTables(Tables):
-    """Rows as one connection sees them, for a step that `postgres_wire.run` runs: within a transaction that somebody
+    """Rows as one connection sees them, for a step that `wire.run` runs: within a transaction that somebody
     else begins and ends, or a statement at a time."""
 
     store = "notecase_store"

@@ -24,11 +24,11 @@ from notecase_server import errors
 from notecase_server.store import steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed, SessionKey
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite_file import Connections, connect
-from notecase_server.store.sqlite_starts import Starts
-from notecase_server.store.sqlite_tables import SqliteTables
-from notecase_server.store.sqlite_writer import Outcome, Writer, caller_error, checkpointed
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite.file import Connections, connect
+from notecase_server.store.sqlite.starts import Starts
+from notecase_server.store.sqlite.tables import SqliteTables
+from notecase_server.store.sqlite.writer import Outcome, Writer, caller_error, checkpointed
 from notecase_server.supervisor import Tasks
 
 __all__ = ["SqliteStore"]

@@ -10,11 +10,11 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from notecase_server import errors
-from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import Clock, Quotas
-from notecase_server.store.sql_tables import Tables
-from notecase_server.store.sqlite_file import BUSY_SECONDS
-from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.sql.tables import Tables
+from notecase_server.store.sqlite import tallies
+from notecase_server.store.sqlite.file import BUSY_SECONDS
+from notecase_server.store.sqlite.tables import SqliteTables
 
 log = structlog.get_logger()
 
@@ -127,9 +127,9 @@ class Writer:
         """Begins to keep tallies of what has a bound now."""
         if quotas is self._tables.quotas:
             return
-        bounded = {kind for kind in sqlite_tallies.ROWS if getattr(quotas, kind)}
+        bounded = {kind for kind in tallies.ROWS if getattr(quotas, kind)}
         if new := bounded - self._tables.tallied:
-            sqlite_tallies.begin(self._connection, new)
+            tallies.begin(self._connection, new)
             self._tables.tallied |= new
         self._tables.quotas = quotas
 

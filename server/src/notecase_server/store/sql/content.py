@@ -7,7 +7,7 @@ from notecase import v1
 from notecase_server.store.contract import Query
 from notecase_server.store.fold import PREFIX
 from notecase_server.store.lists import Found
-from notecase_server.store.sql import Sql
+from notecase_server.store.sql.statements import Sql
 from notecase_server.store.tables import BlobRow, UploadRow
 
 LOOSE = """upload_time < $1 AND NOT EXISTS

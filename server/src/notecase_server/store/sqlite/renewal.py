@@ -8,8 +8,8 @@ from pathlib import Path
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.renewal import renewed_answer, renewed_session
 from notecase_server.store.rows import UIDS
-from notecase_server.store.sqlite_file import connect, require_closed
-from notecase_server.store.sqlite_schema import HEAD
+from notecase_server.store.sqlite.file import connect, require_closed
+from notecase_server.store.sqlite.schema import HEAD
 
 OWN = {"active_runs": ("run_agents",), "events": ("logs", "lookups")}
 """Tables of this store that correspond to one of the portable ones."""

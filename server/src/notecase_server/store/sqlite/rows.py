@@ -9,8 +9,8 @@ from typing import Any, Self
 
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.rows import TABLES, Head, Row, Table
-from notecase_server.store.sqlite_file import UNFINISHED, Connections, connect, has_table
-from notecase_server.store.sqlite_schema import HEAD
+from notecase_server.store.sqlite.file import UNFINISHED, Connections, connect, has_table
+from notecase_server.store.sqlite.schema import HEAD
 
 CHECKPOINT_PAGES = 4000
 """How long the write-ahead log becomes while rows are loaded: 16 MB."""

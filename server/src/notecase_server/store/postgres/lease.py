@@ -15,7 +15,7 @@ import asyncpg
 import structlog
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.postgres_wire import LOST, kind
+from notecase_server.store.postgres.wire import LOST, kind
 from notecase_server.supervisor import Tasks
 
 log = structlog.get_logger()

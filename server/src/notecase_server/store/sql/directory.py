@@ -7,7 +7,7 @@ from notecase import v1
 
 from notecase_server.store.contract import AUDIT_COLUMNS, KeyRow, Query
 from notecase_server.store.lists import Found, column
-from notecase_server.store.sql import Sql, marks
+from notecase_server.store.sql.statements import Sql, marks
 
 ADD_AUDIT = f"""INSERT INTO audit (tenant, {", ".join(AUDIT_COLUMNS)}, body)
     VALUES ({marks(2 + len(AUDIT_COLUMNS))})"""

@@ -23,7 +23,7 @@ import structlog
 from notecase import v1
 
 from notecase_server.store import earlier
-from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, SCHEMA
+from notecase_server.store.sqlite.schema import BY_ID, HEAD, IN_ORDER, SCHEMA
 from notecase_server.store.stretches import Stretch, last_of, left_behind
 
 log = structlog.get_logger()

@@ -1,7 +1,7 @@
 """The tables of a PostgreSQL store, as numbered migrations.
 
 They have the names and columns of the SQLite store's tables. Every text is `COLLATE "C"`, the order of its UTF-8 bytes,
-whatever collation the database has, and is written as `postgres_wire.escaped` says. The columns that every commit
+whatever collation the database has, and is written as `wire.escaped` says. The columns that every commit
 changes are in no index, and the tables that hold them leave room in their pages, so that PostgreSQL can write the new
 version of a row next to the old one and no index changes.
 """

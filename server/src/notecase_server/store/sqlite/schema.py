@@ -1,7 +1,7 @@
 """The tables of a SQLite store, as they are now.
 
 Rows lie in the order of their keys, so that the rows of one session are neighbours and each is written once. `body` is
-the serialized message; the columns next to it are what lists search by. `labels` is explained in sqlite_tables. A
+the serialized message; the columns next to it are what lists search by. `labels` is explained in `tables`. A
 session is known by its uid everywhere; only `session_names` finds it by its name. Rows of a session that has no row in
 `sessions` are what is left of a deleted one, or a fork or an import under way: nobody reads them.
 
