@@ -15,6 +15,7 @@ from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc import gate as gate_module
 from notecase_server.rpc import ops
+from notecase_server.rpc import receiving as receiving_module
 from notecase_server.rpc.gate import Gate, Outlet
 from structlog.testing import capture_logs
 
@@ -114,6 +115,27 @@ async def test_the_bytes_of_requests_are_bounded_for_a_connection_and_for_the_se
             await asyncio.gather(*waiting)
         await until(lambda: not gate.requested)
         await served.state.PutState(put)
+
+
+async def test_requests_of_a_principal_are_received_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others' bytes stay with their senders, but for the first ones; and a request that is never complete keeps
+    its turn for a time only."""
+    monkeypatch.setattr(receiving_module, "SHARE", 2)
+    async with running() as served, Deaf(served.address) as deaf:
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+        receiving = served.server.gate.receiving
+        for _ in range(3):
+            await deaf.begin(UPDATE, b"the beginning of a request")
+        await until(lambda: receiving.waiting == 1)
+        opened = await deaf.windows()
+        assert {1, 3} == opened.keys() - {0}
+        assert min(opened[1], opened[3]) > 900 << 10
+        get = asyncio.ensure_future(served.sessions.GetSession(v1.GetSessionRequest(name="sessions/s")))
+        await until(lambda: receiving.waiting == 2)
+        receiving.pass_on(asyncio.get_running_loop().time() + receiving_module.PATIENCE)
+        await get
+        assert 5 in await deaf.windows()
+    await until(lambda: not (receiving.waiting or receiving._own))
 
 
 async def test_a_frame_of_a_stream_counts_until_the_next_is_read() -> None:

@@ -13,7 +13,9 @@ from inspect import isasyncgen
 from typing import Any
 
 from notecase_server import errors
+from notecase_server.auth.principal import Principal
 from notecase_server.rpc.peers import Peers
+from notecase_server.rpc.receiving import Receiving
 
 READ_AHEAD = 64 << 10
 """Bytes a connection may always leave unread. About what HTTP/2 lets each end send ahead."""
@@ -54,6 +56,7 @@ class Gate:
         self._max_unread = max_unread
         self._max_requested = max_requested
         self._connections: dict[str, _Connection] = {}
+        self.receiving = Receiving()
         self.calls = 0
         """Open now, without probes."""
         self.unread = 0
@@ -135,6 +138,16 @@ class Call:
         self.requested = size
         self._connection.requested += more
         self._gate.requested += more
+
+    async def receive(self, principal: Principal, read: Callable[[], Awaitable[Any]]) -> Any:
+        """Reads the first request of a call in its turn; a probe's at once."""
+        if self._probe:
+            return await read()
+        turn = await self._gate.receiving.turn(principal)
+        try:
+            return await read()
+        finally:
+            turn.end()
 
     def has_room(self, size: int) -> bool:
         """Whether a frame of so many bytes may wait, too. A connection on which nothing waits takes any."""
