@@ -98,3 +98,18 @@ class Deaf:
 def _string(text: bytes) -> bytes:
     assert len(text) < 127  # longer ones take more than a byte for their length
     return bytes([len(text)]) + text
+
+
+async def trailers(address: str, headers: bytes, request: bytes = b"") -> bytes:
+    """Makes a call with these headers over a connection of its own, and returns the last headers of the answer as they
+    came. Raises OSError and EOFError when the connection ends before."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(OPENING + ACKNOWLEDGED + WIDE + frame(HEADERS, END_HEADERS, 1, headers))
+    writer.write(frame(DATA, END_STREAM, 1, message(request)))
+    while True:
+        head = await reader.readexactly(9)
+        payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
+        if head[3] == HEADERS and head[4] & END_STREAM:
+            writer.transport.abort()
+            return payload

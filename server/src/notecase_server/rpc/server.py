@@ -19,6 +19,7 @@ from notecase_server.rpc.keys import KeysService
 from notecase_server.rpc.messages import Messages
 from notecase_server.rpc.ops import SERVICE as HEALTH
 from notecase_server.rpc.ops import Health
+from notecase_server.rpc.paths import tolerate_any_path
 from notecase_server.rpc.receiving import READ_AHEAD
 from notecase_server.rpc.reflection import add_reflection
 from notecase_server.rpc.runs import RunsService
@@ -102,6 +103,7 @@ async def build(
 ) -> tuple[grpc.aio.Server, Health]:
     """Makes a server with every service added and no port yet. `channel` are grpc's arguments, as `options` makes
     them."""
+    tolerate_any_path()
     server = grpc.aio.server(interceptors=[doorway], options=channel)
     methods: Any = _Unregistered(server)
     v1.add_ServerServiceServicer_to_server(Servers(desk, store.kind), methods)
