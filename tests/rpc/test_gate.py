@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
@@ -280,6 +281,18 @@ async def test_a_reader_may_leave_something_unread_whatever_others_do() -> None:
     gate.enter(_Context("b"), probe=False)
     calls[1].read(60 << 10)
     assert calls[1].has_room(1 << 20)
+
+
+async def test_a_write_that_fails_because_the_caller_is_gone_ends_the_call_as_its_cancel_does() -> None:
+    """It was logged as a defect when grpc's cancel came later than that."""
+    gate = Gate(100, 100, 100)
+    context: Any = _Context("a")
+    call = gate.enter(context, probe=False)
+    context.write = AsyncMock(side_effect=grpc.aio.InternalError("Failed"))
+    with pytest.raises(asyncio.CancelledError):
+        await Outlet(call, bytes, context, 60.0).write(b"frame")
+    call.left(None)
+    assert not gate.unread
 
 
 class _Context:

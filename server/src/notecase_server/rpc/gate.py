@@ -12,6 +12,8 @@ from contextlib import aclosing
 from inspect import isasyncgen
 from typing import Any
 
+import grpc
+
 from notecase_server import errors
 from notecase_server.auth.principal import Principal
 from notecase_server.rpc.peers import Peers
@@ -202,6 +204,8 @@ class Outlet:
         call.due = self._time() + self._stall
         try:
             await self._write(frame)
+        except grpc.aio.InternalError:  # the caller is gone, and grpc is about to cancel the call
+            raise asyncio.CancelledError from None
         finally:
             call.due = math.inf
         call.read(size)
