@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -312,7 +313,7 @@ async def test_the_status_of_a_call_is_raised_that_ends_while_it_is_written_to(
             yield v1.ImportSessionRequest(chunk=bytes(1 << 20))
 
     server = grpc.aio.server(options=(("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10)))
-    handlers = {"ImportSession": grpc.stream_unary_rpc_method_handler(refuse)}
+    handlers: Any = {"ImportSession": grpc.stream_unary_rpc_method_handler(refuse)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("notecase.v1.SessionService", handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -13,6 +13,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from notecase import v1
 from notecase_server.auth.principal import Principal, Role
+from notecase_server.engine.opening import incoming
 from notecase_server.rpc import messages
 from notecase_server.rpc.caller import Caller, caller
 from notecase_server.rpc.run import MAX_RESULTS, Results
@@ -373,13 +374,11 @@ async def test_a_large_write_and_a_large_page_wait_for_their_turn_and_small_ones
 
 async def test_messages_that_wait_for_their_turn_are_not_copied_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each copy would have the size of the request, and many may wait."""
-    copied = 0
-    make = messages.incoming
+    copied: list[str] = []
 
     def count(new_id: Callable[[], str], said: Sequence[v1.Message], user: str) -> list[v1.Message]:
-        nonlocal copied
-        copied += 1
-        return make(new_id, said, user)
+        copied.append(user)
+        return incoming(new_id, said, user)
 
     monkeypatch.setattr(messages, "incoming", count)
     async with running(max_heavy_reads=1) as served:
@@ -392,7 +391,7 @@ async def test_messages_that_wait_for_their_turn_are_not_copied_before(monkeypat
         assert not copied
         heavy.give_back()
         await waiting
-        assert 1 == copied
+        assert 1 == len(copied)
 
 
 async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) -> None:
