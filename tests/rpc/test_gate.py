@@ -122,6 +122,7 @@ async def test_requests_of_a_principal_are_received_in_turn(monkeypatch: pytest.
     """All others' bytes stay with their senders, but for the first ones; and a request that is never complete keeps
     its turn for a time only."""
     monkeypatch.setattr(receiving_module, "SHARE", 2)
+    monkeypatch.setattr(receiving_module, "PATIENCE", 3600.0)
     async with running() as served, Deaf(served.address) as deaf:
         await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
         receiving = served.server.gate.receiving
@@ -131,10 +132,14 @@ async def test_requests_of_a_principal_are_received_in_turn(monkeypatch: pytest.
         opened = await deaf.windows()
         assert {1, 3} == opened.keys() - {0}
         assert min(opened[1], opened[3]) > 900 << 10
+        for _ in range(2):
+            await deaf.begin(UPDATE, b"the beginning of a request")
+        await until(lambda: receiving.waiting == 3)
         get = asyncio.ensure_future(served.sessions.GetSession(v1.GetSessionRequest(name="sessions/s")))
-        await until(lambda: receiving.waiting == 2)
+        await until(lambda: receiving.waiting == 4)
         receiving.pass_on(asyncio.get_running_loop().time() + receiving_module.PATIENCE)
-        await get
+        await get  # in the turn of its connection, not behind all of the other's
+        await until(lambda: receiving.waiting == 1)
         assert 5 in await deaf.windows()
     await until(lambda: not (receiving.waiting or receiving._own))
 

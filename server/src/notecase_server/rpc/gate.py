@@ -145,7 +145,7 @@ class Call:
         """Reads the first request of a call in its turn; a probe's at once."""
         if self._probe:
             return await read()
-        turn = await self._gate.receiving.turn(principal)
+        turn = await self._gate.receiving.turn(principal, self._peer)
         try:
             return await read()
         finally:

@@ -18,9 +18,9 @@ MOST = 128
 SHARE = 32
 """Requests of one principal that the server receives at once."""
 
-PATIENCE = 10.0
+PATIENCE = 2.0
 """Seconds after which a request that is not complete leaves its place to others. It is still received: a slow line
-may need longer, and with many calls on it none would ever be complete otherwise."""
+may need longer, and takes little memory meanwhile."""
 
 
 class Receiving:
@@ -40,12 +40,13 @@ class Receiving:
         """How many calls wait for their turn."""
         return self._all.waiting + sum(places.waiting for places in self._own.values())
 
-    async def turn(self, principal: Principal) -> "Turn":
-        """Waits until a request of this principal may be received. Principals have their turn one after the other."""
+    async def turn(self, principal: Principal, peer: str) -> "Turn":
+        """Waits until a request of this principal, from this peer, may be received. Principals have their turn one
+        after the other, and so have the connections of each."""
         key = f"{principal.tenant}/{principal.subject}"
         own = self._own.setdefault(key, Places(SHARE))
         try:
-            await own.wait(key)
+            await own.wait(peer)
         except BaseException:
             self._forget(key)
             raise
