@@ -208,6 +208,17 @@ async def test_a_probe_holds_no_large_request(method: str) -> None:
         assert "PAYLOAD_TOO_LARGE" == reason_of(await refusal(probe(frame).read()))
 
 
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_a_probe_whose_request_does_not_come_ends(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no credential, and what came of its request would be held as long as its connection."""
+    monkeypatch.setattr(gate_module, "PATIENCE", 0.0)
+    async with running() as served, Deaf(served.address) as deaf:
+        with capture_logs() as lines:
+            await deaf.begin(f"/grpc.health.v1.Health/{method}", b"the beginning")
+            await until(lambda: reasons(lines) == ["INVALID_FIELD"])
+        await until(lambda: not served.server.gate._connections)
+
+
 async def test_a_watcher_of_health_that_reads_nothing_delays_no_other_caller() -> None:
     """Neither other watchers nor the stop of the server."""
     status = health_pb2.HealthCheckResponse

@@ -17,7 +17,7 @@ import grpc
 from notecase_server import errors
 from notecase_server.auth.principal import Principal
 from notecase_server.rpc.peers import Peers
-from notecase_server.rpc.receiving import Receiving
+from notecase_server.rpc.receiving import PATIENCE, Receiving
 
 READ_AHEAD = 64 << 10
 """Bytes a connection may always leave unread. About what HTTP/2 lets each end send ahead."""
@@ -112,7 +112,8 @@ class Call:
 
     def __init__(self, gate: Gate, peer: str, connection: _Connection, probe: bool) -> None:
         self.due = math.inf
-        """The loop's time at which a frame has waited for its reader for too long; infinite while none waits."""
+        """The loop's time at which a frame has waited for its reader for too long, or the request of a probe has been
+        received for too long; infinite while neither is so."""
         self._gate = gate
         self._peer = peer
         self._probe = probe
@@ -142,14 +143,24 @@ class Call:
         self._gate.requested += more
 
     async def receive(self, principal: Principal, read: Callable[[], Awaitable[Any]]) -> Any:
-        """Reads the first request of a call in its turn; a probe's at once."""
+        """Reads the first request of a call in its turn; a probe's at once, but not for longer than PATIENCE."""
         if self._probe:
-            return await read()
+            self.due = asyncio.get_running_loop().time() + PATIENCE
+            try:
+                return await read()
+            finally:
+                self.due = math.inf
         turn = await self._gate.receiving.turn(principal, self._peer)
         try:
             return await read()
         finally:
             turn.end()
+
+    def overdue(self, stall: float) -> errors.NotecaseError:
+        """Returns the error with which a call ends at `due`; `stall` is how long a frame may wait for its reader."""
+        if self._probe and not self.whole:
+            return errors.invalid([errors.Violation("request", f"was not complete within {PATIENCE:g} seconds")])
+        return errors.watcher_too_slow(stall)
 
     def has_room(self, size: int) -> bool:
         """Whether a frame of so many bytes may wait, too. A connection on which nothing waits takes any."""

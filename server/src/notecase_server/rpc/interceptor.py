@@ -209,7 +209,7 @@ class Doorway(grpc.aio.ServerInterceptor):
             self.gate.receiving.pass_on(now)
             for one in self._under_way.values():
                 if one.call.due <= now:
-                    one.end(errors.watcher_too_slow(self.stall))
+                    one.end(one.call.overdue(self.stall))
 
     def leave(self, one: UnderWay) -> None:
         """Ends what `enter` began."""
