@@ -185,6 +185,23 @@ async def test_output_on_a_full_disk_is_reported_without_a_traceback(words: tupl
 @pytest.mark.parametrize(
     "words",
     [
+        ("logs", "s", "--after"),
+        ("sessions", "fork", "s", "--at"),
+        ("sessions", "rewind", "s", "--to"),
+        ("sessions", "list", "--limit"),
+        ("state", "put", "s", "k", "1", "--if-version"),
+    ],
+    ids=lambda words: words[-1],
+)
+async def test_a_number_that_no_request_can_have_is_refused(words: tuple[str, ...]) -> None:
+    """Otherwise the command would end in a traceback."""
+    done = await notecase(*words, str(1 << 63))
+    assert (2, True) == (done.code, "9223372036854775808 is too large." in done.err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         ("run", "-"),
         ("messages", "append", "s", "-"),
         ("agents", "apply", "-f", "-"),

@@ -108,7 +108,8 @@ async def test_a_file_with_a_token_that_others_can_read_is_not_used(tmp_path: Pa
     file.chmod(0o644)
     done = await notecase("agents", "list", env=env)
     assert (1, True) == (done.code, f"The token cannot be read from {Path.cwd() / 'token'}" in done.err)
-    for text in ('{"profiles": {"a": {"adress": "x"}}}', "[" * 100_000):
+    number, words = '{"profiles": {"a": {"address": 5}}}', '{"profiles": {"a": {"address": "a:1", "plaintext": "no"}}}'
+    for text in ('{"profiles": {"a": {"adress": "x"}}}', number, words, "[" * 100_000):
         file.write_text(text)
         done = await notecase("agents", "list", env=env)
         assert (2, True) == (done.code, "is not a profiles file" in done.err)

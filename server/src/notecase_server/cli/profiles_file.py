@@ -83,6 +83,9 @@ class Profiles:
         return self.profiles[name]
 
 
+_FORM = asdict(Profile(""))
+
+
 def path() -> Path:
     """Returns where the file is, whether it exists or not."""
     return Path(click.get_app_dir("notecase")) / "profiles.json"
@@ -98,6 +101,10 @@ def read(strict: bool = True) -> Profiles:
             held = json.load(opened)
         profiles = {name: Profile(**told) for name, told in held["profiles"].items()}
         found = Profiles(profiles, held.get("current", ""))
+        if not all(
+            type(value) is type(_FORM[name]) for one in profiles.values() for name, value in asdict(one).items()
+        ):
+            raise TypeError
     except FileNotFoundError:
         return Profiles()
     except OSError as error:
