@@ -594,6 +594,30 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         call("look", '{"q":"x"}', index="first", id=17) + call("look", '{"q":"y"}', index=1.5, id=["odd"]) + CALLS,
         Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
     ),
+    **{
+        f"space around a tool's name: {name!r}": (
+            call(name, '{"q":', index=0, id="a") + call(None, '"x"}', index=0) + CALLS,
+            Came(calls=LOOK, finish="tool_calls"),
+        )
+        for name in (" look", "look\n", "\tlook ")
+    },
+    "a name in pieces, the first of them space": (
+        call(" ", "", index=0, id="a") + call("look", '{"q":"x"}', index=0) + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "arguments before the name": (
+        call(None, '{"q":"x"}', index=0) + call("look", index=0, id="a") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    **{
+        f"one tool twice without arguments, in one list: {members}": (
+            chunk({"tool_calls": [{"id": each, "function": {"name": "ping"}} | members for each in "ab"]})
+            + chunk({"tool_calls": [{"id": each, "function": {"name": "ping"}} | members for each in "ab"]})
+            + CALLS,
+            Came(calls=(("ping", ""), ("ping", "")), finish="tool_calls"),
+        )
+        for members in ({"index": 0}, {})
+    },
     "two calls without arguments under one index": (
         call("ping", "", index=0, id="a") + call("pong", "", index=0, id="b") + CALLS,
         Came(calls=(("ping", ""), ("pong", "")), finish="tool_calls"),
