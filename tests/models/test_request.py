@@ -99,11 +99,21 @@ def test_blanks_alone_are_not_text() -> None:
 
 
 @pytest.mark.parametrize("only_text", [True, False])
-def test_a_reply_of_blanks_alone_is_left_out(only_text: bool) -> None:
-    """A model may say so that it has nothing to add to the results of its calls."""
-    blank = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text=" \n")])
+@pytest.mark.parametrize("role", ["USER", "ASSISTANT", "SYSTEM"])
+def test_a_message_of_blanks_alone_is_left_out(role: str, only_text: bool) -> None:
+    """A model may say so that it has nothing to add to the results of its calls. A user's would fail each later run."""
+    blank = v1.Message(role=v1.Message.Role.Value(f"ROLE_{role}"), parts=[v1.Part(text=" \n")])
     request = ModelRequest("m", "", [user("a"), blank, user("b")], v1.Generation(), only_text=only_text)
     assert ["a\n\nb"] == [message["content"] for message in body(request, "m", Profile(), "p")["messages"]]
+
+
+def test_a_part_of_blanks_alone_is_left_out() -> None:
+    image = v1.Part(file=v1.FileUri(uri="https://images.example/a.png", media_type="image/png"))
+    parts = [v1.Part(text=" "), image]
+    asked = v1.Message(role=v1.Message.ROLE_USER, parts=parts)
+    system = v1.Message(role=v1.Message.ROLE_SYSTEM, parts=[v1.Part(text=" "), v1.Part(text="\n")])
+    (said,) = written(system, asked)["messages"]
+    assert ["image_url"] == [part["type"] for part in said["content"]]
 
 
 def test_ids_that_a_server_repeats_are_distinguished() -> None:

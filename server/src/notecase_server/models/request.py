@@ -170,8 +170,8 @@ class _Conversation:
         """Ids of calls so far: some servers begin again with each reply."""
 
     def written(self, first: Iterable[str], messages: Sequence[v1.Message], *, only_text: bool = False) -> list[Json]:
-        """Returns the conversation as Chat Completions has it. A message without content is left out, since providers
-        refuse it. `only_text` as in ModelRequest."""
+        """Returns the conversation as Chat Completions has it. A message without content, or of blanks alone, is left
+        out, since providers refuse it. `only_text` as in ModelRequest."""
         for text in first:
             if text:
                 self._say_system(text)
@@ -196,7 +196,7 @@ class _Conversation:
         made, before, assistant = self._made, None, v1.Message.ROLE_ASSISTANT
         for message in messages:
             role, text = message.role, message.parts[0].text
-            if role == assistant and text.isspace():
+            if text.isspace():
                 continue
             if role == before and self._joined:
                 _add(made[-1], text)
@@ -213,9 +213,10 @@ class _Conversation:
             role, parts = message.role, message.parts
             if len(parts) == 1 and (text := parts[0].text or parts[0].json):
                 # Nearly every message.
+                if text.isspace():
+                    continue
                 if role == v1.Message.ROLE_ASSISTANT:
-                    if not text.isspace():
-                        self._say_assistant({"role": "assistant", "content": text})
+                    self._say_assistant({"role": "assistant", "content": text})
                 elif role == v1.Message.ROLE_SYSTEM:
                     self._say_system(text)
                 else:
@@ -223,7 +224,7 @@ class _Conversation:
             elif role == v1.Message.ROLE_ASSISTANT:
                 self._reply(message, index >= turn, index == newest)
             elif role == v1.Message.ROLE_SYSTEM:
-                if text := system_text(parts):
+                if (text := system_text(parts)) and not text.isspace():
                     self._say_system(text)
             elif content := [shown for part in parts if (shown := content_of(part, index not in asked)) is not None]:
                 self._say_user(self._as_text(content))
