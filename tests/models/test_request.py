@@ -67,6 +67,19 @@ def test_a_choice_without_tools_is_left_out() -> None:
     assert "tool_choice" not in written(tools=(), tool_choice="required")
 
 
+@pytest.mark.parametrize("system", ["first", "each"])
+def test_a_system_message_in_a_user_s_name_stays_where_it_was(system: Any) -> None:
+    parts = [v1.Part(file=v1.FileUri(uri="https://images.example/a.png", media_type="image/png"))]
+    said = [v1.Message(role=v1.Message.ROLE_USER, parts=parts), called("ping"), v1.Message(role=v1.Message.ROLE_SYSTEM)]
+    said[2].parts.add(text="Hurry.")
+    request = ModelRequest("m", "Be brief.", said, v1.Generation())
+    made = body(request, "m", Profile(system=system, system_role="user", after_tool="user"), "p")["messages"]
+    first = "Be brief.\n\nHurry." if system == "first" else "Be brief."
+    assert {"type": "text", "text": first} == made[0]["content"][0]
+    assert ("Hurry." == made[-1]["content"]) == (system == "each")
+    assert "system" not in [message["role"] for message in made]
+
+
 def test_tools_of_extra_may_be_chosen_from() -> None:
     generation = v1.Generation(extra=json.dumps({"tools": [{"type": "web_search"}], "tool_choice": "required"}))
     made = body(ModelRequest("m", "", [user("Hello")], generation), "m", Profile(), "here")

@@ -249,17 +249,20 @@ class OpenAIProvider:
         self, sent: _Sent, write: Callable[[Profile], _Sent], profile: Profile, limit: Limit, *, default: bool
     ) -> Answer:
         """As `_answer`. If the provider refuses the form of the request, and says what it takes instead, the request is
-        sent once more in that form."""
-        try:
-            return await self._answer(sent, limit, default=default)
-        except NotecaseError as error:
-            if not error.of_request or (other := after(error.message, profile)) == profile:
-                raise
-            again = await asyncio.to_thread(write, other)
-            if again.body.is_same(sent.body):  # it has nothing of what the words seem to mean
-                raise
-            log.info("request_form_refused", status=error.metadata.get("status"))
-        return await self._answer(again, limit, default=default)
+        sent again in that form: once for each that it refuses."""
+        tried = [profile]
+        while True:
+            try:
+                return await self._answer(sent, limit, default=default)
+            except NotecaseError as error:
+                if not error.of_request or (other := after(error.message, tried[-1])) in tried:
+                    raise
+                again = await asyncio.to_thread(write, other)
+                if again.body.is_same(sent.body):  # it has nothing of what the words seem to mean
+                    raise
+                log.info("request_form_refused", status=error.metadata.get("status"))
+            tried.append(other)
+            sent.body = again.body
 
     async def _answer(self, sent: _Sent, limit: Limit, *, default: bool) -> Answer:
         """Returns the provider's answer, its body unread. Raises what a refusal or a failure to reach it comes to;

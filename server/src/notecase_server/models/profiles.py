@@ -22,8 +22,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The header that carries the key: `Authorization`, or `api-key`."""
     system: Literal["first", "each"] = "first"
     """Whether all system messages are joined into one at the beginning, or each stays where it was said."""
-    system_role: Literal["system", "developer"] = "system"
-    """The role of a system message."""
+    system_role: Literal["system", "developer", "user"] = "system"
+    """The role of a system message. With "user" the one at the beginning is joined to the user's first message."""
     neighbours: Literal["joined", "apart"] = "joined"
     """What becomes of neighbouring messages of one role."""
     text: Literal["string", "list"] = "string"
@@ -316,6 +316,8 @@ class Refused(NamedTuple):
     words: re.Pattern[str]
     sets: Mapping[str, Any]
     source: str
+    of: Mapping[str, Any] = MappingProxyType({})
+    """What the refused form has, if the words could mean either way."""
 
 
 REFUSED: Sequence[Refused] = (
@@ -336,16 +338,36 @@ REFUSED: Sequence[Refused] = (
         re.compile(r"max_completion_tokens"),
         {"limit_field": "max_completion_tokens"},
         "RooCodeInc/Roo-Code#6979, BerriAI/litellm#13432: Use 'max_completion_tokens' instead",
+        of={"limit_field": "max_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?is)\A(?=.*max_completion_tokens).*(unrecogni[sz]ed|unknown|unexpected|unsupported|\bextra\b"
+            r"|not (supported|permitted|allowed|defined)|\buse\b.{0,3}max_tokens)"
+        ),
+        {"limit_field": "max_tokens"},
+        "servers that do not know it yet, asked for GPT-5 and the like: Unrecognized request argument supplied",
+        of={"limit_field": "max_completion_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?i)\bsystem (role|messages?|prompts?|instructions?)\b[^.!?]{0,40}\bnot (be )?(supported|allowed|enabled)"
+            r"|does not support ['\"]?system\b|developer instructions? (is|are) not enabled"
+            r"|only user and assistant roles|roles must alternate"
+        ),
+        {"system_role": "user"},
+        "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
     ),
 )
 
 
 def after(refusal: str, profile: Profile) -> Profile:
     """Returns the profile for a server that refused a request of this one with these words."""
+    changes: dict[str, Any] = {}
     for row in REFUSED:
-        if row.words.search(refusal):
-            profile = msgspec.structs.replace(profile, **row.sets)
-    return profile
+        if row.words.search(refusal) and all(getattr(profile, name) == value for name, value in row.of.items()):
+            changes |= row.sets
+    return msgspec.structs.replace(profile, **changes)
 
 
 NAMES = tuple(sorted({"default", *(row.name for row in ROWS)}))

@@ -188,7 +188,7 @@ class _Conversation:
         if self._profile.first == "user" and made and made[0]["role"] == "assistant":
             made.insert(0, {"role": "user", "content": BEGIN})
         if self._system:
-            made.insert(0, {"role": self._profile.system_role, "content": "\n\n".join(self._system)})
+            self._say_first("\n\n".join(self._system))
         return made
 
     def _say_texts(self, messages: Sequence[v1.Message]) -> None:
@@ -244,8 +244,18 @@ class _Conversation:
     def _say_system(self, text: str) -> None:
         if self._profile.system == "first":
             self._system.append(text)
+        elif self._profile.system_role == "user":
+            self._say_user(text)
         else:
             self._made.append({"role": self._profile.system_role, "content": text})
+
+    def _say_first(self, text: str) -> None:
+        """Puts a system message before all others."""
+        role, made = self._profile.system_role, self._made
+        if role == "user" and self._joined and made and made[0]["role"] == "user":
+            made[0]["content"] = _together(_Neighbours([text, made[0]["content"]]))
+        else:
+            made.insert(0, {"role": role, "content": text})
 
     def _say_user(self, content: str | list[Json]) -> None:
         last = self._made[-1] if self._made else {}
