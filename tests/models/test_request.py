@@ -67,6 +67,12 @@ def test_a_choice_without_tools_is_left_out() -> None:
     assert "tool_choice" not in written(tools=(), tool_choice="required")
 
 
+def test_whether_calls_are_parallel_is_left_out_without_tools() -> None:
+    """OpenAI refuses it then: an MCP server may be away, and a run's own tools are not the next one's."""
+    assert "parallel_tool_calls" not in written(tools=(), parallel_tool_calls=False)
+    assert written(parallel_tool_calls=False)["parallel_tool_calls"] is False
+
+
 @pytest.mark.parametrize("system", ["first", "each"])
 def test_a_system_message_in_a_user_s_name_stays_where_it_was(system: Any) -> None:
     parts = [v1.Part(file=v1.FileUri(uri="https://images.example/a.png", media_type="image/png"))]

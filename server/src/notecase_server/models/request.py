@@ -96,8 +96,7 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
         if request.plain:
             extra = {name: value for name, value in extra.items() if name not in _OF_REPLIES}
         made = {name: value for name, value in (made | extra).items() if value is not None}
-        if "tool_choice" in made:
-            loosen(made, request.messages)
+        loosen(made, request.messages)
     if not made.get("model"):
         raise errors.model_error("The agent names no model, and the provider has no default model.")
     return made

@@ -102,10 +102,13 @@ def _shaped(schema: Any, strict: bool, without: Sequence[str]) -> Any:
 
 
 def loosen(made: Json, messages: Sequence[v1.Message]) -> None:
-    """Takes a request's choice among tools out when it has no tools, and ends a forced choice with the result of the
+    """Takes out of a request without tools what it says of their calls, and ends a forced choice with the result of the
     call that it forced: otherwise the model could never speak."""
     if not made.get("tools"):
-        del made["tool_choice"]
+        made.pop("tool_choice", None)
+        made.pop("parallel_tool_calls", None)
+        return
+    if "tool_choice" not in made:
         return
     choice, name = made["tool_choice"], ""
     forced = choice in ("required", "any")
