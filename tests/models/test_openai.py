@@ -694,6 +694,89 @@ class TestRefused:
         assert words in (await failure(provider, request)).message
         assert 4 == len(server.requests)
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "Unrecognized request argument supplied: max_completion_tokens",
+            "Extra inputs are not permitted, field: 'max_completion_tokens', value: 9",
+            "Unsupported parameter: 'max_completion_tokens'. Use 'max_tokens' instead.",
+        ],
+    )
+    async def test_a_limit_under_its_new_name_may_be_refused(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str
+    ) -> None:
+        server.script(error(400, words), reply("Hi"))
+        request = ask(model="gpt-5-mini", max_output_tokens=9)
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        assert [(None, 9), (9, None)] == [
+            (sent.get("max_tokens"), sent.get("max_completion_tokens")) for sent in server.requests
+        ]
+        server.script(error(400, "max_completion_tokens is too large: 9. The model supports at most 8."))
+        assert "too large" in (await failure(provider, request)).message
+        assert 3 == len(server.requests)
+
+    async def test_a_server_may_refuse_each_form_once(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        refusals = [
+            error(400, words)
+            for words in (
+                "stream_options: Extra inputs are not permitted",
+                "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+                "System role not supported",
+            )
+        ]
+        request = ask(instruction="Be brief.", max_output_tokens=9)
+        server.script(*refusals, reply("Hi"), *refusals, refusals[0])
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        last = server.requests[3]
+        assert (True, 9, "user") == (
+            "stream_options" not in last,
+            last["max_completion_tokens"],
+            last["messages"][0]["role"],
+        )
+        assert "stream_options" in (await failure(provider, request)).message
+        assert 8 == len(server.requests)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "System role not supported",
+            "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+            "Developer instruction is not enabled for models/gemma-3-27b-it",
+            "Only user and assistant roles are supported!",
+            "Conversation roles must alternate user/assistant/user/assistant/...",
+        ],
+    )
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_a_template_without_a_system_role_has_the_instruction_in_the_first_message(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str, status: int
+    ) -> None:
+        server.script(error(status, words), reply("Hi"))
+        request = ask(instruction="Be brief.")._replace(only_text=True)
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        assert [{"role": "user", "content": "Be brief.\n\nHello"}] == server.requests[1]["messages"]
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "litellm.UnsupportedParamsError: Anthropic doesn't support tool calling without `tools=` param specified.",
+            "The toolConfig field must be defined when using toolUse and toolResult content blocks.",
+            "Requests which include `tool_use` or `tool_result` blocks must define tools",
+        ],
+    )
+    async def test_tools_that_only_the_history_calls_are_declared_for_a_server_that_asks_for_them(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str
+    ) -> None:
+        """Tools of a run are not the next one's, and an MCP server may be away. Others do without: Ollama refuses any
+        tool for a model that calls none."""
+        done = v1.ToolCall.OUTCOME_SUCCEEDED
+        calls = [v1.Part(tool_call=v1.ToolCall(tool=name, outcome=done)) for name in ("ping", "a b", "ping")]
+        server.script(error(400, words), reply("Hi"))
+        asked = ask(user("Hello"), v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=calls))
+        assert "Hi" == fold(await pieces_of(provider, asked)).text
+        assert [None, ["a_b", "ping"]] == [
+            sent.get("tools") and [tool["function"]["name"] for tool in sent["tools"]] for sent in server.requests
+        ]
+
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(
         self, server: OpenAIServer, provider: OpenAIProvider, refused: Answer

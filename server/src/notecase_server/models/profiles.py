@@ -44,6 +44,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Which of its own call ids the provider gets back: each, or only those of 9 letters and digits."""
     calls: Literal["many", "one"] = "many"
     """How many calls one assistant's message may hold. With "one" parallel calls are also declined."""
+    called_tools: Literal["omitted", "declared"] = "omitted"
+    """Whether a request without tools declares those that its history calls."""
     reasoning: Literal["none", "turn", "always"] = "turn"
     """How long the provider gets its model's reasoning back: not at all, until the user speaks again, or always."""
     made_images: Literal["words", "user"] = "words"
@@ -357,6 +359,13 @@ REFUSED: Sequence[Refused] = (
         ),
         {"system_role": "user"},
         "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
+    ),
+    Refused(
+        re.compile(
+            r"(?i)without `?tools=|toolConfig\b.{0,40}\bmust be defined|\btool_(use|result)\b.{0,60}\bdefine tools"
+        ),
+        {"called_tools": "declared"},
+        "anomalyco/opencode#8246, earendil-works/pi#149, langgenius/dify#17545: LiteLLM, Bedrock behind gateways",
     ),
 )
 

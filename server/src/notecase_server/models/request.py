@@ -3,7 +3,7 @@
 The history is sent whole with each call, so that what is done for every message is kept cheap.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import MUCH_BYTES, ModelRequest, is_many
+from notecase_server.models.contract import MUCH_BYTES, ModelRequest, Tool, is_many
 from notecase_server.models.profiles import Profile
 from notecase_server.models.request_content import (
     content_of,
@@ -76,8 +76,11 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     }
     if profile.stream_options:
         made["stream_options"] = {"include_usage": True}
-    if request.tools:
-        made["tools"] = [declared(tool, profile.schemas, profile.schema_without) for tool in request.tools]
+    tools = request.tools
+    if not tools and profile.called_tools == "declared":
+        tools = [Tool(name, "Not available now.", "") for name in sorted(set(_called(request.messages)))]
+    if tools:
+        made["tools"] = [declared(tool, profile.schemas, profile.schema_without) for tool in tools]
         if profile.calls == "one":
             made["parallel_tool_calls"] = False
     if format_ is not None:
@@ -111,6 +114,11 @@ def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
         for part in message.parts
         for data in (part.reasoning.provider_data, part.tool_call.provider_data)
     )
+
+
+def _called(messages: Iterable[v1.Message]) -> Iterator[str]:
+    for message in messages:
+        yield from (tool_name(part.tool_call.tool) for part in message.parts if part.HasField("tool_call"))
 
 
 def is_large(request: ModelRequest) -> bool:
