@@ -19,7 +19,7 @@ import structlog
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models import openai as openai_provider
-from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text, Tool
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.models.pieces import BASE64_BYTES, Pieces, encoded
 from notecase_server.models.request_content import MAX_CONTENT_BYTES
@@ -776,6 +776,24 @@ class TestRefused:
         assert [None, ["a_b", "ping"]] == [
             sent.get("tools") and [tool["function"]["name"] for tool in sent["tools"]] for sent in server.requests
         ]
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "tools.0.custom.input_schema: input_schema does not support oneOf, allOf, or anyOf at the top level",
+            "Invalid schema for function 'pick': schema must have type 'object' and not have "
+            "'oneOf'/'anyOf'/'allOf'/'enum'/'not' at the top level.",
+        ],
+    )
+    async def test_parameters_that_combine_schemas_are_merged_for_a_server_that_refuses_them(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str
+    ) -> None:
+        server.script(error(400, words), reply("Hi"))
+        schema = '{"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}'
+        assert "Hi" == fold(await pieces_of(provider, ask()._replace(tools=[Tool("pick", "", schema)]))).text
+        first, second = (sent["tools"][0]["function"]["parameters"] for sent in server.requests)
+        assert 2 == len(first["anyOf"])
+        assert {"type": "object", "properties": {"a": {}, "b": {}}} == second
 
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(

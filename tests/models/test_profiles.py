@@ -224,6 +224,11 @@ def openai(body: Json) -> str:
     return ""
 
 
+def flat(body: Json) -> str:
+    combined = any("anyOf" in tool["function"]["parameters"] for tool in body["tools"])
+    return "schema must have type 'object' and not have 'oneOf'/'anyOf'/'allOf' at the top level." if combined else ""
+
+
 def images_of_users(body: Json) -> str:
     for number, message in enumerate(body["messages"]):
         if message["role"] != "user" and not isinstance(message["content"], str):
@@ -546,6 +551,22 @@ PLAYS = [
             ("a.openai.azure.us", "api-key"),
             ("a.cognitiveservices.azure.cn", "api-key"),
         )
+    ),
+    Play(
+        "a tool whose parameters are one of two objects",
+        "api.openai.com",
+        flat,
+        {
+            "messages": [HELLO],
+            "stream_options": USAGE,
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "ping", "parameters": {"type": "object", "properties": {"a": {}, "b": {}}}},
+                }
+            ],
+        },
+        tools=[Tool("ping", "", '{"anyOf":[{"properties":{"a":{}}},{"properties":{"b":{}}}]}')],
     ),
     *(
         Play(

@@ -184,9 +184,9 @@ def test_messages_of_which_it_is_known_that_they_are_text_are_written_like_any(r
     assert body(request, "m", profile, "p") == body(request._replace(only_text=True), "m", profile, "p")
 
 
-def sent_as(parameters: str, schemas: str = "open") -> bytes:
+def sent_as(parameters: str, schemas: Any = "open", combined: Any = "kept") -> bytes:
     request = ModelRequest("m", "", [user("Hello")], v1.Generation(), [Tool("f", "", parameters)])
-    (tool,) = body(request, "m", Profile(schemas=schemas), "here")["tools"]  # type: ignore[arg-type]
+    (tool,) = body(request, "m", Profile(schemas=schemas, combined=combined), "here")["tools"]
     return bytes(tool["function"]["parameters"])
 
 
@@ -196,6 +196,8 @@ def sent_as(parameters: str, schemas: str = "open") -> bytes:
         ('{"type":"object","properties":null,"required":null}', {"type": "object", "properties": {}}),
         ('{"type":"object","properties":[],"$defs":[]}', {"type": "object", "properties": {}}),
         ('{"type":null,"description":null}', {"type": "object", "properties": {}}),
+        ('{"type":["object","null"]}', {"type": "object", "properties": {}}),
+        ('{"anyOf":[{"required":["a"]}]}', {"type": "object", "anyOf": [{"required": ["a"]}]}),
         (
             '{"properties":{"required":{"default":null,"enum":null},"a":{"type":["array","null"],"items":[]}}}',
             {
@@ -218,6 +220,41 @@ def test_a_schema_is_sent_without_invalid_values_of_its_keywords(parameters: str
 def test_a_strict_schema_has_its_properties_whatever_was_written(parameters: str) -> None:
     sent = json.loads(sent_as(parameters, "strict"))
     assert ({}, [], False) == (sent["properties"], sent["required"], sent["additionalProperties"])
+
+
+ID, SLUG = (
+    {"type": "object", "properties": {name: {"type": "string"}, "kind": {"const": name}}, "required": ["kind", name]}
+    for name in ("id", "slug")
+)
+KIND = {"anyOf": [{"const": "id"}, {"const": "slug"}]}
+TEXT = {"type": "string"}
+EITHER = {"type": "object", "properties": {"id": TEXT, "kind": KIND, "slug": TEXT}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sent"),
+    [
+        ({"anyOf": [ID, SLUG]}, EITHER),
+        ({"oneOf": [ID, SLUG], "not": {}, "title": "Pick"}, EITHER | {"title": "Pick"}),
+        ({"allOf": [ID, SLUG]}, EITHER | {"required": ["id", "kind", "slug"]}),
+        ({"allOf": [{"anyOf": [ID, SLUG]}]}, EITHER),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": ID}}, ID | {"$defs": {"a/b": ID}}),
+        ({"anyOf": [{"$ref": "#/$defs/x"}, {"$ref": "x.json"}, 7]}, {"type": "object", "properties": {}}),
+        (ID, ID),
+        ({}, {"type": "object", "properties": {}}),
+    ],
+)
+def test_what_a_tool_s_parameters_combine_at_the_top_is_merged(parameters: Any, sent: Any) -> None:
+    made = json.loads(sent_as(json.dumps(parameters), combined="merged"))
+    assert sent | {"required": sorted(sent.get("required", ()))} == made | {
+        "required": sorted(made.get("required", ()))
+    }
+
+
+def test_references_without_end_are_followed_a_few_times() -> None:
+    loop = {"allOf": [{"$ref": "#"}, {"$ref": "#"}], "properties": {"a": TEXT}, "required": ["a"]}
+    made = json.loads(sent_as(json.dumps(loop), combined="merged"))
+    assert {"type": "object", "properties": {"a": TEXT}, "required": ["a"]} == made
 
 
 def test_a_schema_nested_without_end_is_sent_as_it_is() -> None:

@@ -63,6 +63,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
     schema_without: tuple[str, ...] = ()
     """Keywords that are left out of schemas."""
+    combined: Literal["kept", "merged"] = "kept"
+    """What becomes of `anyOf`, `oneOf`, `allOf` and a reference at the top of a tool's parameters. With "merged" the
+    object has the properties of all of them."""
     output: Literal["json_schema", "json_object", "words"] = "json_schema"
     """How a reply by a schema is requested. All but "json_schema" put the schema into the system message."""
     output_with_tools: Literal["same", "words"] = "same"
@@ -107,6 +110,12 @@ ROWS: Sequence[Row] = (
         "openai",
         {"system": "each", "after_tool": "user", "first": "any", "refusal": "member"},
         "platform.openai.com/docs/api-reference/chat/create: messages of any role in any order, `refusal`",
+        host=r".+\.openai\.com",
+    ),
+    Row(
+        "openai",
+        {"combined": "merged"},
+        "makenotion/notion-mcp-server#340: schema must not have 'oneOf'/'anyOf'/'allOf'/'enum'/'not' at the top level",
         host=r".+\.openai\.com",
     ),
     Row(
@@ -359,6 +368,11 @@ REFUSED: Sequence[Refused] = (
         ),
         {"system_role": "user"},
         "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
+    ),
+    Refused(
+        re.compile(r"(?is)\b(any|one|all)Of\b.{0,80}\btop.?level\b|\btop.?level\b.{0,80}\b(any|one|all)Of\b"),
+        {"combined": "merged"},
+        "makenotion/notion-mcp-server#340, zereight/gitlab-mcp#550, hope1026/weppy-roblox-mcp#77: Anthropic, OpenAI",
     ),
     Refused(
         re.compile(

@@ -80,7 +80,8 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     if not tools and profile.called_tools == "declared":
         tools = [Tool(name, "Not available now.", "") for name in sorted(set(_called(request.messages)))]
     if tools:
-        made["tools"] = [declared(tool, profile.schemas, profile.schema_without) for tool in tools]
+        how = profile.schemas, profile.schema_without, profile.combined
+        made["tools"] = [declared(tool, *how) for tool in tools]
         if profile.calls == "one":
             made["parallel_tool_calls"] = False
     if format_ is not None:
