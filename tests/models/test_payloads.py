@@ -556,6 +556,38 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         call("look", {}, id="a") + CALLS,
         Came(calls=(("look", "{}"),), finish="tool_calls"),
     ),
+    **{
+        f"arguments under another name, {where}: {name}": (
+            chunk({"tool_calls": [{"index": 0, "id": "a", **entry}]}) + CALLS,
+            Came(calls=LOOK, finish="tool_calls"),
+        )
+        for name in ("input", "parameters")
+        for where, entry in (
+            ("next to the id", {"name": "look", name: {"q": "x"}}),
+            ("in the function", {"function": {"name": "look", name: '{"q":"x"}'}}),
+        )
+        if (name, where) != ("input", "in the function")
+    },
+    "a call within the content": (
+        chunk({"content": [{"type": "text", "text": "a"}, {"type": "tool_use", "name": "look", "input": {"q": "x"}}]})
+        + chunk(finish="tool_use"),
+        Came("a", calls=LOOK, finish="tool_use"),
+    ),
+    "a call within the content, as OpenAI's Responses have it": (
+        chunk({"content": {"type": "function_call", "call_id": "a", "name": "look", "arguments": '{"q":"x"}'}}) + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "calls within the content and next to it": (
+        chunk(
+            {
+                "content": [{"type": "tool_use", "id": "a", "name": "look", "input": {"q": "x"}}],
+                "tool_calls": [{"id": "a", "function": {"name": "look", "arguments": '{"q":"x"}'}}],
+            }
+        )
+        + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "JSON as an object": (chunk({"content": {"a": "ü"}}) + STOP, Came('{"a": "ü"}')),
     "arguments in a JSON string": (
         call("look", json.dumps('{"q":"x"}'), id="a") + CALLS,
         Came(calls=LOOK, finish="tool_calls"),

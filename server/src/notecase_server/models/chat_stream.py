@@ -519,8 +519,8 @@ class ChatReply:
         ]
 
     def _take_call(self, piece: CallPiece, pieces: list[Piece], before: CallPiece | None = None) -> None:
-        if piece.function is None and (piece.name or piece.arguments):
-            piece = documents.flat(piece)
+        if not piece.is_usual:
+            piece = documents.usual(piece)
         extras = self._extras()
         call = extras.calls.take(piece, before)
         extras.data.call(call.key, piece)
