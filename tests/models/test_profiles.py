@@ -1029,6 +1029,22 @@ async def test_the_query_of_an_address_is_never_shown(key: str) -> None:
     assert "5ecret" not in str(caught.value.to_proto())
 
 
+async def test_a_model_that_extra_names_has_its_own_profile_and_gets_its_data_back() -> None:
+    async with OpenAIServer() as server:
+        server.script(calls("own-1"), reply("Hi"))
+        provider = OpenAIProvider("key", server.url, "m")
+        generation = v1.Generation(extra='{"model": "gpt-5-mini"}', max_output_tokens=9)
+        request = ModelRequest("other", "", [user("Hello")], generation)
+        called = message_of([piece async for piece in provider.stream(request)])
+        assert [piece async for piece in provider.stream(request._replace(messages=[*request.messages, called]))]
+        await provider.close()
+        assert ["gpt-5-mini"] * 2 == [sent["model"] for sent in server.requests]
+        assert (["own-1"], 9) == (
+            [made["id"] for made in of_calls(server.requests[1])],
+            server.requests[1]["max_completion_tokens"],
+        )
+
+
 def table_of_providers() -> dict[str, list[list[str]]]:
     """The lines of the guide's table, by profile."""
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()

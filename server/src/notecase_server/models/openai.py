@@ -35,7 +35,7 @@ from notecase_server.models.contract import MUCH_BYTES, Delta, Media, ModelReque
 from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
 from notecase_server.models.profiles import ROWS, Profile, Profiles, Row, after
-from notecase_server.models.request import body, is_large, returns_data
+from notecase_server.models.request import body, is_large, model_of, returns_data
 from notecase_server.models.request_content import in_names, loaded
 from notecase_server.models.wire import BROKEN, Answer, Wire
 
@@ -179,14 +179,14 @@ class OpenAIProvider:
             if (named := await asyncio.to_thread(name) if large else name()) is not None:
                 log.info("content_refused", status=status)
                 return self._tried(request._replace(messages=named))
-        look = partial(returns_data, request, request.model or self._default_model, self._tag)
+        look = partial(returns_data, request, model_of(request, self._default_model), self._tag)
         if error.of_request and (await asyncio.to_thread(look) if large else look()):
             log.info("provider_data_refused", status=status)
             return self._tried(request, with_data=False)
         return None
 
     async def _tried(self, request: ModelRequest, *, with_data: bool = True) -> AsyncGenerator[Delta, None]:
-        model = request.model or self._default_model
+        model = model_of(request, self._default_model)
         profile = self._profiles.of(model)
         large, behind_calls = is_large(request), False
         if not request.only_text:
@@ -195,8 +195,7 @@ class OpenAIProvider:
             behind_calls = _is_behind_calls(request.messages)
         write = partial(_written, request, model, self._tag, with_data=with_data)
         sent = await asyncio.to_thread(write, profile) if large else write(profile)
-        think_tags = (profile if sent.model == model else self._profiles.of(sent.model)).think_tags
-        reply = ChatReply(sent.model, self._redactor, behind_calls, think_tags, sent.audio_format)
+        reply = ChatReply(sent.model, self._redactor, behind_calls, profile.think_tags, sent.audio_format)
         made = itertools.count(1)
         cut: NotecaseError | None = None
         answer: Answer | None = None
@@ -204,7 +203,8 @@ class OpenAIProvider:
         try:
             try:
                 async with Limit() as limit:
-                    answer = await self._accepted(sent, write, profile, limit, default=not request.model)
+                    unnamed = not request.model and model == self._default_model
+                    answer = await self._accepted(sent, write, profile, limit, default=unnamed)
                     sent.body = Pieces([])  # it may have megabytes, which nobody needs while the answer is read
                     clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:

@@ -106,6 +106,13 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     return made
 
 
+def model_of(request: ModelRequest, default: str) -> str:
+    """Returns the model that a request is for, which `Generation.extra` may name. Raises MODEL_ERROR when that is no
+    JSON object."""
+    named = _extra(request.generation.extra).get("model") if request.generation.extra else None
+    return named if isinstance(named, str) and named else request.model or default
+
+
 def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     """Whether anything in the request's history is the provider's own data for that model."""
     return not request.only_text and any(
