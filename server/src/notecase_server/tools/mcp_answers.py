@@ -131,6 +131,19 @@ def reports_lost_session(error: types.ErrorData) -> bool:
     return error.code in _OF_PROTOCOL and LOST_SESSION.search(error.message) is not None
 
 
+def mend_about(result: dict[str, Any]) -> None:
+    """Makes what a server says of itself what the protocol has: servers that were written by hand leave out its
+    version, and say of a capability only that they have it."""
+    info, capabilities = result.get("serverInfo"), result.get("capabilities")
+    told = {name: value for name, value in info.items() if value is not None} if isinstance(info, dict) else {}
+    result["serverInfo"] = {"name": "", "version": ""} | told
+    result["capabilities"] = {
+        name: {} if value is True else value
+        for name, value in (capabilities.items() if isinstance(capabilities, dict) else ())
+        if value is True or isinstance(value, dict)
+    }
+
+
 def mend_content(result: dict[str, Any]) -> None:
     """Makes the content of a call's result what the protocol has, since the library refuses it as a whole: text alone
     becomes a block, and a block of an unknown kind the text in it, or its name."""
@@ -177,6 +190,19 @@ def _words(block: Any) -> str:
     if text is None:
         return f"[{str(held.get('type', 'content'))[:40]} that cannot be read]"
     return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+
+
+_BEGINS = re.compile(rb'(?=\{\s*"jsonrpc"\s*:)')
+"""Where a message begins. Within a string its quotes would be escaped."""
+
+
+def messages_of(line: bytes, asked: Asked) -> list[SessionMessage | Exception]:
+    """Reads a line of a program's output: one message, or each of those in it behind words that the program wrote
+    without a line end."""
+    said = read_message(line, asked)
+    if isinstance(said, Exception) and len(parts := _BEGINS.split(line)) > 1:
+        return [read_message(part, asked) for part in parts if part.startswith(b"{")]
+    return [said]
 
 
 def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
