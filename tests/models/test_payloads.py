@@ -650,6 +650,22 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         )
         for members in ({"index": 0}, {})
     },
+    "numbers that are another call's, behind ids that are known": (
+        call("look", '{"q":', index=0, id="a")
+        + call("look", '{"q":', index=1, id="b")
+        + call(None, '"y"}', index=0, id="b")
+        + call(None, '"x"}', index=0, id="a")
+        + CALLS,
+        Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
+    ),
+    "one id for two numbers": (
+        call("look", '{"q":', index=0, id="a")
+        + call("ping", "{", index=1, id="a")
+        + call(None, '"x"}', index=0, id="a")
+        + call(None, "}", index=1, id="a")
+        + CALLS,
+        Came(calls=(*LOOK, ("ping", "{}")), finish="tool_calls"),
+    ),
     "two calls without arguments under one index": (
         call("ping", "", index=0, id="a") + call("pong", "", index=0, id="b") + CALLS,
         Came(calls=(("ping", ""), ("pong", "")), finish="tool_calls"),

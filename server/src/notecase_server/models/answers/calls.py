@@ -139,6 +139,8 @@ class Calls:
         call_id = _id(piece)
         if piece.index is not None:
             call = self._by_index.get(str(piece.index)) or self._renumbered(call_id, name, arguments)
+            if call is not None and call_id is not None and call.id not in (None, call_id):
+                call = self._by_id.get(call_id, call)  # numbers are wrong more often: agno-agi/agno#8880
         elif call_id is not None and call_id in self._by_id:
             return self._by_id[call_id]
         else:
