@@ -795,6 +795,26 @@ class TestRefused:
         assert 2 == len(first["anyOf"])
         assert {"type": "object", "properties": {"a": {}, "b": {}}} == second
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "[Server Error] Invalid 'content': 'content' field must be a string or an array of objects.",
+            "invalid message content type: <nil>",
+            "openai-chat: messages[1].content must be a string or an object (was null)",
+            "1 validation error: body -> messages -> 1 -> content: none is not an allowed value",
+            "messages.1.content: Input should be a valid string",
+            "Missing required field 'content' in messages[1]",
+        ],
+    )
+    async def test_a_server_that_takes_no_null_as_content_gets_an_empty_one(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str
+    ) -> None:
+        call = v1.ToolCall(tool="ping", outcome=v1.ToolCall.OUTCOME_SUCCEEDED)
+        server.script(error(400, words), reply("Hi"))
+        asked = ask(user("Hello"), v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(tool_call=call)]))
+        assert "Hi" == fold(await pieces_of(provider, asked)).text
+        assert [None, ""] == [sent["messages"][1]["content"] for sent in server.requests]
+
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(
         self, server: OpenAIServer, provider: OpenAIProvider, refused: Answer

@@ -370,6 +370,15 @@ REFUSED: Sequence[Refused] = (
         "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
     ),
     Refused(
+        re.compile(
+            r"(?is)\bcontent\b[^.]{0,60}(must be (a )?string|valid string|<nil>|\bnull\b|\bnone\b|\brequired\b)"
+            r"|(required|missing)\b[^.]{0,30}\bcontent\b"
+        ),
+        {"empty_content": "empty"},
+        "lmstudio-ai/lmstudio-bug-tracker#261, SAIL-Research-Lab/cheetahclaws#72: LM Studio, Ollama",
+        of={"empty_content": "null"},
+    ),
+    Refused(
         re.compile(r"(?is)\b(any|one|all)Of\b.{0,80}\btop.?level\b|\btop.?level\b.{0,80}\b(any|one|all)Of\b"),
         {"combined": "merged"},
         "makenotion/notion-mcp-server#340, zereight/gitlab-mcp#550, hope1026/weppy-roblox-mcp#77: Anthropic, OpenAI",
