@@ -815,6 +815,22 @@ class TestRefused:
         assert "Hi" == fold(await pieces_of(provider, asked)).text
         assert [None, ""] == [sent["messages"][1]["content"] for sent in server.requests]
 
+    @pytest.mark.parametrize("only_text", [True, False])
+    async def test_a_form_may_be_refused_within_an_answer(
+        self, server: OpenAIServer, provider: OpenAIProvider, only_text: bool
+    ) -> None:
+        """As LM Studio does where a template fails; but not once there is something of a reply."""
+        refused = event({"error": {"message": "System role not supported"}})
+        request = ask(instruction="Be brief.")._replace(only_text=only_text)
+        server.script(error(400, "stream_options: Extra inputs are not permitted"), stream(refused), reply("Hi"))
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        last = server.requests[2]
+        assert (False, "user") == ("stream_options" in last, last["messages"][0]["role"])
+        for answer in (stream(refused), stream(chunk({"content": "a"}), refused)):
+            server.script(*[answer] * 2)
+            assert "System role" in (await failure(provider, request)).message
+        assert 6 == len(server.requests)
+
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(
         self, server: OpenAIServer, provider: OpenAIProvider, refused: Answer
