@@ -812,13 +812,33 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
             usage={"input_tokens": 9, "cache_read_input_tokens": 4, "output_tokens": 3, "total_tokens": 16},
         )
         + DONE,
+        Came(SAID, tokens=(13, 4, 3, 0)),
+    ),
+    "cached input apart from the input, in two reports": (
+        chunk(usage={"input_tokens": 2, "cache_read_input_tokens": 9, "cache_creation_input_tokens": 4})
+        + HI
+        + chunk(finish="end_turn", usage={"output_tokens": 3}),
+        Came(SAID, tokens=(15, 9, 3, 0), finish="end_turn"),
+    ),
+    "cached input apart from the input, of Bedrock": (
+        HI + STOP + chunk(usage={"inputTokens": 2, "cacheReadInputTokens": 9, "outputTokens": 3, "totalTokens": 14}),
+        Came(SAID, tokens=(11, 9, 3, 0)),
+    ),
+    "cached input apart from the input, under OpenAI's names": (
+        HI + STOP + chunk(usage={"prompt_tokens": 2, "cache_read_input_tokens": 9, "completion_tokens": 3}),
+        Came(SAID, tokens=(11, 9, 3, 0)),
+    ),
+    "cached input within the input, as the total says": (
+        HI
+        + STOP
+        + chunk(usage={"input_tokens": 9, "cache_read_input_tokens": 4, "output_tokens": 3, "total_tokens": 12}),
         Came(SAID, tokens=(9, 4, 3, 0)),
     ),
     "newly cached input apart from the input": (
         HI
         + chunk(usage={"input_tokens": 9, "cache_creation_input_tokens": 4, "output_tokens": 3, "total_tokens": 16})
         + END,
-        Came(SAID, tokens=(9, 0, 3, 0)),
+        Came(SAID, tokens=(13, 0, 3, 0)),
     ),
     "usage of odd types": (
         HI + chunk(finish="stop", usage=[1]) + chunk(usage={"prompt_tokens": {}, "completion_tokens": True}) + DONE,
