@@ -126,6 +126,13 @@ def test_a_message_of_blanks_alone_is_left_out(role: str, only_text: bool) -> No
     assert ["a\n\nb"] == [message["content"] for message in body(request, "m", Profile(), "p")["messages"]]
 
 
+@pytest.mark.parametrize("refusal", ["text", "member"])
+def test_a_refusal_of_blanks_alone_is_left_out(refusal: Any) -> None:
+    blank = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(refusal=" ")])
+    request = ModelRequest("m", "", [user("a"), blank, user("b")], v1.Generation())
+    assert 1 == len(body(request, "m", Profile(refusal=refusal), "p")["messages"])
+
+
 def test_a_part_of_blanks_alone_is_left_out() -> None:
     image = v1.Part(file=v1.FileUri(uri="https://images.example/a.png", media_type="image/png"))
     parts = [v1.Part(text=" "), image]

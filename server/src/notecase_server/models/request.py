@@ -305,6 +305,7 @@ class _Conversation:
         text = reply_text(said, profile.made_images == "words")
         text = text if text.strip() else ""  # Anthropic refuses blank text as it does empty text
         refusal = "".join(part.refusal for part in message.parts)
+        refusal = refusal if refusal.strip() else ""
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         if refusal and profile.refusal == "text":
             text, refusal = f"{text}\n\n{refusal}" if text else refusal, ""
