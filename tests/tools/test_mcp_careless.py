@@ -269,7 +269,9 @@ LINES = {
 }
 OF_PIPES = {
     'Calling "t" ... ' + TEXT % "a": "a",
+    "\x1b[32m{t}: " + (TEXT % "a").replace('"jsonrpc":"2.0",', "")[:-1] + ',"jsonrpc":"2.0"} done\x1b[0m': "a",
     '{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"b"}}' + TEXT % "a": "a",
+    'Asked: {"jsonrpc":"2.0","id":ID,"method":"tools/call","params":{"name":"t"}}\n' + TEXT % "a": "a",
     TEXT % 'quoting {\\"jsonrpc\\": 2}': 'quoting {"jsonrpc": 2}',
 }
 """There other words may share a line with an answer."""

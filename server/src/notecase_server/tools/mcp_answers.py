@@ -192,17 +192,32 @@ def _words(block: Any) -> str:
     return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 
-_BEGINS = re.compile(rb'(?=\{\s*"jsonrpc"\s*:)')
-"""Where a message begins. Within a string its quotes would be escaped."""
+_MOST_STARTS = 16
+"""Places of a line at which a message may begin that are tried: each may take as long as the line is."""
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=lambda _: None)
 
 
 def messages_of(line: bytes, asked: Asked) -> list[SessionMessage | Exception]:
-    """Reads a line of a program's output: one message, or each of those in it behind words that the program wrote
-    without a line end."""
+    """Reads a line of a program's output: one message, or the answers that share it with words which the program wrote
+    without a line end. Other messages among words may be a log of what the program was asked."""
     said = read_message(line, asked)
-    if isinstance(said, Exception) and len(parts := _BEGINS.split(line)) > 1:
-        return [read_message(part, asked) for part in parts if part.startswith(b"{")]
-    return [said]
+    if isinstance(said, SessionMessage):
+        return [said]
+    found: list[SessionMessage | Exception] = []
+    text, at = line.decode("utf-8", "replace"), -1
+    for _ in range(_MOST_STARTS):
+        if (start := text.find("{", at + 1)) < 0:
+            break
+        try:
+            _, end = _DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            at = start
+            continue
+        at = end - 1
+        found.append(read_message(text[start:end].encode(), asked))
+    answers = (types.JSONRPCResponse, types.JSONRPCError)
+    return [each for each in found if isinstance(each, SessionMessage) and isinstance(each.message, answers)] or [said]
 
 
 def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
