@@ -86,9 +86,10 @@ class Counts:
                 self._counts[place.field] = number
                 self.told = True
         total = next((number for name in TOTALS if (number := _number(told, (name,)))), 0)
+        given = self._counts.get("input_tokens", 0)
         for name, others in APART.items():
-            given = 0 if _number(told, ("prompt_tokens",)) else _number(told, (name,))
-            if given and total != given + self._counts.get("output_tokens", 0):
+            within = total == given + self._counts.get("output_tokens", 0) or _number(told, ("prompt_tokens",))
+            if given and given == _number(told, (name,)) and not within:
                 self._counts["input_tokens"] = given + sum(_number(told, (other,)) for other in others)
         self._total = 0 if any(_number(told, (name,)) for name in NEWLY_CACHED) else total or self._total
 
