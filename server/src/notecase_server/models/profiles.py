@@ -372,10 +372,10 @@ REFUSED: Sequence[Refused] = (
     Refused(
         re.compile(
             r"(?is)\bcontent\b[^.]{0,60}(must be (a )?string|valid string|<nil>|\bnull\b|\bnone\b|\brequired\b)"
-            r"|(required|missing)\b[^.]{0,30}\bcontent\b"
+            r"|(required|missing)\b[^.]{0,30}\bcontent\b|\bNullValue\b|\bNoneType\b"
         ),
         {"empty_content": "empty"},
-        "lmstudio-ai/lmstudio-bug-tracker#261, SAIL-Research-Lab/cheetahclaws#72: LM Studio, Ollama",
+        "lmstudio-ai/lmstudio-bug-tracker#261 and #812, SAIL-Research-Lab/cheetahclaws#72: LM Studio, Ollama",
         of={"empty_content": "null"},
     ),
     Refused(
