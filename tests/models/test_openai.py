@@ -802,7 +802,7 @@ class TestRefused:
             "invalid message content type: <nil>",
             "openai-chat: messages[1].content must be a string or an object (was null)",
             "1 validation error: body -> messages -> 1 -> content: none is not an allowed value",
-            "messages.1.content: Input should be a valid string",
+            "1.content.str: Input should be a valid string: 1.content.list: Input should be a valid list",
             "Missing required field 'content' in messages[1]",
             'Error rendering prompt with jinja template: "Cannot apply filter "string" to type: NullValue".',
             'TypeError: can only concatenate str (not "NoneType") to str',

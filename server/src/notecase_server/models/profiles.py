@@ -371,7 +371,8 @@ REFUSED: Sequence[Refused] = (
     ),
     Refused(
         re.compile(
-            r"(?is)\bcontent\b[^.]{0,60}(must be (a )?string|valid string|<nil>|\bnull\b|\bnone\b|\brequired\b)"
+            r"(?is)\bcontent\b[^.]{0,60}(\bstring or\b|<nil>|\bnull\b|\bnone\b|\brequired\b)"
+            r"|\bcontent\b.{0,60}\bvalid string\b.{0,200}\bvalid list\b"
             r"|(required|missing)\b[^.]{0,30}\bcontent\b|\bNullValue\b|\bNoneType\b"
         ),
         {"empty_content": "empty"},
