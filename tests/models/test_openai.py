@@ -835,6 +835,28 @@ class TestRefused:
             assert told in (await failure(provider, request)).message
         assert 6 == len(server.requests)
 
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (400, "Your organization must be verified to stream this model. Please go to: https://openai.example/"),
+            (400, "Unsupported value: 'stream' does not support true with this model."),
+            (400, "This model doesn't support tool use in streaming mode."),
+            (400, "Streaming is not supported for this model."),
+            (500, "Cannot use tools with stream"),
+        ],
+    )
+    async def test_a_reply_that_may_not_be_streamed_comes_whole(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int, words: str
+    ) -> None:
+        choices = [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}]
+        whole = json.dumps({"object": "chat.completion", "choices": choices, "usage": USAGE}).encode()
+        server.script(error(status, words), Answer((whole,), 200, {"Content-Type": "application/json"}))
+        made = fold(await pieces_of(provider))
+        assert ("Hi", USAGE["prompt_tokens"]) == (made.text, made.usage.input_tokens)
+        assert [(True, True), (False, False)] == [
+            (sent["stream"], "stream_options" in sent) for sent in server.requests
+        ]
+
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(
         self, server: OpenAIServer, provider: OpenAIProvider, refused: Answer

@@ -280,7 +280,7 @@ class OpenAIProvider:
             except NotecaseError as error:
                 if (again := await self._other(error, write, tried, sent)) is None:
                     raise
-            sent.body = again.body
+                sent.body = again.body
 
     async def _other(
         self, error: NotecaseError, write: Callable[[Profile], _Sent], tried: list[Profile], sent: _Sent | None = None

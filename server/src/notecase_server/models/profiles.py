@@ -57,6 +57,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Members of an assistant's message that goes without reasoning of this provider."""
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Where `max_output_tokens` is put."""
+    stream: bool = True
+    """Whether a reply is requested piece by piece. Otherwise it comes whole, and the usage with it."""
     stream_options: bool = True
     """Whether the usage is requested."""
     schemas: Literal["open", "strict"] = "open"
@@ -344,6 +346,16 @@ REFUSED: Sequence[Refused] = (
         re.compile(r"stream_options|include_usage"),
         {"stream_options": False},
         "FlowiseAI/Flowise#2866, openai/openai-python#2296: Extra inputs are not permitted, field: 'stream_options'",
+    ),
+    Refused(
+        re.compile(
+            r"(?is)verified to stream|cannot use tools with stream"
+            r"|\bstream(ing)?\b(?! ?options)[^.]{0,40}\b(not (be )?(support(ed)?|allowed|enabled)|unsupported)\b"
+            r"|(\bnot |n't |\bun)support(ed)?\b[^.]{0,60}\bstream(ing)?\b(?! ?options)"
+        ),
+        {"stream": False},
+        "RooCodeInc/Roo-Code#6868, earendil-works/pi#3739, OpenAgentPlatform/Dive#90: OpenAI for accounts that are not "
+        "verified, Llama on Bedrock and older llama.cpp with tools",
     ),
     Refused(
         re.compile(r"max_completion_tokens"),

@@ -72,9 +72,9 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
         "messages": _Conversation(profile, origin).written(
             [request.instruction, asked], request.messages, only_text=request.only_text
         ),
-        "stream": True,
+        "stream": profile.stream,
     }
-    if profile.stream_options:
+    if profile.stream and profile.stream_options:
         made["stream_options"] = {"include_usage": True}
     tools = request.tools
     if not tools and profile.called_tools == "declared":

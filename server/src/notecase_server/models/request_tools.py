@@ -95,10 +95,10 @@ def _merged(schema: Json) -> Json:
     """Returns the schema of an object with all properties of those that it combines, and those required that each
     alternative requires."""
     found: dict[str, list[Any]] = {}
-    required = _collect(schema, schema, found, [_MOST_COMBINED])
+    needed = _collect(schema, schema, found, [_MOST_COMBINED])
     made = {name: value for name, value in schema.items() if name not in _NOT_AT_TOP}
     made["properties"] = {name: kinds[0] if len(kinds) == 1 else {"anyOf": kinds} for name, kinds in found.items()}
-    if required := [name for name in found if name in required]:
+    if required := [name for name in found if name in needed]:
         made["required"] = required
     return made
 
