@@ -676,7 +676,9 @@ class TestRefused:
             ("does not support 'json_schema' response format", {"response_format"}),
             ("Function calling with a response mime type: 'application/json' is unsupported", {"response_format"}),
             ("json mode cannot be combined with tool/function calling", {"response_format"}),
+            ("Structured outputs are not supported by this model", {"response_format"}),
             ("Extra inputs are not permitted, field: 'stream_options'", {"stream_options"}),
+            ("Unsupported parameter(s): max_tokens", {"max_tokens"}),
             ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", {"max_tokens"}),
         ],
     )
@@ -743,6 +745,9 @@ class TestRefused:
             "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
             "Developer instruction is not enabled for models/gemma-3-27b-it",
             "Only user and assistant roles are supported!",
+            "'system' role not supported by this model",
+            'messages: Unexpected role "system". The Messages API accepts a top-level `system` parameter',
+            "role 'system' is not allowed",
             "Conversation roles must alternate user/assistant/user/assistant/...",
         ],
     )

@@ -289,9 +289,10 @@ class OpenAIProvider:
         refusal names none, or the request is the same in it."""
         if not error.of_request or error.usage is not None or (other := after(error.message, tried[-1])) in tried:
             return None
-        before = sent or await asyncio.to_thread(write, tried[-1])
+        if sent is None:
+            sent = await asyncio.to_thread(write, tried[-1])
         again = await asyncio.to_thread(write, other)
-        if again.body.is_same(before.body):
+        if again.body.is_same(sent.body):
             return None
         log.info("request_form_refused", status=error.metadata.get("status"))
         tried.append(other)

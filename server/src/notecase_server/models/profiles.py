@@ -337,7 +337,8 @@ REFUSED: Sequence[Refused] = (
     Refused(
         re.compile(
             r"(?is)\A(?!.*\binvalid\b.{0,30}\bschema)"
-            r".*(response_format|response format|response mime type|json_schema|\bjson mode)"
+            r".*(response_format|response format|response mime type|json_schema|\bjson mode|structured output"
+            r"|guided decoding)"
         ),
         {"output": "words"},
         "diegosouzapw/OmniRoute#9992, caura-ai/caura#1475: This response_format type is unavailable now",
@@ -365,6 +366,15 @@ REFUSED: Sequence[Refused] = (
     ),
     Refused(
         re.compile(
+            r"(?i)\b(unrecogni[sz]ed|unknown|unexpected|unsupported|extra)\b[^.]{0,60}\bmax_tokens\b"
+            r"|\bmax_tokens\b[^.]{0,20}\bextra inputs"
+        ),
+        {"limit_field": "max_completion_tokens"},
+        "Azure's gateways: Unsupported parameter(s): max_tokens",
+        of={"limit_field": "max_tokens"},
+    ),
+    Refused(
+        re.compile(
             r"(?is)\A(?=.*max_completion_tokens).*(unrecogni[sz]ed|unknown|unexpected|unsupported|\bextra\b"
             r"|not (supported|permitted|allowed|defined)|\buse\b.{0,3}max_tokens)"
         ),
@@ -374,9 +384,10 @@ REFUSED: Sequence[Refused] = (
     ),
     Refused(
         re.compile(
-            r"(?i)\bsystem (role|messages?|prompts?|instructions?)\b[^.!?]{0,40}\bnot (be )?(supported|allowed|enabled)"
-            r"|does not support ['\"]?system\b|developer instructions? (is|are) not enabled"
-            r"|only user and assistant roles|roles must alternate"
+            r"(?i)\bsystem['\"]? (role|messages?|prompts?)\b[^.!?]{0,40}\bnot (be )?(supported|allowed|enabled)"
+            r"|\b(unexpected|invalid|unknown|unsupported) role:? ['\"]?system\b"
+            r"|\brole:? ['\"]?system\b[^.!?]{0,30}\bnot\b|not support ['\"]?system\b"
+            r"|developer instructions? (is|are) not enabled|only user and assistant roles|roles must alternate"
         ),
         {"system_role": "user"},
         "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
