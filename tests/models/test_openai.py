@@ -862,6 +862,18 @@ class TestRefused:
             (sent["stream"], "stream_options" in sent) for sent in server.requests
         ]
 
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_descriptions_are_cut_for_a_server_that_takes_no_long_ones(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int
+    ) -> None:
+        """Many MCP servers have such tools."""
+        words = "Invalid 'tools[0].function.description': string too long. Expected a string with maximum length 1024."
+        server.script(error(status, words), reply("Hi"))
+        tools = [Tool("long", "é" * 1025, ""), Tool("short", "e" * 1024, "")]
+        assert "Hi" == fold(await pieces_of(provider, ask()._replace(tools=tools))).text
+        told = [[tool["function"]["description"] for tool in sent["tools"]] for sent in server.requests]
+        assert [["é" * 1025, "e" * 1024], ["é" * 1023 + "…", "e" * 1024]] == told
+
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(
         self, server: OpenAIServer, provider: OpenAIProvider, refused: Answer

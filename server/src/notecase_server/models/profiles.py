@@ -65,6 +65,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
     schema_without: tuple[str, ...] = ()
     """Keywords that are left out of schemas."""
+    descriptions: Literal["whole", "cut"] = "whole"
+    """Whether a tool's description is cut after 1024 characters."""
     combined: Literal["kept", "merged"] = "kept"
     """What becomes of `anyOf`, `oneOf`, `allOf` and a reference at the top of a tool's parameters. With "merged" the
     object has the properties of all of them."""
@@ -401,6 +403,11 @@ REFUSED: Sequence[Refused] = (
         {"empty_content": "empty"},
         "lmstudio-ai/lmstudio-bug-tracker#261 and #812, SAIL-Research-Lab/cheetahclaws#72: LM Studio, Ollama",
         of={"empty_content": "null"},
+    ),
+    Refused(
+        re.compile(r"(?is)\bdescription\b.{0,40}\btoo long\b"),
+        {"descriptions": "cut"},
+        "getsentry/sentry-mcp#106, langchain-ai/open_deep_research#80, danny-avila/LibreChat#5741: OpenAI, Azure",
     ),
     Refused(
         re.compile(r"(?is)\b(any|one|all)Of\b.{0,80}\btop.?level\b|\btop.?level\b.{0,80}\b(any|one|all)Of\b"),

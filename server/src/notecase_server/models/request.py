@@ -80,7 +80,7 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     if not tools and profile.called_tools == "declared":
         tools = [Tool(name, "Not available now.", "") for name in sorted(set(_called(request.messages)))]
     if tools:
-        how = profile.schemas, profile.schema_without, profile.combined
+        how = profile.schemas, profile.schema_without, profile.combined, profile.descriptions
         made["tools"] = [declared(tool, *how) for tool in tools]
         if profile.calls == "one":
             made["parallel_tool_calls"] = False
