@@ -381,7 +381,8 @@ async def test_the_check_reports_missing_parts_and_a_provider_is_tested_without_
     done = await checked(path, {"PYTHONPATH": str(tmp_path)})
     assert [
         "server.tools: The module 'broken_tools' cannot be imported: ValueError: no database",
-        "server.tools: The module 'no_tools' cannot be imported: ModuleNotFoundError: No module named 'no_tools'",
+        "server.tools: The module 'no_tools' cannot be imported: ModuleNotFoundError: No module named 'no_tools'; "
+        "PYTHONPATH lists the directories of modules",
         "issuer[0].jwks_file: keys.json cannot be used: there is no JSON Web Key Set with a public key for signatures.",
         "mcp.files.command: There is no program no-such-program on the PATH.",
         "server.mcp_config mcpServers.other.command: There is no program /no/such.",
