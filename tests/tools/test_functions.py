@@ -91,7 +91,7 @@ async def test_any_parameter_name_is_allowed() -> None:
         ({"what": "", "place": {"name": ""}, "limit": 0}, "limit: Input should be greater than or equal to 1"),
         (
             {"what": "", "place": {"name": ""}, "who": 1},
-            "the object has no 'who', but what, place, kind, limit",
+            "'who' is not a property of the object, which may have what, place, kind, limit",
         ),
         ({"what": "", "place": {"name": ""}, "kind": "x"}, 'kind must be one of ["letter", "key"], not "x"'),
     ],
