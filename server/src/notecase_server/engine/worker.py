@@ -208,10 +208,10 @@ class Worker:
     async def _turn(self) -> None:
         bound, newest, self.newest = await self._tools.bound(), self.newest, None
         reply = await ModelTurn(self.log, self._halts, self._budget, bound, newest).reply()
-        note = await reply.note(self.log.agent) if self.log.agent.output_key else None
-        await self.log.durably(partial(self._replied, reply, note))
+        output = await reply.output(self.log.agent)
+        await self.log.durably(partial(self._replied, reply, output))
 
-    def _replied(self, reply: Reply, note: v1.Event | None) -> list[v1.Event]:
+    def _replied(self, reply: Reply, output: v1.Event | None) -> list[v1.Event]:
         """Returns the events of the reply, its value under output_key, and what follows: calls are bound and
         dispatched, queued input is added, or the run ends."""
         message, run = reply.message, self.log.run
@@ -221,8 +221,8 @@ class Worker:
                 call.binding.CopyFrom(reply.bound[call.tool].binding)
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=reply.finish.usage)]
-        if note is not None:
-            events.append(note)
+        if output is not None:
+            events.append(output)
         limit = run.limits.max_tool_calls
         if limit and run.tool_calls + len(calls) > limit:
             told = f"The run may call tools {errors.counted(limit, 'time')}, and would need more calls."
