@@ -81,7 +81,7 @@ class Registry(Protocol):
 class LiveSession:
     """Holds one session, as long as a run or a watcher here holds on to it."""
 
-    def __init__(self, key: SessionKey, store: LogStore, sessions: "Registry") -> None:
+    def __init__(self, key: SessionKey, store: LogStore, sessions: Registry) -> None:
         self.key = key
         self.user = ""
         self.head = 0
