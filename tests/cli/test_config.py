@@ -230,6 +230,17 @@ async def test_secrets_that_other_users_can_read_are_named(tmp_path: Path) -> No
     assert 2 == log.read_text().count("secret_exposed")
 
 
+@pytest.mark.parametrize("url", ["mysql://db.example/notecase", "notecase.db", "sqlite:", "memory:x"])
+def test_a_url_that_no_store_has_is_a_mistake(tmp_path: Path, url: str) -> None:
+    """It was valid for the check, and `serve` refused it."""
+    path = written(tmp_path, f'[store]\nurl = "{url}"\n')
+    checked = CliRunner().invoke(main, ["config", "check", str(path)])
+    expected = f"{url!r} is not a store; write memory:, sqlite:PATH or postgresql://USER@HOST/DATABASE.\n"
+    assert (1, f"store.url: {expected}") == (checked.exit_code, checked.stdout)
+    done = CliRunner().invoke(main, ["serve", "--listen", "127.0.0.1:0", "--store", url])
+    assert (1, f"Error: {expected}") == (done.exit_code, done.stderr)
+
+
 def test_the_driver_of_the_store_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before: `serve` ended with a traceback."""
     monkeypatch.setitem(sys.modules, "asyncpg", None)
