@@ -277,7 +277,7 @@ async def test_all_mistakes_are_reported_at_once_without_secrets(tmp_path: Path)
         "mcp.files.comand: There is no such key; the nearest is command.",
         "mcp.files.command: a server has a `command`, or a `url`, and not both.",
         "mcp.search.pass_env: The variable MISSING is not set.",
-        "mcp.search.command: `env` has no meaning for a server with a `url`.",
+        "mcp.search.url: `env` has no meaning for a server with a `url`.",
         "issuer[0].rolle: There is no such key; the nearest is role.",
         "issuer[0].role: Give role or role_claim.",
         "client_principal[0].name: A name must begin with uri:, dns: or email:.",
@@ -309,7 +309,7 @@ def test_a_value_from_a_variable_may_have_any_text(tmp_path: Path, monkeypatch: 
     path = written(tmp_path, "".join(texts))
     checked = CliRunner().invoke(main, ["config", "check", str(path)])
     assert 1 == checked.exit_code
-    assert checked.stdout.startswith("mcp.three.command: `headers` contains ${TOKEN}; variables are not replaced here")
+    assert checked.stdout.startswith("mcp.three.url: `headers` contains ${TOKEN}; variables are not replaced here")
 
 
 @pytest.mark.parametrize("text", ["[server", "= 1", None])
