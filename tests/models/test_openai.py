@@ -684,7 +684,9 @@ class TestRefused:
         self, server: OpenAIServer, provider: OpenAIProvider, words: str, members: set[str]
     ) -> None:
         """The schema is then described in words, and the limit has its other name."""
-        request = ask(max_output_tokens=9)._replace(output_schema='{"type": "object", "title": "Plan"}', only_text=True)
+        request = ask(max_output_tokens=9)._replace(
+            output_schema='{"type": "object", "title": "Plan"}', texts=["Hello"]
+        )
         server.script(error(400, words), reply("{}"), error(400, words), error(400, words))
         assert "{}" == fold(await pieces_of(provider, request)).text
         first, second = server.requests

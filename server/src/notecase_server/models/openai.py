@@ -140,7 +140,7 @@ class OpenAIProvider:
     def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         Once the reply is whole it ends, or is closed, within wire.DRAIN_SECONDS: its connection may be used again."""
-        return self._tried(request) if request.only_text else self._tried_twice(request)
+        return self._tried_twice(request) if request.texts is None else self._tried(request)
 
     async def _tried_twice(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """As `_tried`. If the provider refuses something that the request can do without, it is sent once more without
@@ -189,7 +189,7 @@ class OpenAIProvider:
         model = request.model or self._default_model
         profile = self._profiles.of(model)
         large, behind_calls = is_large(request), False
-        if not request.only_text:
+        if request.texts is None:
             given, request = request, await loaded(request, profile)
             large = large or request is not given
             behind_calls = _is_behind_calls(request.messages)
