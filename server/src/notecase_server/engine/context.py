@@ -273,5 +273,7 @@ class _Window:
 def _first(messages: Sequence[v1.Message]) -> int:
     """Returns the index of the first message to show. A reply whose question was cut off is cut off too, unless nothing
     else would be left."""
-    replies = enumerate(message.role == v1.Message.ROLE_ASSISTANT for message in messages)
-    return next((index for index, is_reply in replies if not is_reply), 0)
+    for index, message in enumerate(messages):
+        if message.role != v1.Message.ROLE_ASSISTANT:
+            return index
+    return 0
