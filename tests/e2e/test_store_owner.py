@@ -1,10 +1,9 @@
 """One server at a time owns a PostgreSQL store: others wait, one that is silent is replaced, and can do no harm."""
 
 import asyncio
-import random
 import socket
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.support import postgres
 from tests.support.freezing import Freezing
 from tests.support.openai_server import OpenAIServer, reply
 from tests.support.polling import until
+from tests.support.ports import free_port
 from tests.support.server import Spawned
 
 LEASE = 3.0
@@ -29,15 +29,6 @@ SHORT = ("--store-lease", str(LEASE))
 @pytest.fixture
 async def store() -> str:
     return await postgres.shared().new_database()
-
-
-def free_port() -> int:
-    """Finds a port at which nothing listens, below those that Linux gives away meanwhile (from 32768 on)."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as taken, suppress(OSError):
-            taken.bind(("127.0.0.1", port))
-            return port
 
 
 async def logged(log: Path, what: str) -> str:
