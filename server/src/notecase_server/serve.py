@@ -8,11 +8,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import structlog
 import uuid_utils
@@ -56,14 +56,12 @@ from notecase_server.serve_ports import ListenError, listen
 from notecase_server.serve_standby import Standby
 from notecase_server.serve_stores import DATABASE, Database, open_store
 from notecase_server.store.contract import Answer, AuditRow, Clock, Once, Quotas, Store, StoreOpenError
-from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks, is_passing, patiently
+from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks, is_passing, patiently, to_the_end
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
 if TYPE_CHECKING:
     from notecase_server.auth.tls import Identity
-
-T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -512,29 +510,15 @@ def run(settings: Settings, ready: Callable[[Server], None] = lambda server: Non
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
-        _to_the_end(runner.get_loop(), serve(settings, ready))
+        to_the_end(runner.get_loop(), serve(settings, ready))
         failed = False
     finally:
-        if stuck := _to_the_end(runner.get_loop(), _end_everything()):
+        if stuck := to_the_end(runner.get_loop(), _end_everything()):
             log.error("server_left", stuck=stuck, exc_info=failed)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(int(failed))
         runner.close()
-
-
-def _to_the_end(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
-    """Runs work to its end, and returns its result. A SystemExit or KeyboardInterrupt of something else on the loop,
-    such as a task that a tool has made, stops the loop and is logged: the loop is run again, and whoever awaits that
-    task gets the error."""
-    task = loop.create_task(work)
-    while True:
-        try:
-            return loop.run_until_complete(task)
-        except (SystemExit, KeyboardInterrupt):
-            if task.done():
-                raise
-            log.exception("exit_ignored")
 
 
 async def _end_everything() -> list[str]:
