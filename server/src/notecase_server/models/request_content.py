@@ -164,10 +164,10 @@ def is_image(part: v1.Part) -> bool:
 
 
 def content_of(part: v1.Part, named: bool = False) -> Json | None:
-    """Returns a part of a user's message; None when it is empty. What has no place there is `named`, or else refused
-    with CONTENT_UNSUPPORTED."""
+    """Returns a part of a user's message; None when it is empty or blank. What has no place there is `named`, or
+    else refused with CONTENT_UNSUPPORTED."""
     if (words := in_words(part) if named else _words(part)) is not None:
-        return {"type": "text", "text": words} if words else None
+        return {"type": "text", "text": words} if words and not words.isspace() else None
     match part.WhichOneof("kind"):
         case "file":
             if not is_image(part):
