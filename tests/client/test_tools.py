@@ -230,6 +230,8 @@ class Speechless(Exception):
     ("raised", "arguments", "told"),
     [
         (ToolFailure("x\udcff"), "{}", "x?"),
+        (ExceptionGroup("", [ToolFailure("x"), ExceptionGroup("", [ToolFailure("y")])]), "{}", "x\ny"),
+        (ExceptionGroup("two", [ToolFailure("x"), KeyError("y")]), "{}", "ExceptionGroup: two"),
         (ValueError("x\udcff"), "{}", "ValueError: x?"),
         (Speechless(), "{}", "Speechless"),
         (None, "{}", "TypeError: the result, of type str, cannot be sent: "),

@@ -171,6 +171,9 @@ async def test_the_model_reads_a_failure_and_any_other_exception_is_a_defect(nam
     assert Outcome(error="The drawer is locked.") == await call(name, kind="failure")
     assert MAX_ERROR + 1 == len((await call(name, kind="novel")).error)
     assert Outcome(error="The tool failed.") == await call(name, kind="empty")
+    assert Outcome(error="No key.\nNo light.") == await call(name, kind="group")
+    with pytest.raises(ExceptionGroup):
+        await call(name, kind="mixed")
     with pytest.raises(KeyError, match="secret"):
         await call(name, kind="defect")
     for kind in ("exit", "stop", "cancelled"):

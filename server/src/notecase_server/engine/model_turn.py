@@ -135,16 +135,16 @@ class ModelTurn:
     async def _request(self) -> ModelRequest:
         llm = self._llm
         content = await self._log.patiently(self._content)
-        messages, only_text = content.messages, content.only_text
+        messages = content.messages
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
-        if READ_RESULT not in self._bound and not only_text:
+        if READ_RESULT not in self._bound and content.texts is None:
             most = content.size, self._budget.most_tokens
             shown = await self._log.patiently(lambda: self._results.shown(messages, *most))
             if shown is not messages:
                 tools.append(results.TOOL)
                 messages = shown
         said = (llm.model, content.instruction, messages, llm.generation, tools, self._load, llm.output_schema)
-        return ModelRequest(*said, only_text, size=content.size)
+        return ModelRequest(*said, content.texts, size=content.size)
 
     def _content(self) -> Coroutine[Any, Any, context.Content]:
         newest, live = self._newest, self._log.live
@@ -224,7 +224,7 @@ class ModelTurn:
             complaint = _complaint(problem, request.output_schema)
             asked = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=complaint)])
             messages, size = [*request.messages, message, asked], request.size + message.ByteSize()
-            again = request._replace(messages=messages, only_text=False, size=size)
+            again = request._replace(messages=messages, texts=None, size=size)
             finish = await self._asking.ask(partial(self._read, again))
         return finish
 

@@ -33,6 +33,7 @@ import structlog
 from notecase import ToolFailure, v1
 from notecase.context import context_parameters
 from notecase.hints import Mismatch, dump, of_arguments
+from notecase.tools import failures_of
 from pydantic import ConfigDict, TypeAdapter
 
 from notecase_server.tools.contract import CallContext, Function, Outcome, ToolSettingsError
@@ -157,8 +158,10 @@ class PythonTool:
         values.update(dict.fromkeys(self._context, context))
         try:
             result = await self._run(values)
-        except ToolFailure as failure:
-            return failed(str(failure))
+        except (ToolFailure, BaseExceptionGroup) as error:
+            if not (failures := failures_of(error)):
+                raise
+            return failed("\n".join(map(str, failures)))
         except SystemExit as end:
             raise RuntimeError("the tool asked the server to exit") from end
         except asyncio.CancelledError as error:
