@@ -273,7 +273,7 @@ async def test_at_a_terminal_state_is_a_table_and_changes_are_read_by_people(
     assert "case = \ufffd]0;title\ufffd  (version 2)\n" == screen.screen
     async with terminal("state", "get", "users/ada", "--server", served.address) as screen:
         assert 0 == await screen.ended()
-    assert "There are no notes yet.\n" == screen.screen
+    assert "This state has no keys.\n" == screen.screen
     async with terminal("state", "watch", "case", "--server", served.address) as screen:
         await screen.until("Watching sessions/case/state, users/ada/state, app/state.")
         await client.put_state("users/ada", "name", "Ada")
