@@ -686,7 +686,9 @@ class TestRefused:
         self, server: OpenAIServer, provider: OpenAIProvider, words: str, members: set[str]
     ) -> None:
         """The schema is then described in words, and the limit has its other name."""
-        request = ask(max_output_tokens=9)._replace(output_schema='{"type": "object", "title": "Plan"}', only_text=True)
+        request = ask(max_output_tokens=9)._replace(
+            output_schema='{"type": "object", "title": "Plan"}', texts=["Hello"]
+        )
         server.script(error(400, words), reply("{}"), error(400, words), error(400, words))
         assert "{}" == fold(await pieces_of(provider, request)).text
         first, second = server.requests
@@ -756,7 +758,7 @@ class TestRefused:
         self, server: OpenAIServer, provider: OpenAIProvider, words: str, status: int
     ) -> None:
         server.script(error(status, words), reply("Hi"))
-        request = ask(instruction="Be brief.")._replace(only_text=True)
+        request = ask(instruction="Be brief.")._replace(texts=["Hello"])
         assert "Hi" == fold(await pieces_of(provider, request)).text
         assert [{"role": "user", "content": "Be brief.\n\nHello"}] == server.requests[1]["messages"]
 
@@ -830,7 +832,7 @@ class TestRefused:
         """As LM Studio does where a template fails; but not once there is something of a reply."""
         told = 'Error rendering prompt with jinja template: "Conversation roles must alternate".'
         refused = event({"error": {"message": told}})
-        request = ask(instruction="Be brief.")._replace(only_text=only_text)
+        request = ask(instruction="Be brief.")._replace(texts=["Hello"] if only_text else None)
         server.script(error(400, "stream_options: Extra inputs are not permitted"), stream(refused), reply("Hi"))
         assert "Hi" == fold(await pieces_of(provider, request)).text
         last = server.requests[2]

@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from notecase import v1
 from notecase_server.models import request as request_module
-from notecase_server.models.contract import MANY_PARTS, MUCH_BYTES, ModelRequest, Tool, is_many
+from notecase_server.models.contract import MANY_PARTS, MUCH_BYTES, ModelRequest, Tool, is_many, texts_of
 from notecase_server.models.pieces import TEXT_LENGTH, encoded
 from notecase_server.models.profiles import ROWS, Profile, Row
-from notecase_server.models.request import body, is_large
+from notecase_server.models.request import MANY_TEXTS, body, is_large
 
 PING = Tool("ping", "", "")
 FORCED = {"type": "function", "function": {"name": "ping"}}
@@ -122,7 +122,8 @@ def test_blanks_alone_are_not_text() -> None:
 def test_a_message_of_blanks_alone_is_left_out(role: str, only_text: bool) -> None:
     """A model may say so that it has nothing to add to the results of its calls. A user's would fail each later run."""
     blank = v1.Message(role=v1.Message.Role.Value(f"ROLE_{role}"), parts=[v1.Part(text=" \n")])
-    request = ModelRequest("m", "", [user("a"), blank, user("b")], v1.Generation(), only_text=only_text)
+    said = [user("a"), blank, user("b")]
+    request = ModelRequest("m", "", said, v1.Generation(), texts=texts_of(said) if only_text else None)
     assert ["a\n\nb"] == [message["content"] for message in body(request, "m", Profile(), "p")["messages"]]
 
 
@@ -188,7 +189,7 @@ def _texts(*said: str) -> list[v1.Message]:
 def test_messages_of_which_it_is_known_that_they_are_text_are_written_like_any(row: Row, said: tuple[str, ...]) -> None:
     profile = msgspec.convert(row.sets, Profile)
     request = ModelRequest("m", "Be kind.", _texts(*said), v1.Generation())
-    assert body(request, "m", profile, "p") == body(request._replace(only_text=True), "m", profile, "p")
+    assert body(request, "m", profile, "p") == body(request._replace(texts=said), "m", profile, "p")
 
 
 def sent_as(parameters: str, schemas: Any = "open", combined: Any = "kept") -> bytes:
@@ -283,7 +284,8 @@ def test_neighbours_are_joined_in_one_step(
 
     monkeypatch.setattr(request_module, "_together", together)
     said = [v1.Message(role=role, parts=[v1.Part(text=f"t{n}")]) for n in range(100)]
-    request = ModelRequest("m", "", [*said, user("a")], v1.Generation(), only_text=only_text)
+    said.append(user("a"))
+    request = ModelRequest("m", "", said, v1.Generation(), texts=texts_of(said) if only_text else None)
     made = body(request, "m", Profile(neighbours="joined"), "here")["messages"]
     told = "\n\n".join(f"t{n}" for n in range(100))
     assert 1 == sum(message["content"].startswith(told) for message in made)
@@ -311,12 +313,19 @@ def test_what_is_many_depends_on_parts_and_those_of_results(messages: Sequence[v
     assert is_large(ModelRequest("m", "", messages, v1.Generation())) == many
 
 
+@pytest.mark.parametrize(("texts", "many"), [(MANY_TEXTS, False), (MANY_TEXTS + 1, True)])
+def test_texts_alone_are_many_later(texts: int, many: bool) -> None:
+    request = ModelRequest("m", "", [user("a")] * texts, v1.Generation(), texts=["a"] * texts)
+    assert many == is_large(request)
+    assert is_large(request._replace(texts=None))
+
+
 @pytest.mark.parametrize(("size", "much"), [(MUCH_BYTES, False), (MUCH_BYTES + 1, True)])
 @pytest.mark.parametrize("only_text", [True, False])
 def test_what_is_large_depends_on_the_bytes_that_are_known_of_the_messages(
     size: int, much: bool, only_text: bool
 ) -> None:
-    request = ModelRequest("m", "", [user("a")], v1.Generation(), only_text=only_text, size=size)
+    request = ModelRequest("m", "", [user("a")], v1.Generation(), texts=["a"] if only_text else None, size=size)
     assert much == is_large(request)
 
 
@@ -328,13 +337,17 @@ def test_a_long_request_is_the_same_in_pieces_of_bounded_length(
     lengths, encode = list[int](), msgspec.json.encode
 
     def counting(value: Any, **options: Any) -> bytes:
-        lengths.extend([len(value)] if isinstance(value, str) else [])
+        texts = [one["content"] for one in value] if isinstance(value, list) else [value]
+        lengths.append(sum(len(text) for text in texts if isinstance(text, str)))
         return encode(value, **options)
 
     image = v1.Part(data=v1.InlineData(data=b"\x89PNG" * 1000, media_type="image/png"))
+    shorter = [user(character * (TEXT_LENGTH // 3))] * 7
     said = [user(character * (TEXT_LENGTH + 7)), user("short"), v1.Message(role=v1.Message.ROLE_USER, parts=[image])]
+    said = [*shorter, *said, *shorter]
     made = body(ModelRequest("m", "Be kind.", said, v1.Generation()), "m", Profile(), "here")
     short = b"".join(encoded(made)._pieces)
     monkeypatch.setattr(msgspec.json, "encode", counting)
     assert short == b"".join(encoded(made, long=True)._pieces)
     assert max(lengths) <= TEXT_LENGTH
+    assert len(lengths) < len(said) + 3, "short ones are written together"

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from notecase import v1
+from notecase_server import errors
 from notecase_server.engine import tenancy
 from notecase_server.rpc import interceptor
 from notecase_server.serve import now
@@ -144,6 +145,34 @@ async def test_a_removal_that_was_cut_is_gone_on_with(scene: Scene, monkeypatch:
     await gone.wait()
     assert "UNAUTHENTICATED" == await reason(scene.look(scene.admin))
     assert await scene.served.server._store.get_tenant("acme") is None
+
+
+async def test_a_repeated_deletion_returns_when_the_last_row_is_gone(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call was interrupted, and the server has not continued by itself yet."""
+    monkeypatch.setattr(tenancy, "LOOK_SECONDS", 3600)
+    store = scene.served.server._store
+    await begin(scene, "case", "/say done")
+    with monkeypatch.context() as away:
+
+        async def refuse(tenant: str) -> bool:
+            raise errors.store_unavailable()
+
+        away.setattr(store, "erase_tenant", refuse)
+        assert "STORE_UNAVAILABLE" == await reason(delete(scene, request_id="once"))
+    await delete(scene, request_id="once")
+    assert await store.get_tenant("acme") is None
+
+
+async def test_a_late_removal_leaves_the_tenant_that_has_the_name_now(scene: Scene) -> None:
+    """The server's loop and a call may remove a tenant at the same time; the name is used again when one is done."""
+    await delete(scene, request_id="once")
+    fresh = bearer((await scene.make(scene.operator, ACME, ADMIN)).secret)
+    await scene.served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"), metadata=fresh)
+    await scene.served.server._tenancy.remove("acme")
+    await delete(scene, request_id="once")
+    await scene.served.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"), metadata=fresh)
 
 
 async def test_tenants_are_made_found_and_listed(scene: Scene) -> None:

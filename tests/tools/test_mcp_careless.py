@@ -2,7 +2,6 @@
 comes."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.toolbox import make_toolbox
 
-from tests.support.mcp_process import ROOT
+from tests.support.mcp_process import at, stdio
 from tests.tools.calls import context
 from tests.tools.test_mcp_answers import ABOUT, EVENTS, JSON, Hostile, _http, _result, answer
 
@@ -47,7 +46,7 @@ class Lists(Hostile):
     @asynccontextmanager
     async def box(self) -> AsyncIterator[Toolbox]:
         async with self.serving() as url:
-            made = make_toolbox([], {"s": McpServerSettings(url=url, timeout=60)})
+            made = make_toolbox([], {"s": at(url, timeout=60)})
             try:
                 yield made
             finally:
@@ -222,7 +221,7 @@ async def test_a_media_type_counts_as_text_of_a_result() -> None:
 
 def program(pids: Path, **settings: Any) -> McpServerSettings:
     args = ("-m", "tests.support.mcp_careless", str(pids))
-    return McpServerSettings(command=sys.executable, args=args, cwd=str(ROOT), **settings)
+    return stdio(args=args, **settings)
 
 
 TEXT = '{"jsonrpc":"2.0","id":ID,"result":{"content":[{"type":"text","text":"%s"}]}}'
@@ -293,7 +292,7 @@ async def test_an_answer_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp
             return super()._answer(asked)
 
     async with Saying(lambda cursor: {"tools": [T]}).serving() as url:
-        over = McpServerSettings(url=url, timeout=60)
+        over = at(url, timeout=60)
         box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60) if transport == "pipes" else over})
         try:
             for line, result in (LINES | (OF_PIPES if transport == "pipes" else OF_HTTP)).items():

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import structlog
 from notecase import v1
@@ -39,6 +40,8 @@ class Tenancy:
         self._removed = removed
         self._sessions = sessions
         self._runs = runs
+        self._removals: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Held by the task that removes a tenant, by its name."""
 
     async def keep_looking(self) -> None:
         """Cancels active runs of suspended tenants and continues interrupted deletions, without end. A failure with one
@@ -76,12 +79,17 @@ class Tenancy:
                 log.info("run_not_cancelled", run=rows[0].name, reason=errors.reason_name(error.reason))
 
     async def remove(self, tenant: str) -> None:
-        """Removes a tenant with everything; returns when the last row is gone."""
-        while not await self._store.erase_tenant(tenant):
-            while keys := await self._store.session_keys(tenant, "", PAGE):
-                for key in keys:
-                    await self._sessions.delete_if_there(key)
-            await self._store.sweep_sessions()
-            await asyncio.sleep(REST_SECONDS)
-        self._removed(tenant)
-        log.info("tenant_removed", tenant=tenant)
+        """Removes a tenant that is being deleted, with everything; returns when the last row is gone. Does nothing when
+        the name is another tenant's by then, or nobody's."""
+        async with self._removals.setdefault(tenant, asyncio.Lock()):
+            row = await self._store.get_tenant(tenant)
+            if row is None or row.state != v1.Tenant.STATE_DELETING:
+                return
+            while not await self._store.erase_tenant(tenant):
+                while keys := await self._store.session_keys(tenant, "", PAGE):
+                    for key in keys:
+                        await self._sessions.delete_if_there(key)
+                await self._store.sweep_sessions()
+                await asyncio.sleep(REST_SECONDS)
+            self._removed(tenant)
+            log.info("tenant_removed", tenant=tenant)

@@ -140,7 +140,7 @@ class OpenAIProvider:
     def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         Once the reply is whole it ends, or is closed, within wire.DRAIN_SECONDS: its connection may be used again."""
-        return self._tried(request) if request.only_text else self._tried_twice(request)
+        return self._tried_twice(request) if request.texts is None else self._tried(request)
 
     async def _tried_twice(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """As `_tried`. If the provider refuses something that the request can do without, it is sent once more without
@@ -248,7 +248,7 @@ class OpenAIProvider:
         """Returns what writes the request in any form, the request in that of `profile`, and whether it ends with the
         outcomes of calls."""
         large, behind_calls = is_large(request), False
-        if not request.only_text:
+        if request.texts is None:
             given, request = request, await loaded(request, profile)
             large = large or request is not given
             behind_calls = _is_behind_calls(request.messages)
@@ -289,10 +289,9 @@ class OpenAIProvider:
         refusal names none, or the request is the same in it."""
         if not error.of_request or error.usage is not None or (other := after(error.message, tried[-1])) in tried:
             return None
-        if sent is None:
-            sent = await asyncio.to_thread(write, tried[-1])
+        before = await asyncio.to_thread(write, tried[-1]) if sent is None else sent
         again = await asyncio.to_thread(write, other)
-        if again.body.is_same(sent.body):
+        if again.body.is_same(before.body):
             return None
         log.info("request_form_refused", status=error.metadata.get("status"))
         tried.append(other)

@@ -29,8 +29,8 @@ from notecase_server.models.request_tools import Json, arguments, declared, is_n
 LARGE_BYTES = 64 << 10
 """Bytes of declarations from which on a request is written in a thread: a parser takes up to 10 ms for them."""
 
-MANY_MESSAGES = 1000
-"""Messages from which on a request is written in a thread: each takes some 5 microseconds."""
+MANY_TEXTS = 5000
+"""Messages of one text from which on a request is written in a thread: each takes about a microsecond."""
 
 BEGIN = "Begin."
 """What a user says in a conversation that would begin with a reply."""
@@ -70,7 +70,7 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     made: Json = {
         "model": model,
         "messages": _Conversation(profile, origin).written(
-            [request.instruction, asked], request.messages, only_text=request.only_text
+            [request.instruction, asked], request.messages, request.texts
         ),
         "stream": profile.stream,
     }
@@ -115,7 +115,7 @@ def model_of(request: ModelRequest, default: str) -> str:
 
 def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     """Whether anything in the request's history is the provider's own data for that model."""
-    return not request.only_text and any(
+    return request.texts is None and any(
         _is_from(data, (provider, model))
         for message in request.messages
         if message.role == v1.Message.ROLE_ASSISTANT and not is_one_text(message)
@@ -134,7 +134,7 @@ def is_large(request: ModelRequest) -> bool:
     size = len(request.output_schema)
     for tool in request.tools:
         size += len(tool.description) + len(tool.parameters)
-    many = len(request.messages) > MANY_MESSAGES or (not request.only_text and is_many(request.messages))
+    many = is_many(request.messages) if request.texts is None else len(request.texts) > MANY_TEXTS
     return size > LARGE_BYTES or request.size > MUCH_BYTES or many
 
 
@@ -184,16 +184,16 @@ class _Conversation:
         self._taken: set[str] = set()
         """Ids of calls so far: some servers begin again with each reply."""
 
-    def written(self, first: Iterable[str], messages: Sequence[v1.Message], *, only_text: bool = False) -> list[Json]:
+    def written(self, first: Iterable[str], messages: Sequence[v1.Message], texts: Sequence[str] | None) -> list[Json]:
         """Returns the conversation as Chat Completions has it. A message without content, or of blanks alone, is left
-        out, since providers refuse it. `only_text` as in ModelRequest."""
+        out, since providers refuse it. `texts` as in ModelRequest."""
         for text in first:
             if text:
                 self._say_system(text)
-        if only_text:
-            self._say_texts(messages)
-        else:
+        if texts is None:
             self._say(messages)
+        else:
+            self._say_texts(messages, texts)
         made = self._made
         for message in made if self._joined else ():
             if isinstance(message.get("content"), _Neighbours):
@@ -206,11 +206,12 @@ class _Conversation:
             self._say_first("\n\n".join(self._system))
         return made
 
-    def _say_texts(self, messages: Sequence[v1.Message]) -> None:
-        """As `_say`, for messages that are one text each."""
+    def _say_texts(self, messages: Sequence[v1.Message], texts: Sequence[str]) -> None:
+        """As `_say`, for messages that are one text each. A text is not read from its message, which would take longer
+        than all the rest."""
         made, before, assistant = self._made, None, v1.Message.ROLE_ASSISTANT
-        for message in messages:
-            role, text = message.role, message.parts[0].text
+        for message, text in zip(messages, texts, strict=True):
+            role = message.role
             if text.isspace():
                 continue
             if role == before and self._joined:

@@ -30,7 +30,7 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     What has no place there, and the oldest content when there is more than a request may carry, stays as it is, and
     `body` names it. Raises CONTENT_UNSUPPORTED only where the newest messages of a user, which one run began with, have
     such content or too much of it, before any is read."""
-    if request.only_text:
+    if request.texts is not None:
         return request
     messages, look = request.messages, partial(_look, request.messages, profile)
     newest, chosen = await looked_at(messages, request.size, look)

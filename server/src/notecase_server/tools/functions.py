@@ -109,7 +109,8 @@ def _imported(origin: str, load_it: Callable[[], Any]) -> Any:
     try:
         return load_it()
     except Exception as error:
-        raise ToolSettingsError(f"{origin} cannot be imported: {type(error).__name__}: {error}") from error
+        where = "; PYTHONPATH lists the directories of modules" if isinstance(error, ModuleNotFoundError) else ""
+        raise ToolSettingsError(f"{origin} cannot be imported: {type(error).__name__}: {error}{where}") from error
 
 
 def _marked(origin: str, module: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
