@@ -676,7 +676,9 @@ class TestRefused:
             ("does not support 'json_schema' response format", {"response_format"}),
             ("Function calling with a response mime type: 'application/json' is unsupported", {"response_format"}),
             ("json mode cannot be combined with tool/function calling", {"response_format"}),
+            ("Structured outputs are not supported by this model", {"response_format"}),
             ("Extra inputs are not permitted, field: 'stream_options'", {"stream_options"}),
+            ("Unsupported parameter(s): max_tokens", {"max_tokens"}),
             ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", {"max_tokens"}),
         ],
     )
@@ -745,6 +747,9 @@ class TestRefused:
             "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
             "Developer instruction is not enabled for models/gemma-3-27b-it",
             "Only user and assistant roles are supported!",
+            "'system' role not supported by this model",
+            'messages: Unexpected role "system". The Messages API accepts a top-level `system` parameter',
+            "role 'system' is not allowed",
             "Conversation roles must alternate user/assistant/user/assistant/...",
         ],
     )
@@ -804,7 +809,7 @@ class TestRefused:
             "invalid message content type: <nil>",
             "openai-chat: messages[1].content must be a string or an object (was null)",
             "1 validation error: body -> messages -> 1 -> content: none is not an allowed value",
-            "messages.1.content: Input should be a valid string",
+            "1.content.str: Input should be a valid string: 1.content.list: Input should be a valid list",
             "Missing required field 'content' in messages[1]",
             'Error rendering prompt with jinja template: "Cannot apply filter "string" to type: NullValue".',
             'TypeError: can only concatenate str (not "NoneType") to str',
@@ -836,6 +841,40 @@ class TestRefused:
             server.script(*[answer] * 2)
             assert told in (await failure(provider, request)).message
         assert 6 == len(server.requests)
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (400, "Your organization must be verified to stream this model. Please go to: https://openai.example/"),
+            (400, "Unsupported value: 'stream' does not support true with this model."),
+            (400, "This model doesn't support tool use in streaming mode."),
+            (400, "Streaming is not supported for this model."),
+            (500, "Cannot use tools with stream"),
+        ],
+    )
+    async def test_a_reply_that_may_not_be_streamed_comes_whole(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int, words: str
+    ) -> None:
+        choices = [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}]
+        whole = json.dumps({"object": "chat.completion", "choices": choices, "usage": USAGE}).encode()
+        server.script(error(status, words), Answer((whole,), 200, {"Content-Type": "application/json"}))
+        made = fold(await pieces_of(provider))
+        assert ("Hi", USAGE["prompt_tokens"]) == (made.text, made.usage.input_tokens)
+        assert [(True, True), (False, False)] == [
+            (sent["stream"], "stream_options" in sent) for sent in server.requests
+        ]
+
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_descriptions_are_cut_for_a_server_that_takes_no_long_ones(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int
+    ) -> None:
+        """Many MCP servers have such tools."""
+        words = "Invalid 'tools[0].function.description': string too long. Expected a string with maximum length 1024."
+        server.script(error(status, words), reply("Hi"))
+        tools = [Tool("long", "é" * 1025, ""), Tool("short", "e" * 1024, "")]
+        assert "Hi" == fold(await pieces_of(provider, ask()._replace(tools=tools))).text
+        told = [[tool["function"]["description"] for tool in sent["tools"]] for sent in server.requests]
+        assert [["é" * 1025, "e" * 1024], ["é" * 1023 + "…", "e" * 1024]] == told
 
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(

@@ -302,6 +302,19 @@ async def test_an_answer_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp
             await box.close()
 
 
+@pytest.mark.parametrize("kind", ["", "text/plain; charset=utf-8", "Application/JSON-RPC", "application/octet-stream"])
+async def test_json_is_read_whatever_its_server_calls_it(kind: str) -> None:
+    class Typed(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            head, _, body = super()._answer(asked).partition(b"\r\n\r\n")
+            named = f"Content-Type: {kind}\r\n" if kind else ""
+            return head.replace(f"Content-Type: {JSON}\r\n".encode(), named.encode()) + b"\r\n\r\n" + body
+
+    async with Typed(lambda cursor: {"tools": [T]}, answer(b'{"type":"text","text":"x"}')).box() as box:
+        assert ["t"] == await listed(box)
+        assert ["x"] == [part.text for part in (await box.call(BINDING, {}, context())).parts]
+
+
 async def test_a_line_of_a_log_in_json_is_no_answer(tmp_path: Path) -> None:
     box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60)})
     try:

@@ -57,12 +57,16 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Members of an assistant's message that goes without reasoning of this provider."""
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Where `max_output_tokens` is put."""
+    stream: bool = True
+    """Whether a reply is requested piece by piece. Otherwise it comes whole, and the usage with it."""
     stream_options: bool = True
     """Whether the usage is requested."""
     schemas: Literal["open", "strict"] = "open"
     """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
     schema_without: tuple[str, ...] = ()
     """Keywords that are left out of schemas."""
+    descriptions: Literal["whole", "cut"] = "whole"
+    """Whether a tool's description is cut after 1024 characters."""
     combined: Literal["kept", "merged"] = "kept"
     """What becomes of `anyOf`, `oneOf`, `allOf` and a reference at the top of a tool's parameters. With "merged" the
     object has the properties of all of them."""
@@ -335,7 +339,8 @@ REFUSED: Sequence[Refused] = (
     Refused(
         re.compile(
             r"(?is)\A(?!.*\binvalid\b.{0,30}\bschema)"
-            r".*(response_format|response format|response mime type|json_schema|\bjson mode)"
+            r".*(response_format|response format|response mime type|json_schema|\bjson mode|structured output"
+            r"|guided decoding)"
         ),
         {"output": "words"},
         "diegosouzapw/OmniRoute#9992, caura-ai/caura#1475: This response_format type is unavailable now",
@@ -346,9 +351,28 @@ REFUSED: Sequence[Refused] = (
         "FlowiseAI/Flowise#2866, openai/openai-python#2296: Extra inputs are not permitted, field: 'stream_options'",
     ),
     Refused(
+        re.compile(
+            r"(?is)verified to stream|cannot use tools with stream"
+            r"|\bstream(ing)?\b(?! ?options)[^.]{0,40}\b(not (be )?(support(ed)?|allowed|enabled)|unsupported)\b"
+            r"|(\bnot |n't |\bun)support(ed)?\b[^.]{0,60}\bstream(ing)?\b(?! ?options)"
+        ),
+        {"stream": False},
+        "RooCodeInc/Roo-Code#6868, earendil-works/pi#3739, OpenAgentPlatform/Dive#90: OpenAI for accounts that are not "
+        "verified, Llama on Bedrock and older llama.cpp with tools",
+    ),
+    Refused(
         re.compile(r"max_completion_tokens"),
         {"limit_field": "max_completion_tokens"},
         "RooCodeInc/Roo-Code#6979, BerriAI/litellm#13432: Use 'max_completion_tokens' instead",
+        of={"limit_field": "max_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?i)\b(unrecogni[sz]ed|unknown|unexpected|unsupported|extra)\b[^.]{0,60}\bmax_tokens\b"
+            r"|\bmax_tokens\b[^.]{0,20}\bextra inputs"
+        ),
+        {"limit_field": "max_completion_tokens"},
+        "Azure's gateways: Unsupported parameter(s): max_tokens",
         of={"limit_field": "max_tokens"},
     ),
     Refused(
@@ -362,21 +386,28 @@ REFUSED: Sequence[Refused] = (
     ),
     Refused(
         re.compile(
-            r"(?i)\bsystem (role|messages?|prompts?|instructions?)\b[^.!?]{0,40}\bnot (be )?(supported|allowed|enabled)"
-            r"|does not support ['\"]?system\b|developer instructions? (is|are) not enabled"
-            r"|only user and assistant roles|roles must alternate"
+            r"(?i)\bsystem['\"]? (role|messages?|prompts?)\b[^.!?]{0,40}\bnot (be )?(supported|allowed|enabled)"
+            r"|\b(unexpected|invalid|unknown|unsupported) role:? ['\"]?system\b"
+            r"|\brole:? ['\"]?system\b[^.!?]{0,30}\bnot\b|not support ['\"]?system\b"
+            r"|developer instructions? (is|are) not enabled|only user and assistant roles|roles must alternate"
         ),
         {"system_role": "user"},
         "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
     ),
     Refused(
         re.compile(
-            r"(?is)\bcontent\b[^.]{0,60}(must be (a )?string|valid string|<nil>|\bnull\b|\bnone\b|\brequired\b)"
+            r"(?is)\bcontent\b[^.]{0,60}(\bstring or\b|<nil>|\bnull\b|\bnone\b|\brequired\b)"
+            r"|\bcontent\b.{0,60}\bvalid string\b.{0,200}\bvalid list\b"
             r"|(required|missing)\b[^.]{0,30}\bcontent\b|\bNullValue\b|\bNoneType\b"
         ),
         {"empty_content": "empty"},
         "lmstudio-ai/lmstudio-bug-tracker#261 and #812, SAIL-Research-Lab/cheetahclaws#72: LM Studio, Ollama",
         of={"empty_content": "null"},
+    ),
+    Refused(
+        re.compile(r"(?is)\bdescription\b.{0,40}\btoo long\b"),
+        {"descriptions": "cut"},
+        "getsentry/sentry-mcp#106, langchain-ai/open_deep_research#80, danny-avila/LibreChat#5741: OpenAI, Azure",
     ),
     Refused(
         re.compile(r"(?is)\b(any|one|all)Of\b.{0,80}\btop.?level\b|\btop.?level\b.{0,80}\b(any|one|all)Of\b"),

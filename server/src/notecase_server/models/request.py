@@ -72,15 +72,15 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
         "messages": _Conversation(profile, origin).written(
             [request.instruction, asked], request.messages, request.texts
         ),
-        "stream": True,
+        "stream": profile.stream,
     }
-    if profile.stream_options:
+    if profile.stream and profile.stream_options:
         made["stream_options"] = {"include_usage": True}
     tools = request.tools
     if not tools and profile.called_tools == "declared":
         tools = [Tool(name, "Not available now.", "") for name in sorted(set(_called(request.messages)))]
     if tools:
-        how = profile.schemas, profile.schema_without, profile.combined
+        how = profile.schemas, profile.schema_without, profile.combined, profile.descriptions
         made["tools"] = [declared(tool, *how) for tool in tools]
         if profile.calls == "one":
             made["parallel_tool_calls"] = False

@@ -33,16 +33,22 @@ _COMBINED = ("allOf", "anyOf", "oneOf")
 _NOT_AT_TOP = frozenset({*_COMBINED, "$ref", "not", "enum", "const", "if", "then", "else", "properties", "required"})
 """Keywords that some servers do not take at the top of a tool's parameters, and those that are made anew."""
 
+_DESCRIPTION = 1024
+"""Characters of a description where it is cut: what OpenAI takes."""
+
 _MOST_COMBINED = 100
 """Schemas of one combination that are looked at: references may repeat a few without end."""
 
 
 @lru_cache(1024)
-def declared(tool: Tool, schemas: str, without: tuple[str, ...], combined: Literal["kept", "merged"]) -> Json:
-    """Returns a tool as a request declares it. `schemas`, `without` and `combined` as in Profile."""
+def declared(
+    tool: Tool, schemas: str, without: tuple[str, ...], combined: Literal["kept", "merged"], descriptions: str
+) -> Json:
+    """Returns a tool as a request declares it. `schemas` and so on as in Profile."""
     function: Json = {"name": tool_name(tool.name)}
-    if tool.description:
-        function["description"] = tool.description
+    if description := tool.description:
+        cut = descriptions == "cut" and len(description) > _DESCRIPTION
+        function["description"] = f"{description[: _DESCRIPTION - 1]}…" if cut else description
     function["parameters"] = shaped(tool.parameters or "{}", schemas, without, combined)
     if schemas == "strict":
         function["strict"] = True

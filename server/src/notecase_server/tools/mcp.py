@@ -92,6 +92,9 @@ REDIRECTED = "Redirect to "
 
 SESSION = "mcp-session-id"
 
+UNTYPED = "text/plain", "application/octet-stream"
+"""What servers that were written by hand call their JSON, if anything."""
+
 UNUSED = frozenset({"outputSchema", "annotations", "title", "icons"})
 """Members of a tool that are not used."""
 
@@ -520,7 +523,8 @@ class _Connection:
         asked = _asked(response.request)
         if asked is not None and response.is_error:
             self.refusal = self._refusals[asked] = _refusal(response.status_code)
-        elif asked is not None and kind.startswith("application/json"):
+        elif asked is not None and (kind.startswith(UNTYPED) or not kind or "json" in kind):
+            response.headers["content-type"] = "application/json"
             response.stream = Mended(body, asked)
         elif asked is not None and kind.startswith("text/event-stream"):
             response.stream = MendedEvents(body, asked)
