@@ -14,6 +14,7 @@ from notecase import Client, v1
 
 from tests.cli.command import COMMAND, missing, notecase, spawn, terminal
 from tests.client.proxy import Proxy
+from tests.support.ports import free_port
 from tests.support.server import Running, Spawned
 
 NOTES: Mapping[str, Any] = {"case": "the missing violin", "seen": 3, "photo": b"\xff\x00", "tags": ["a", 1.5, None]}
@@ -234,8 +235,8 @@ async def test_a_cut_loses_no_change_of_any_scope(served: Running, client: Clien
 
 async def test_a_watch_outlasts_a_restart_of_the_server(tmp_path: Path) -> None:
     store, log = f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log"
-    server = await Spawned.start(store, log)
-    port = int(server.address.rpartition(":")[2])
+    port = free_port()
+    server = await Spawned.start(store, log, port=port)
     try:
         async with Client(server.address) as client:
             await client.create_session(session_id="case")

@@ -66,7 +66,7 @@ async def test_a_tool_that_ignores_its_time_out_delays_neither_its_run_nor_the_p
 
 
 async def test_a_task_that_a_tool_makes_does_not_end_the_process(tmp_path: Path, model: OpenAIServer) -> None:
-    """Nor does a callback: whoever waits for the task gets its error."""
+    """Nor does a callback. The tool that waits for the task gets its error."""
     calls = [("stray", '{"awaited": true}'), ("stray", '{"awaited": false}')]
     model.script(tool_calls(*calls), reply("All there."))
     async with Gate() as gate, await launched(tmp_path, model, gate) as server:

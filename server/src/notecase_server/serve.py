@@ -415,6 +415,7 @@ class Server:
             listen=self._settings.listen,
             port=self.port,
             store=self._store.kind,
+            providers=", ".join(self._providers),
             tls=self._settings.tls_by,
             auth=", ".join(self._settings.credentials) or "none",
         )

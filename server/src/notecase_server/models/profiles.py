@@ -22,8 +22,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The header that carries the key: `Authorization`, or `api-key`."""
     system: Literal["first", "each"] = "first"
     """Whether all system messages are joined into one at the beginning, or each stays where it was said."""
-    system_role: Literal["system", "developer"] = "system"
-    """The role of a system message."""
+    system_role: Literal["system", "developer", "user"] = "system"
+    """The role of a system message. With "user" the one at the beginning is joined to the user's first message."""
     neighbours: Literal["joined", "apart"] = "joined"
     """What becomes of neighbouring messages of one role."""
     text: Literal["string", "list"] = "string"
@@ -44,6 +44,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Which of its own call ids the provider gets back: each, or only those of 9 letters and digits."""
     calls: Literal["many", "one"] = "many"
     """How many calls one assistant's message may hold. With "one" parallel calls are also declined."""
+    called_tools: Literal["omitted", "declared"] = "omitted"
+    """Whether a request without tools declares those that its history calls."""
     reasoning: Literal["none", "turn", "always"] = "turn"
     """How long the provider gets its model's reasoning back: not at all, until the user speaks again, or always."""
     made_images: Literal["words", "user"] = "words"
@@ -61,6 +63,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
     schema_without: tuple[str, ...] = ()
     """Keywords that are left out of schemas."""
+    combined: Literal["kept", "merged"] = "kept"
+    """What becomes of `anyOf`, `oneOf`, `allOf` and a reference at the top of a tool's parameters. With "merged" the
+    object has the properties of all of them."""
     output: Literal["json_schema", "json_object", "words"] = "json_schema"
     """How a reply by a schema is requested. All but "json_schema" put the schema into the system message."""
     output_with_tools: Literal["same", "words"] = "same"
@@ -105,6 +110,12 @@ ROWS: Sequence[Row] = (
         "openai",
         {"system": "each", "after_tool": "user", "first": "any", "refusal": "member"},
         "platform.openai.com/docs/api-reference/chat/create: messages of any role in any order, `refusal`",
+        host=r".+\.openai\.com",
+    ),
+    Row(
+        "openai",
+        {"combined": "merged"},
+        "makenotion/notion-mcp-server#340: schema must not have 'oneOf'/'anyOf'/'allOf'/'enum'/'not' at the top level",
         host=r".+\.openai\.com",
     ),
     Row(
@@ -316,6 +327,8 @@ class Refused(NamedTuple):
     words: re.Pattern[str]
     sets: Mapping[str, Any]
     source: str
+    of: Mapping[str, Any] = MappingProxyType({})
+    """What the refused form has, if the words could mean either way."""
 
 
 REFUSED: Sequence[Refused] = (
@@ -336,16 +349,57 @@ REFUSED: Sequence[Refused] = (
         re.compile(r"max_completion_tokens"),
         {"limit_field": "max_completion_tokens"},
         "RooCodeInc/Roo-Code#6979, BerriAI/litellm#13432: Use 'max_completion_tokens' instead",
+        of={"limit_field": "max_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?is)\A(?=.*max_completion_tokens).*(unrecogni[sz]ed|unknown|unexpected|unsupported|\bextra\b"
+            r"|not (supported|permitted|allowed|defined)|\buse\b.{0,3}max_tokens)"
+        ),
+        {"limit_field": "max_tokens"},
+        "servers that do not know it yet, asked for GPT-5 and the like: Unrecognized request argument supplied",
+        of={"limit_field": "max_completion_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?i)\bsystem (role|messages?|prompts?|instructions?)\b[^.!?]{0,40}\bnot (be )?(supported|allowed|enabled)"
+            r"|does not support ['\"]?system\b|developer instructions? (is|are) not enabled"
+            r"|only user and assistant roles|roles must alternate"
+        ),
+        {"system_role": "user"},
+        "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
+    ),
+    Refused(
+        re.compile(
+            r"(?is)\bcontent\b[^.]{0,60}(must be (a )?string|valid string|<nil>|\bnull\b|\bnone\b|\brequired\b)"
+            r"|(required|missing)\b[^.]{0,30}\bcontent\b|\bNullValue\b|\bNoneType\b"
+        ),
+        {"empty_content": "empty"},
+        "lmstudio-ai/lmstudio-bug-tracker#261 and #812, SAIL-Research-Lab/cheetahclaws#72: LM Studio, Ollama",
+        of={"empty_content": "null"},
+    ),
+    Refused(
+        re.compile(r"(?is)\b(any|one|all)Of\b.{0,80}\btop.?level\b|\btop.?level\b.{0,80}\b(any|one|all)Of\b"),
+        {"combined": "merged"},
+        "makenotion/notion-mcp-server#340, zereight/gitlab-mcp#550, hope1026/weppy-roblox-mcp#77: Anthropic, OpenAI",
+    ),
+    Refused(
+        re.compile(
+            r"(?i)without `?tools=|toolConfig\b.{0,40}\bmust be defined|\btool_(use|result)\b.{0,60}\bdefine tools"
+        ),
+        {"called_tools": "declared"},
+        "anomalyco/opencode#8246, earendil-works/pi#149, langgenius/dify#17545: LiteLLM, Bedrock behind gateways",
     ),
 )
 
 
 def after(refusal: str, profile: Profile) -> Profile:
     """Returns the profile for a server that refused a request of this one with these words."""
+    changes: dict[str, Any] = {}
     for row in REFUSED:
-        if row.words.search(refusal):
-            profile = msgspec.structs.replace(profile, **row.sets)
-    return profile
+        if row.words.search(refusal) and all(getattr(profile, name) == value for name, value in row.of.items()):
+            changes |= row.sets
+    return msgspec.structs.replace(profile, **changes)
 
 
 NAMES = tuple(sorted({"default", *(row.name for row in ROWS)}))

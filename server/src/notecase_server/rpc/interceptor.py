@@ -219,7 +219,7 @@ class Endpoint(ABC):
     """One method of the server: decodes its frames, calls its handler, and turns errors into a status."""
 
     make: ClassVar[Callable[..., Any]]
-    """grpc's handler for this shape of call."""
+    """grpc's handler. It streams requests in every shape: a single one would be read before its caller is known."""
     drains: ClassVar[bool] = True
     """What the caller of a call that was refused still sends is read and let go of."""
 

@@ -38,6 +38,7 @@ from notecase_server.tools.mcp_answers import (
     Bounded,
     Mended,
     MendedEvents,
+    mend_about,
     mend_content,
     reports_lost_session,
 )
@@ -453,8 +454,8 @@ class _Connection:
         self.end()
 
     def _mend(self, said: object) -> None:
-        """Mends what the library would refuse as a whole: a list of tools, and what a call gave. Nothing that is said
-        in the handshake is either."""
+        """Mends what the library would refuse as a whole: what the server says of itself in the handshake and, behind
+        that, a list of tools and what a call gave."""
         message = getattr(said, "message", None)
         if isinstance(message, types.JSONRPCError):
             refusal = self._refusals.pop(message.id, "")
@@ -462,9 +463,13 @@ class _Connection:
                 message.error.message = refusal
             elif message.error.message.startswith(UNREAD) and "\n" in message.error.message:
                 message.error.message = "It gave an answer that is not valid."
-        if not isinstance(message, types.JSONRPCResponse) or not self.settled.is_set() or self.over:
+        if not isinstance(message, types.JSONRPCResponse) or self.over:
             return
         result = message.result
+        if not self.settled.is_set():
+            if "protocolVersion" in result:
+                mend_about(result)
+            return
         if result.keys() <= EMPTY:  # of a call or of a list: servers in Go leave out what is empty in them
             result |= {"content": [], "tools": []}
         elif "content" in result or "structuredContent" in result:

@@ -410,17 +410,28 @@ class PostgresTables(Tables):
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         self.do(PUT_RECORD, *of(key), run, deaths, int(released))
 
-    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+    def state(
+        self, scope: Scope, keys: Collection[str], values: Collection[str] | None = None
+    ) -> tuple[int, dict[str, v1.StateEntry | None]]:
         rows = self.rows(
-            """SELECT s.version, e.key, e.body FROM states s LEFT JOIN entries e
+            """SELECT s.version, e.key, CASE WHEN e.key = ANY($5) THEN e.body ELSE '' END
+                FROM states s LEFT JOIN entries e
                 ON e.tenant = s.tenant AND e.kind = s.kind AND e.id = s.id AND e.key = ANY($4)
                 WHERE s.tenant = $1 AND s.kind = $2 AND s.id = $3""",
-            *(*scope, keys),
+            *(*scope, keys, keys if values is None else values),
         )
         entries: dict[str, v1.StateEntry | None] = {
             unescaped(key): v1.StateEntry.FromString(body) for _, key, body in rows if key is not None
         }
         return (rows[0][0] if rows else 0), entries
+
+    def entry_bytes(self, scope: Scope, keys: Collection[str]) -> int:
+        (size,) = self.one(
+            """SELECT coalesce(sum(octet_length(body)), 0) FROM entries
+                WHERE tenant = $1 AND kind = $2 AND id = $3 AND key = ANY($4)""",
+            *(*scope, keys),
+        )
+        return int(size)
 
     def put_version(self, scope: Scope, version: int) -> None:
         self.do(PUT_VERSION, *scope, version)
