@@ -111,6 +111,28 @@ async def test_what_is_put_to_work_in_a_suspended_tenant_is_cancelled_by_the_ser
     assert v1.Run.STATE_CANCELLED == ended.state
 
 
+async def test_a_deletion_does_not_delay_the_rest_of_suspended_tenants(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes long, which the server continues."""
+    monkeypatch.setattr(tenancy, "LOOK_SECONDS", 0.01)
+    store, begun = scene.served.server._store, asyncio.Event()
+
+    async def linger(tenant: str) -> bool:
+        begun.set()
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(store, "erase_tenant", linger)
+    run = await begin(scene, "case", "/pause 10000 /say never")
+    await store.create_tenant("aaa", "")  # before the other one in the list
+    await store.set_tenant_state("aaa", v1.Tenant.STATE_DELETING)
+    await begun.wait()
+    await store.set_tenant_state("acme", v1.Tenant.STATE_SUSPENDED)
+    key, _ = await scene.served.server._sessions.find("acme", "case")
+    ended = await scene.served.server._runs.commands.wait(key, run.rpartition("/")[2], 30)
+    assert v1.Run.STATE_CANCELLED == ended.state
+
+
 async def test_a_deleted_tenant_is_gone_with_everything_and_its_keys(scene: Scene) -> None:
     run = await begin(scene, "case", "/pause 10000 /say never")
     await scene.served.state.PutState(

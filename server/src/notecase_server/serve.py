@@ -409,6 +409,7 @@ class Server:
         self._supervisor.service("refusals", self._refusals.keep_writing)
         self._supervisor.service("files", self._files.keep_looking)
         self._supervisor.service("tenancy", self._tenancy.keep_looking)
+        self._supervisor.service("removals", self._tenancy.keep_removing)
         log.info(
             "server_started",
             version=__version__,

@@ -1,7 +1,7 @@
 """Cancels the runs of suspended tenants, and deletes tenants."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -17,7 +17,8 @@ from notecase_server.store.contract import Compare, Or, Query, RunStore, Session
 log = structlog.get_logger()
 
 LOOK_SECONDS = 2.0
-"""How often it is looked for runs of suspended tenants that a deadline or a start of the server has put to work."""
+"""How often the server looks for runs of suspended tenants that a deadline or a start of the server has put to work,
+and for interrupted deletions."""
 
 REST_SECONDS = 0.01
 """The pause between two transactions of a deletion, for other writers and for a fork that has begun."""
@@ -44,26 +45,30 @@ class Tenancy:
         """Held by the task that removes a tenant, by its name."""
 
     async def keep_looking(self) -> None:
-        """Cancels active runs of suspended tenants and continues interrupted deletions, without end. A failure with one
-        tenant is logged, and tried again in its turn."""
+        """Cancels active runs of suspended tenants, without end."""
+        await self._keep(v1.Tenant.STATE_SUSPENDED, self.rest)
+
+    async def keep_removing(self) -> None:
+        """Continues interrupted deletions, without end. One may take long, and `keep_looking` does not wait for it."""
+        await self._keep(v1.Tenant.STATE_DELETING, self.remove)
+
+    async def _keep(self, state: v1.Tenant.State.ValueType, act: Callable[[str], Awaitable[None]]) -> None:
+        """Acts on every tenant in a state, again and again. A failure with one tenant is logged, and tried again in its
+        turn."""
         while True:
             after: tuple[str | int, ...] | None = None
             while True:
                 page = await self._store.list_tenants(Query(PAGE, after))
                 for row in page.rows:
+                    if row.state != state:
+                        continue
                     try:
-                        await self._look_after(row.name.removeprefix("tenants/"), row.state)
+                        await act(row.name.removeprefix("tenants/"))
                     except NotecaseError as error:
                         log.error("tenant_delayed", tenant=row.name, reason=errors.reason_name(error.reason))
                 if (after := page.next) is None:
                     break
             await asyncio.sleep(LOOK_SECONDS)
-
-    async def _look_after(self, tenant: str, state: v1.Tenant.State.ValueType) -> None:
-        if state == v1.Tenant.STATE_SUSPENDED:
-            await self.rest(tenant)
-        elif state == v1.Tenant.STATE_DELETING:
-            await self.remove(tenant)
 
     async def rest(self, tenant: str) -> None:
         """Cancels every active or queued run of a tenant."""

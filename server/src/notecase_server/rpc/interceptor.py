@@ -28,7 +28,7 @@ from notecase_server.rpc.frames import HEALTH, Decoded, Decoder, drain
 from notecase_server.rpc.gate import Call, Gate, Outlet
 from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
-from notecase_server.supervisor import is_passing
+from notecase_server.supervisor import is_own_end, is_passing
 
 log = structlog.get_logger()
 
@@ -246,7 +246,7 @@ class Endpoint(ABC):
             raise
         except (Exception, asyncio.CancelledError) as error:  # nothing internal may reach the client
             why = error if one is None else one.ended(error)
-            if not isinstance(why, Exception):
+            if not isinstance(why, Exception) and is_own_end():
                 raise
             if isinstance(why, NotecaseError):
                 self._door.note(why)
