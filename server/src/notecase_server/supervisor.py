@@ -92,7 +92,7 @@ async def patiently(act: Callable[[], Awaitable[T]], passes: Callable[[Exception
 
 def to_the_end(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
     """Runs work to its end, and returns its result. A SystemExit or KeyboardInterrupt of something else on the loop,
-    such as a task that a tool has made, stops the loop and is logged: the loop is run again, and whoever awaits that
+    such as a task that a tool has made, stops the loop and is logged: the loop is run again, and what awaits that
     task gets the error."""
     task = loop.create_task(work)
     while True:
