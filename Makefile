@@ -30,7 +30,7 @@ AGAINST := HEAD
 .PHONY: help demo serve test test-hard test-kills test-faults test-postgresql test-copy test-rust mutants fuzz lint format types proto proto-check proto-lint proto-breaking dist docs errors picture check bench bench-peers profile soak tools clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.server ## Run a detective's conversation, with a restart of the server
 	@$(BIN)/python examples/detective.py $(ARGS)

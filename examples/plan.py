@@ -32,15 +32,13 @@ async def main() -> None:
             await client.put_agent("detective", "You are a detective. Answer in one sentence.")
             plan = await client.upload(path)
             session = await client.create_session("detective", state={"plan": plan})
-            say(
-                f"{plan.filename}, {plan.size_bytes} bytes, is {plan.name[:14]}…, and a note of {session.name[:13]}….\n"
-            )
+            say(f"{plan.filename}, {plan.size_bytes} bytes, is {plan.name[:14]}…, and in state as plan.\n")
 
             question = v1.Message(parts=[v1.Part(text="Where is the violin?"), v1.Part(state_key="plan")])
             say((await client.invoke(question, session=session)).text + "\n")
 
             fork = await client.fork(session, at_sequence=1)
-            say("Asked again in a fork, which begins when there was only the note:\n")
+            say("Asked again in a fork of the session as it was before the first question:\n")
             say((await client.invoke(question, session=fork)).text)
 
 

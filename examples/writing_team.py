@@ -54,10 +54,10 @@ async def main() -> None:
                 )
                 said = member.offline if info.providers[0] == "offline" else TASK
                 reply = await client.invoke(said, session=session, agent=name)
-                say(f"The {name} leaves a note, {member.output_key}:\n")
+                say(f"The reply of the {name} is in state, as {member.output_key}:\n")
                 say("    " + reply.text.replace("\n", "\n    ") + "\n")
-            notes = await client.get_state(session)
-            say(f"The session holds {', '.join(sorted(notes))}.")
+            state = await client.get_state(session)
+            say(f"The session's state: {', '.join(sorted(state))}.")
 
 
 if __name__ == "__main__":

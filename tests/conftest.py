@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support import failing
 
@@ -22,8 +23,8 @@ SEED = "NOTECASE_SEED"
 SHUFFLE = "NOTECASE_SHUFFLE"
 """The variable that, when it is set, puts the tests in an order that the seed decides."""
 
-# How long an example takes says how busy the machine is; what hangs is the time-out's to find.
-settings.register_profile("untimed", settings(), deadline=None)
+# How long an example takes, or its making, says how busy the machine is; what hangs is the time-out's to find.
+settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 # CI looks at the same made-up cases each time, so that what it says is of the change; it looks at others in one run
@@ -38,7 +39,10 @@ if not os.environ.get("CI"):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Hands the seed to hypothesis, unless pytest was given another one for it."""
+    """Hands the seed to hypothesis, unless pytest was given another one for it. Takes SIGINT where it is ignored, as in
+    a background job of a shell: the programs that tests start and interrupt would ignore it, too, and never end."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if (seed := os.environ.get(SEED)) and config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = seed
 

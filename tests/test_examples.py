@@ -21,7 +21,13 @@ SHOWN = {
         "lesson 2 about Rome",
         "7 messages.",
     ],
-    "writing_team": ["a note, draft", "a note, review", "a note, final", "Code: def total(", "Review: The list within"],
+    "writing_team": [
+        "in state, as draft",
+        "in state, as review",
+        "in state, as final",
+        "Code: def total(",
+        "Review: The list within",
+    ],
     "plan": [
         "plan.pdf, 4",
         "You showed me: application/pdf",

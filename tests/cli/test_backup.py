@@ -126,7 +126,7 @@ async def test_a_store_in_use_is_never_replaced(spawned: Spawned, tmp_path: Path
     ("url", "expected"),
     [
         ("memory:", "Error: 'memory:' is not a store in a file; write sqlite:PATH.\n"),
-        ("sqlite:{}/none.db", "Error: There is no store at {}/none.db.\n"),
+        ("sqlite:{}/none.db", "Error: There is no store at {}/none.db. Name the file of one as sqlite:PATH.\n"),
         ("sqlite:{}/text.db", "Error: {}/text.db is not a SQLite database. Choose another path.\n"),
     ],
 )

@@ -99,7 +99,7 @@ async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None
     notes, _, reply = done.out.partition('tags = ["a", 1.5]\n')
     assert "case = the missing violin\nseen = 3\n" == notes
     assert "My instruction is: The case: the missing violin.\n" in reply
-    assert done.err.startswith("There are no notes yet.\n")
+    assert done.err.startswith("This state has no keys.\n")
     async with served.client() as client:
         held = await client.get_state((await only_session(served)).name)
     assert {"case": "the missing violin", "seen": 3, "tags": ["a", 1.5]} == held

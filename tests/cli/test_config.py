@@ -230,6 +230,17 @@ async def test_secrets_that_other_users_can_read_are_named(tmp_path: Path) -> No
     assert 2 == log.read_text().count("secret_exposed")
 
 
+@pytest.mark.parametrize("url", ["mysql://db.example/notecase", "notecase.db", "sqlite:", "memory:x"])
+def test_a_url_that_no_store_has_is_a_mistake(tmp_path: Path, url: str) -> None:
+    """It was valid for the check, and `serve` refused it."""
+    path = written(tmp_path, f'[store]\nurl = "{url}"\n')
+    checked = CliRunner().invoke(main, ["config", "check", str(path)])
+    expected = f"{url!r} is not a store; write memory:, sqlite:PATH or postgresql://USER@HOST/DATABASE.\n"
+    assert (1, f"store.url: {expected}") == (checked.exit_code, checked.stdout)
+    done = CliRunner().invoke(main, ["serve", "--listen", "127.0.0.1:0", "--store", url])
+    assert (1, f"Error: {expected}") == (done.exit_code, done.stderr)
+
+
 def test_the_driver_of_the_store_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before: `serve` ended with a traceback."""
     monkeypatch.setitem(sys.modules, "asyncpg", None)
@@ -266,7 +277,7 @@ async def test_all_mistakes_are_reported_at_once_without_secrets(tmp_path: Path)
         "mcp.files.comand: There is no such key; the nearest is command.",
         "mcp.files.command: a server has a `command`, or a `url`, and not both.",
         "mcp.search.pass_env: The variable MISSING is not set.",
-        "mcp.search.command: `env` has no meaning for a server with a `url`.",
+        "mcp.search.url: `env` has no meaning for a server with a `url`.",
         "issuer[0].rolle: There is no such key; the nearest is role.",
         "issuer[0].role: Give role or role_claim.",
         "client_principal[0].name: A name must begin with uri:, dns: or email:.",
@@ -298,7 +309,7 @@ def test_a_value_from_a_variable_may_have_any_text(tmp_path: Path, monkeypatch: 
     path = written(tmp_path, "".join(texts))
     checked = CliRunner().invoke(main, ["config", "check", str(path)])
     assert 1 == checked.exit_code
-    assert checked.stdout.startswith("mcp.three.command: `headers` contains ${TOKEN}; variables are not replaced here")
+    assert checked.stdout.startswith("mcp.three.url: `headers` contains ${TOKEN}; variables are not replaced here")
 
 
 @pytest.mark.parametrize("text", ["[server", "= 1", None])
@@ -381,7 +392,8 @@ async def test_the_check_reports_missing_parts_and_a_provider_is_tested_without_
     done = await checked(path, {"PYTHONPATH": str(tmp_path)})
     assert [
         "server.tools: The module 'broken_tools' cannot be imported: ValueError: no database",
-        "server.tools: The module 'no_tools' cannot be imported: ModuleNotFoundError: No module named 'no_tools'",
+        "server.tools: The module 'no_tools' cannot be imported: ModuleNotFoundError: No module named 'no_tools'; "
+        "PYTHONPATH lists the directories of modules",
         "issuer[0].jwks_file: keys.json cannot be used: there is no JSON Web Key Set with a public key for signatures.",
         "mcp.files.command: There is no program no-such-program on the PATH.",
         "server.mcp_config mcpServers.other.command: There is no program /no/such.",

@@ -11,10 +11,12 @@ import click
 import pytest
 from notecase_server.cli import COMMANDS, main
 from notecase_server.cli.serve import serve
+from notecase_server.models.offline import OfflineProvider
+from structlog.testing import capture_logs
 
 from tests.cli.command import notecase
 from tests.support import http2
-from tests.support.server import Running, Spawned
+from tests.support.server import Running, Spawned, running
 
 NOBODY = "127.0.0.1:1"
 """An address where nothing listens."""
@@ -111,6 +113,15 @@ async def test_an_address_that_cannot_be_listened_on_is_reported_in_one_line(lis
     done = await notecase("serve", "--listen", listen, "--store", "memory:", "--insecure")
     assert (1, 1, False) == (done.code, done.err.count("\n"), "GRPC_VERBOSITY" in done.err)
     assert done.err.startswith(f"Error: --listen: cannot listen on {expected}")
+
+
+async def test_the_log_names_the_providers_the_default_one_first() -> None:
+    """A misspelt OPENAI_API_KEY leaves the offline model alone, which otherwise only its replies show."""
+    offline = OfflineProvider()
+    with capture_logs() as lines:
+        async with running(providers={"main": offline, "offline": offline}):
+            pass
+    assert ["main, offline"] == [line["providers"] for line in lines if line["event"] == "server_started"]
 
 
 COMMAND = (sys.executable, "-m", "notecase_server", "serve", "--listen", "127.0.0.1:0", "--store", "memory:")

@@ -14,6 +14,7 @@ from notecase import Client, v1
 
 from tests.cli.command import COMMAND, missing, notecase, spawn, terminal
 from tests.client.proxy import Proxy
+from tests.support.ports import free_port
 from tests.support.server import Running, Spawned
 
 NOTES: Mapping[str, Any] = {"case": "the missing violin", "seen": 3, "photo": b"\xff\x00", "tags": ["a", 1.5, None]}
@@ -234,8 +235,8 @@ async def test_a_cut_loses_no_change_of_any_scope(served: Running, client: Clien
 
 async def test_a_watch_outlasts_a_restart_of_the_server(tmp_path: Path) -> None:
     store, log = f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log"
-    server = await Spawned.start(store, log)
-    port = int(server.address.rpartition(":")[2])
+    port = free_port()
+    server = await Spawned.start(store, log, port=port)
     try:
         async with Client(server.address) as client:
             await client.create_session(session_id="case")
@@ -272,7 +273,7 @@ async def test_at_a_terminal_state_is_a_table_and_changes_are_read_by_people(
     assert "case = \ufffd]0;title\ufffd  (version 2)\n" == screen.screen
     async with terminal("state", "get", "users/ada", "--server", served.address) as screen:
         assert 0 == await screen.ended()
-    assert "There are no notes yet.\n" == screen.screen
+    assert "This state has no keys.\n" == screen.screen
     async with terminal("state", "watch", "case", "--server", served.address) as screen:
         await screen.until("Watching sessions/case/state, users/ada/state, app/state.")
         await client.put_state("users/ada", "name", "Ada")

@@ -92,6 +92,7 @@ async def test_tenants_are_for_operators(operator: Operator) -> None:
         refused = await operator("tenants", *words, key=key)
         assert (1, "") == (refused.code, refused.out)
         assert "needs the role operator" in refused.err
+        assert "`notecase keys bootstrap --operator` creates" in refused.err
 
 
 async def test_a_tenant_is_exported_to_a_directory(operator: Operator, tmp_path: Path) -> None:

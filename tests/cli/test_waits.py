@@ -3,14 +3,16 @@ separate commands."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from notecase import Client, v1
+from notecase.commands import Commands
 from notecase_server.auth import rights
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
-from notecase_server.cli import approvals, follow
+from notecase_server.cli import answering, approvals, follow, keyboard
 from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, caller_of, may_answer
 from notecase_server.engine import ledger
 from notecase_server.tools.contract import CallContext
@@ -292,6 +294,27 @@ async def test_a_question_that_another_user_answers_is_not_asked_any_more(served
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
+
+
+async def test_a_question_whose_run_ends_before_the_menu_is_gone_says_so_too(
+    served: Running, clerk: v1.Agent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end of the run used to end the question without a word, when it arrived together with the answer."""
+
+    async def answer(commands: Commands, wait: Wait, sending: Callable[[bool], None]) -> bool:
+        try:
+            await commands.deny(wait.run, wait.id)
+            return await asyncio.Event().wait()
+        finally:
+            await asyncio.Event().wait()  # the menu takes until after the end of the run to go
+
+    monkeypatch.setattr(answering, "answer", answer)
+    monkeypatch.setattr(keyboard, "hushed", lambda asks: nullcontext())
+    async with served.client() as client:
+        follower = follow.Follower(client, client.run("/call pay {}", agent="clerk"), patience=0)
+        follower._asks = True
+        assert await follower.follow()
+    assert 1 == capsys.readouterr().err.count("The run no longer waits for this.")
 
 
 async def test_a_program_with_the_tool_answers_and_no_user_is_asked(served: Running, clerk: v1.Agent) -> None:

@@ -20,6 +20,7 @@ from notecase_server.rpc.watch import Pace
 from tests.client.conftest import QUICK
 from tests.client.proxy import Proxy
 from tests.support.openai_server import OpenAIServer, error, reply
+from tests.support.ports import free_port
 from tests.support.server import Running, Spawned, running
 
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
@@ -429,7 +430,8 @@ async def test_a_watch_outlives_the_servers_restart(tmp_path: Path) -> None:
     """A stop in good order and a start: the stream that was open before goes on, and a write that came in between is
     carried out."""
     store, log = f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log"
-    server = await Spawned.start(store, log)
+    port = free_port()
+    server = await Spawned.start(store, log, port=port)
     try:
         async with Client(server.address) as client:
             session = await client.create_session(session_id="s")
@@ -441,7 +443,7 @@ async def test_a_watch_outlives_the_servers_restart(tmp_path: Path) -> None:
                 following = asyncio.create_task(anext(watching))
                 assert await stopped == 0
                 put = asyncio.create_task(client.put_state(session.name, "n", 2))
-                server = await Spawned.start(store, log, port=int(server.address.rpartition(":")[2]))
+                server = await Spawned.start(store, log, port=port)
                 await put
                 events.append(await following)
             assert await client.get_state(session.name) == {"n": 2}

@@ -1,7 +1,6 @@
 """What the service says about a failure reaches the program, and what is not said is not made up."""
 
 import pickle
-import socket
 
 import grpc
 import pytest
@@ -10,6 +9,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc import aio
 from notecase import Client, NotecaseError, Resource, Retry, Violation, v1
 
+from tests.support.ports import free_port
 from tests.support.server import running
 
 _KEY = "grpc-status-details-bin"
@@ -129,16 +129,9 @@ def test_an_unknown_reason_or_code_can_be_read() -> None:
     assert (error.code, error.reason, error.message) == (grpc.StatusCode.UNKNOWN, "", "New.")
 
 
-def _closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
 async def test_every_kind_of_call_reports_a_server_that_cannot_be_reached() -> None:
     """One exception for all: unary, streamed, read by hand, and the client's own methods; grpc's is its cause."""
-    async with Client(f"127.0.0.1:{_closed_port()}", retry=Retry(tries=1, first_delay=0)) as client:
+    async with Client(f"127.0.0.1:{free_port()}", retry=Retry(tries=1, first_delay=0)) as client:
         raised = []
         with pytest.raises(NotecaseError) as unary:
             await client.server.GetServerInfo(v1.GetServerInfoRequest())
@@ -169,7 +162,7 @@ async def test_a_request_that_the_server_does_not_receive_is_an_error_with_a_way
 
 def test_a_synchronous_stub_is_decoded_alike() -> None:
     """`from_rpc_error` serves those who use the generated stubs without asyncio."""
-    with grpc.insecure_channel(f"127.0.0.1:{_closed_port()}") as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{free_port()}") as channel:
         with pytest.raises(grpc.RpcError) as raised:
             v1.ServerServiceStub(channel).GetServerInfo(v1.GetServerInfoRequest())
         error = NotecaseError.from_rpc_error(raised.value)

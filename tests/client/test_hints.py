@@ -127,7 +127,7 @@ MISMATCHES: list[tuple[Any, str, str]] = [
     (Unit, '"kg"', 'it must be one of ["g", 1000], not "kg"'),
     (Place, "{}", "it lacks 'name'"),
     (Place, '{"name": 1}', "it.name must be a string, not 1"),
-    (Place, '{"name": "", "x": 1}', "it has no 'x', but name, distance"),
+    (Place, '{"name": "", "x": 1}', "'x' is not a property of it, which may have name, distance"),
     (Thing, '{"name": "", "weight": -1}', "nothing weighs less than nothing"),
     (str, f"[{'1' * 90}]", f"it must be a string, not [{'1' * 79}…"),
 ]
@@ -145,12 +145,12 @@ def test_the_error_says_where_a_value_does_not_fit(hint: Any, text: str, message
     ("text", "message"),
     [
         ("[]", "the object must be an object, not []"),
-        ('{"it": 1, "that": 2}', "the object has no 'that', but it"),
-        ('{"that": 2}', "the object lacks 'it'; the object has no 'that', but it"),
+        ('{"it": 1, "that": 2}', "'that' is not a property of the object, which may have it"),
+        ('{"that": 2}', "the object lacks 'it'; 'that' is not a property of the object, which may have it"),
         (
             '{"it": "", "a": 1, "b": 1, "c": 1, "d": 1, "e": 1}',
             'it must be an integer, not ""; '
-            + "; ".join(f"the object has no {name!r}, but it" for name in "abcd")
+            + "; ".join(f"{name!r} is not a property of the object, which may have it" for name in "abcd")
             + "; and 1 more",
         ),
         ("{}", "the object lacks 'it'"),

@@ -217,7 +217,7 @@ async def test_what_goes_wrong_in_a_function_is_for_the_model(
     calls = [part.tool_call for message in run.view.messages.values() for part in message.parts]
     first, second, third = (errors[call.call_id] for call in calls if call.call_id)
     assert first == "ValueError: no such paper"
-    assert second == "The arguments do not fit: the object has no 'x', but nothing."
+    assert second == "The arguments do not fit: 'x' is not a property of the object, which may have none."
     assert third.startswith("The result was refused: ")
 
 
@@ -230,6 +230,8 @@ class Speechless(Exception):
     ("raised", "arguments", "told"),
     [
         (ToolFailure("x\udcff"), "{}", "x?"),
+        (ExceptionGroup("", [ToolFailure("x"), ExceptionGroup("", [ToolFailure("y")])]), "{}", "x\ny"),
+        (ExceptionGroup("two", [ToolFailure("x"), KeyError("y")]), "{}", "ExceptionGroup: two"),
         (ValueError("x\udcff"), "{}", "ValueError: x?"),
         (Speechless(), "{}", "Speechless"),
         (None, "{}", "TypeError: the result, of type str, cannot be sent: "),

@@ -400,7 +400,7 @@ async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) ->
         await create_one(served, 0)
         streams = served.server.streams
         caller.set(Caller(Principal("default", "", Role.ADMIN), "", ""))
-        place, _ = await streams.attach("default", "sessions/s", None, v1.WatchOptions(keep_open=True), "")
+        attachment, _ = await streams.attach("default", "sessions/s", None, v1.WatchOptions(keep_open=True), "")
         read = 0
 
         async def commands() -> AsyncIterator[v1.RunRequest]:
@@ -410,7 +410,7 @@ async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) ->
                 yield v1.RunRequest(update_state=v1.StateUpdate(ops=[v1.StateOp(key="n", increment=1)]))
 
         results = Results()
-        reader = asyncio.create_task(streams.read(place, commands(), results))
+        reader = asyncio.create_task(streams.read(attachment, commands(), results))
         key = v1.GetStateRequest(name="sessions/s/state")
         for taken in range(3):
             more = MAX_RESULTS + 1 + taken

@@ -27,6 +27,7 @@ from tests.e2e.driving import fields_of, log_of, metadata_of, reason_of, said
 from tests.store.build import ManualClock
 from tests.support.openai_server import Answer, OpenAIServer, reply, tool_calls
 from tests.support.openai_server import error as refusal
+from tests.support.ports import free_port
 from tests.support.server import Running, Spawned, running
 
 PDF = v1.Blob(media_type="application/pdf", filename="plan.pdf")
@@ -733,8 +734,8 @@ async def test_two_hundred_megabytes_pass_through_a_server_that_stays_small(tmp_
             file.write(piece)
             expected.update(piece)
     store = f"sqlite:{tmp_path / 'notecase.db'}"
-    server = await Spawned.start(store, tmp_path / "log")
-    port = int(server.address.rpartition(":")[2])
+    port = free_port()
+    server = await Spawned.start(store, tmp_path / "log", port=port)
     async with Proxy(server.address) as proxy, Client(proxy.address) as client:
         sending = asyncio.create_task(client.upload(path, "application/octet-stream", upload_id="large"))
         await arrived(client, 60 * MIB)

@@ -10,6 +10,7 @@ from notecase import Client, NotecaseError, SessionView, v1
 
 from tests.e2e.driving import durable, kinds, said
 from tests.support.openai_server import Answer, OpenAIServer, chunk, reply, stream
+from tests.support.ports import free_port
 from tests.support.server import Spawned
 
 
@@ -34,7 +35,8 @@ async def test_a_run_killed_in_mid_stream_is_taken_over_and_its_log_only_grows(
     model.script(
         reply("Half of it is lost.", chunks=4).held(asyncio.Event(), after=3), reply("All of it is here.", chunks=4)
     )
-    server = await start(tmp_path, model)
+    port = free_port()
+    server = await start(tmp_path, model, port)
     async with Client(server.address) as client:
         await client.agents.CreateAgent(
             v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent(instruction="Be brief.")))
@@ -49,7 +51,6 @@ async def test_a_run_killed_in_mid_stream_is_taken_over_and_its_log_only_grows(
                 if event.HasField("block_delta") and not killed:
                     killed = True
                     before = [event for event in events if event.sequence]
-                    port = int(server.address.rpartition(":")[2])
                     await server.kill()
                     server = await start(tmp_path, model, port)
         after = await log_of(server.address, session.name)

@@ -146,9 +146,9 @@ async def test_a_run_waits_until_a_fault_of_the_database_ends(fault: str, place:
         async with FAULTS[fault](place):
             held.set()
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await server.state.UpdateState(add, timeout=30)
+                await server.state.UpdateState(add, timeout=120)
             assert "STORE_UNAVAILABLE" == reason_of(refused.value)
-        state = await _patiently(lambda: server.state.UpdateState(add, timeout=30))
+        state = await _patiently(lambda: server.state.UpdateState(add, timeout=120))
         assert 1 == from_value(state.entries["n"].value)
         run = await server.runs.WaitRun(v1.WaitRunRequest(name="sessions/s/runs/r"))
         assert (v1.Run.STATE_SUCCEEDED, 1) == (run.state, run.attempt)

@@ -65,6 +65,25 @@ async def test_a_tool_that_ignores_its_time_out_delays_neither_its_run_nor_the_p
     assert "server_left" in log
 
 
+async def test_a_task_that_a_tool_makes_does_not_end_the_process(tmp_path: Path, model: OpenAIServer) -> None:
+    """Nor does a callback. The tool that waits for the task gets its error."""
+    calls = [("stray", '{"awaited": true}'), ("stray", '{"awaited": false}')]
+    model.script(tool_calls(*calls), reply("All there."))
+    async with Gate() as gate, await launched(tmp_path, model, gate) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            declared = v1.Tool(name="stray", server=v1.ServerTool(function="stray"))
+            agent = v1.Agent(llm=v1.LlmAgent(model="m", tools=[declared]))
+            await v1.AgentServiceStub(channel).CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=agent))
+            start = v1.StartRun(new_session=v1.Session(name="sessions/s", agent="agents/a"), messages=[said("Go")])
+            run = (await v1.RunServiceStub(channel).Invoke(v1.InvokeRequest(start=start))).run
+            assert (v1.Run.STATE_SUCCEEDED, "All there.") == (run.state, run.reply.parts[0].text)
+        assert 0 == await server.stop()
+    failed, stayed = (message["content"] for message in model.requests[1]["messages"][-2:])
+    assert "failed" in failed
+    assert "stayed" == stayed
+    assert "exit_ignored" in (tmp_path / "log").read_text()
+
+
 class Jammed(OfflineProvider):
     """A provider that cannot be closed."""
 

@@ -1,10 +1,9 @@
 """One server at a time owns a PostgreSQL store: others wait, one that is silent is replaced, and can do no harm."""
 
 import asyncio
-import random
 import socket
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,16 @@ from tests.support import postgres
 from tests.support.freezing import Freezing
 from tests.support.openai_server import OpenAIServer, reply
 from tests.support.polling import until
+from tests.support.ports import free_port
 from tests.support.server import Spawned
 
-LEASE = 3.0
-SHORT = ("--store-lease", str(LEASE))
+SHORT = ("--store-lease", "4")
+"""For what waits until a lease is over. An owner that gets no turn for so long loses the store."""
 
 
 @pytest.fixture
 async def store() -> str:
     return await postgres.shared().new_database()
-
-
-def free_port() -> int:
-    """Finds a port at which nothing listens, below those that Linux gives away meanwhile (from 32768 on)."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as taken, suppress(OSError):
-            taken.bind(("127.0.0.1", port))
-            return port
 
 
 async def logged(log: Path, what: str) -> str:
@@ -47,10 +38,12 @@ async def logged(log: Path, what: str) -> str:
 
 
 @asynccontextmanager
-async def waiting(store: str, log: Path, **env: str) -> AsyncIterator[tuple[asyncio.Task[Spawned], int]]:
+async def waiting(
+    store: str, log: Path, *arguments: str, **env: str
+) -> AsyncIterator[tuple[asyncio.Task[Spawned], int]]:
     """A server that waits for the store: the task returns it once it serves; its port."""
     port = free_port()
-    second = asyncio.create_task(Spawned.start(store, log, *SHORT, port=port, env=env, forked=True))
+    second = asyncio.create_task(Spawned.start(store, log, *arguments, port=port, env=env, forked=True))
     try:
         await logged(log, "store_owned")
         yield second, port
@@ -70,7 +63,7 @@ async def health(port: int, service: str = "") -> int:
 async def test_a_second_server_waits_for_the_end_of_the_first(store: str, tmp_path: Path) -> None:
     """It is alive and NOT_SERVING, refuses calls for now, and names the owner. One that is not to wait ends with that.
     When the first one stops, the second serves on the port that it had."""
-    first = await Spawned.start(store, tmp_path / "first", *SHORT, forked=True)
+    first = await Spawned.start(store, tmp_path / "first", forked=True)
     owner = f"{socket.gethostname()}:{first.process.pid}"
     async with waiting(store, tmp_path / "second") as (second, port):
         assert owner in await logged(tmp_path / "second", "store_owned")
@@ -93,7 +86,7 @@ async def test_a_second_server_waits_for_the_end_of_the_first(store: str, tmp_pa
 
 
 async def test_a_server_that_waits_is_stopped(store: str, tmp_path: Path) -> None:
-    first = await Spawned.start(store, tmp_path / "first", *SHORT, forked=True)
+    first = await Spawned.start(store, tmp_path / "first", forked=True)
     second = await spawn(*COMMAND, "serve", "--listen", "127.0.0.1:0", "--store", store)
     assert second.stderr is not None
     while b"server_waiting" not in await second.stderr.readline():
@@ -125,7 +118,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
         start = v1.CreateRunRequest(start=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
         await v1.RunServiceStub(channel).CreateRun(start)
         await model.request(0)
-        async with waiting(store, tmp_path / "second", **env) as (second, _):
+        async with waiting(store, tmp_path / "second", *SHORT, **env) as (second, _):
             first.file.touch()
             put.ops[0].set.CopyFrom(to_value("never"))
             append = v1.AppendMessagesRequest(parent="sessions/other", messages=[said("Never")])

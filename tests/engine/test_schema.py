@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -208,6 +208,57 @@ async def test_without_room_for_a_process_a_caller_is_refused_and_a_run_waits(
     assert ("RATE_LIMITED", 1.0) == (reason_name(refused.value.reason), refused.value.retry_after)
     assert await schemas.problem("{}", "{}") == ""
     assert not failing
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> list["subprocess.Popen[bytes]"]:
+    """All that are started."""
+    starts, made = cast(Any, subprocess.Popen), list["subprocess.Popen[bytes]"]()
+
+    def popen(*args: Any, **options: Any) -> Any:
+        made.append(starts(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return made
+
+
+async def test_a_caller_who_leaves_while_a_process_starts_leaves_none_behind(
+    schemas: Schemas, processes: list["subprocess.Popen[bytes]"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, starting, left = cast(Any, subprocess.Popen), asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def popen(*args: Any, **options: Any) -> Any:
+        loop.call_soon_threadsafe(starting.set)
+        left.wait()
+        return starts(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    asked = asyncio.create_task(schemas.require("schema", "{}"))
+    await starting.wait()
+    asked.cancel()
+    await asyncio.wait([asked])
+    left.set()
+    await schemas.close()
+    assert asked.cancelled()
+    assert [-signal.SIGKILL] == [process.returncode for process in processes]
+
+
+async def test_a_run_that_is_cancelled_twice_leaves_no_process_behind(
+    schemas: Schemas, processes: list["subprocess.Popen[bytes]"]
+) -> None:
+    await schemas.require("schema", "{}")
+    processes[0].send_signal(signal.SIGSTOP)
+    asked = asyncio.create_task(schemas.problem("{}", "{}"))
+    for _ in range(2):
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        asked.cancel()
+    await asyncio.wait([asked])
+    await schemas.close()
+    assert asked.cancelled()
+    assert [-signal.SIGKILL] == [process.returncode for process in processes]
 
 
 def test_a_process_whose_server_was_killed_ends_in_the_middle_of_a_question() -> None:

@@ -9,7 +9,7 @@ from notecase import v1
 from notecase_server.engine.caused import Caused
 from notecase_server.engine.context import FEW
 from notecase_server.engine.transcripts import LONGEST, MESSAGE_BYTES, Transcript, Transcripts
-from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text, texts_of
 from notecase_server.store.contract import Answer, Commit, Committed, Once, Page, Query, SessionKey, Store
 
 from tests.engine.rooms import TENANT, House, client_tool, house
@@ -23,8 +23,8 @@ def said(sequence: int, text: str = "", role: v1.Message.Role.ValueType = USER) 
     return v1.Message(name=f"m{sequence}", role=role, sequence=sequence, parts=[v1.Part(text=text or f"n{sequence}")])
 
 
-def whole(*messages: v1.Message, only_text: bool = True) -> Transcript:
-    return Transcript(messages, only_text, sum(message.ByteSize() for message in messages))
+def whole(*messages: v1.Message) -> Transcript:
+    return Transcript(messages, texts_of(messages), sum(message.ByteSize() for message in messages))
 
 
 def made(first: int, *messages: v1.Message, events: Sequence[v1.Event] = ()) -> Committed:
@@ -56,10 +56,23 @@ def test_a_message_that_a_commit_changes_takes_its_own_place() -> None:
     change = v1.Event(sequence=4, state_changed=v1.StateChanged())
     kept.follow(KEY, Committed(v1.Session(), 0, [change], {}, {"m2": changed}, {}))
     replaced = [said(1), changed, said(3)]
-    assert kept.find(KEY, 4) == whole(*replaced, only_text=False)._replace(messages=replaced)
+    assert kept.find(KEY, 4) == whole(*replaced)._replace(messages=replaced)
     changed.name = "other"
     assert (found := kept.find(KEY, 4)) is not None
     assert "m2" == found.messages[1].name, "it is a copy"
+
+
+def test_the_texts_of_changed_messages_follow_and_are_counted() -> None:
+    kept, fresh = Transcripts(), Transcripts()
+    kept.keep(KEY, 3, whole(said(1), said(2), said(3)))
+    longer = said(2, "x" * 1000 + "\N{GRINNING FACE}")
+    change = v1.Event(sequence=4, state_changed=v1.StateChanged())
+    kept.follow(KEY, Committed(v1.Session(), 0, [change], {}, {"m2": longer}, {}))
+    assert (found := kept.find(KEY, 4)) is not None
+    assert found.texts == ["n1", longer.parts[0].text, "n3"]
+    fresh.keep(KEY, 4, whole(said(1), longer, said(3)))
+    assert kept.size == fresh.size
+    assert kept.size > 5 * 1001, "one wide character makes all of its text wide"
 
 
 @pytest.mark.parametrize(

@@ -652,9 +652,9 @@ class TestConnections:
     async def test_silence_before_the_answer(self, server: Recorder, waits: Waits) -> None:
         """The SDK asks again; we do not, since the server may be at work."""
         server.answers = [b""] * 3
-        assert isinstance(await by_sdk(server.url, retries=1, read=0.2), openai.APITimeoutError)
+        assert isinstance(await by_sdk(server.url, retries=1, read=1.0), openai.APITimeoutError)
         assert 2 == len(server.took())
-        ours = await by_us(server.url, first_timeout=0.2)
+        ours = await by_us(server.url, first_timeout=1.0)
         assert ours is not None
         assert (1, False) == (len(server.took()), is_repeated(ours))
 
@@ -662,8 +662,8 @@ class TestConnections:
         """The SDK gives up; the engine asks again, and tells the watchers to forget what came."""
         begun = answer(200, WHOLE).replace(b"data: [DONE]", b"").replace(b'"finish_reason":"stop"', b'"index":0')
         server.answers = [begun] * 2
-        assert isinstance(await by_sdk(server.url, retries=1, read=0.2), openai.APITimeoutError)
+        assert isinstance(await by_sdk(server.url, retries=1, read=1.0), openai.APITimeoutError)
         assert 1 == len(server.took())
-        ours = await by_us(server.url, idle_timeout=0.2)
+        ours = await by_us(server.url, idle_timeout=1.0)
         assert ours is not None
         assert (1, True) == (len(server.took()), is_repeated(ours))

@@ -19,7 +19,7 @@ import structlog
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models import openai as openai_provider
-from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text, Tool
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.models.pieces import BASE64_BYTES, Pieces, encoded
 from notecase_server.models.request_content import MAX_CONTENT_BYTES
@@ -676,7 +676,9 @@ class TestRefused:
             ("does not support 'json_schema' response format", {"response_format"}),
             ("Function calling with a response mime type: 'application/json' is unsupported", {"response_format"}),
             ("json mode cannot be combined with tool/function calling", {"response_format"}),
+            ("Structured outputs are not supported by this model", {"response_format"}),
             ("Extra inputs are not permitted, field: 'stream_options'", {"stream_options"}),
+            ("Unsupported parameter(s): max_tokens", {"max_tokens"}),
             ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", {"max_tokens"}),
         ],
     )
@@ -684,7 +686,9 @@ class TestRefused:
         self, server: OpenAIServer, provider: OpenAIProvider, words: str, members: set[str]
     ) -> None:
         """The schema is then described in words, and the limit has its other name."""
-        request = ask(max_output_tokens=9)._replace(output_schema='{"type": "object", "title": "Plan"}', only_text=True)
+        request = ask(max_output_tokens=9)._replace(
+            output_schema='{"type": "object", "title": "Plan"}', texts=["Hello"]
+        )
         server.script(error(400, words), reply("{}"), error(400, words), error(400, words))
         assert "{}" == fold(await pieces_of(provider, request)).text
         first, second = server.requests
@@ -693,6 +697,184 @@ class TestRefused:
         assert ("max_tokens" in members) == (second.get("max_completion_tokens") == 9)
         assert words in (await failure(provider, request)).message
         assert 4 == len(server.requests)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "Unrecognized request argument supplied: max_completion_tokens",
+            "Extra inputs are not permitted, field: 'max_completion_tokens', value: 9",
+            "Unsupported parameter: 'max_completion_tokens'. Use 'max_tokens' instead.",
+        ],
+    )
+    async def test_a_limit_under_its_new_name_may_be_refused(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str
+    ) -> None:
+        server.script(error(400, words), reply("Hi"))
+        request = ask(model="gpt-5-mini", max_output_tokens=9)
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        assert [(None, 9), (9, None)] == [
+            (sent.get("max_tokens"), sent.get("max_completion_tokens")) for sent in server.requests
+        ]
+        server.script(error(400, "max_completion_tokens is too large: 9. The model supports at most 8."))
+        assert "too large" in (await failure(provider, request)).message
+        assert 3 == len(server.requests)
+
+    async def test_a_server_may_refuse_each_form_once(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        refusals = [
+            error(400, words)
+            for words in (
+                "stream_options: Extra inputs are not permitted",
+                "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+                "System role not supported",
+            )
+        ]
+        request = ask(instruction="Be brief.", max_output_tokens=9)
+        server.script(*refusals, reply("Hi"), *refusals, refusals[0])
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        last = server.requests[3]
+        assert (True, 9, "user") == (
+            "stream_options" not in last,
+            last["max_completion_tokens"],
+            last["messages"][0]["role"],
+        )
+        assert "stream_options" in (await failure(provider, request)).message
+        assert 8 == len(server.requests)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "System role not supported",
+            "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+            "Developer instruction is not enabled for models/gemma-3-27b-it",
+            "Only user and assistant roles are supported!",
+            "'system' role not supported by this model",
+            'messages: Unexpected role "system". The Messages API accepts a top-level `system` parameter',
+            "role 'system' is not allowed",
+            "Conversation roles must alternate user/assistant/user/assistant/...",
+        ],
+    )
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_a_template_without_a_system_role_has_the_instruction_in_the_first_message(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str, status: int
+    ) -> None:
+        server.script(error(status, words), reply("Hi"))
+        request = ask(instruction="Be brief.")._replace(texts=["Hello"])
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        assert [{"role": "user", "content": "Be brief.\n\nHello"}] == server.requests[1]["messages"]
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "litellm.UnsupportedParamsError: Anthropic doesn't support tool calling without `tools=` param specified.",
+            "The toolConfig field must be defined when using toolUse and toolResult content blocks.",
+            "Requests which include `tool_use` or `tool_result` blocks must define tools",
+        ],
+    )
+    async def test_tools_that_only_the_history_calls_are_declared_for_a_server_that_asks_for_them(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str
+    ) -> None:
+        """Tools of a run are not the next one's, and an MCP server may be away. Others do without: Ollama refuses any
+        tool for a model that calls none."""
+        done = v1.ToolCall.OUTCOME_SUCCEEDED
+        calls = [v1.Part(tool_call=v1.ToolCall(tool=name, outcome=done)) for name in ("ping", "a b", "ping")]
+        server.script(error(400, words), reply("Hi"))
+        asked = ask(user("Hello"), v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=calls))
+        assert "Hi" == fold(await pieces_of(provider, asked)).text
+        assert [None, ["a_b", "ping"]] == [
+            sent.get("tools") and [tool["function"]["name"] for tool in sent["tools"]] for sent in server.requests
+        ]
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "tools.0.custom.input_schema: input_schema does not support oneOf, allOf, or anyOf at the top level",
+            "Invalid schema for function 'pick': schema must have type 'object' and not have "
+            "'oneOf'/'anyOf'/'allOf'/'enum'/'not' at the top level.",
+        ],
+    )
+    async def test_parameters_that_combine_schemas_are_merged_for_a_server_that_refuses_them(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str
+    ) -> None:
+        server.script(error(400, words), reply("Hi"))
+        schema = '{"anyOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}'
+        assert "Hi" == fold(await pieces_of(provider, ask()._replace(tools=[Tool("pick", "", schema)]))).text
+        first, second = (sent["tools"][0]["function"]["parameters"] for sent in server.requests)
+        assert 2 == len(first["anyOf"])
+        assert {"type": "object", "properties": {"a": {}, "b": {}}} == second
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "[Server Error] Invalid 'content': 'content' field must be a string or an array of objects.",
+            "invalid message content type: <nil>",
+            "openai-chat: messages[1].content must be a string or an object (was null)",
+            "1 validation error: body -> messages -> 1 -> content: none is not an allowed value",
+            "1.content.str: Input should be a valid string: 1.content.list: Input should be a valid list",
+            "Missing required field 'content' in messages[1]",
+            'Error rendering prompt with jinja template: "Cannot apply filter "string" to type: NullValue".',
+            'TypeError: can only concatenate str (not "NoneType") to str',
+        ],
+    )
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_a_server_that_takes_no_null_as_content_gets_an_empty_one(
+        self, server: OpenAIServer, provider: OpenAIProvider, words: str, status: int
+    ) -> None:
+        call = v1.ToolCall(tool="ping", outcome=v1.ToolCall.OUTCOME_SUCCEEDED)
+        server.script(error(status, words), reply("Hi"))
+        asked = ask(user("Hello"), v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(tool_call=call)]))
+        assert "Hi" == fold(await pieces_of(provider, asked)).text
+        assert [None, ""] == [sent["messages"][1]["content"] for sent in server.requests]
+
+    @pytest.mark.parametrize("only_text", [True, False])
+    async def test_a_form_may_be_refused_within_an_answer(
+        self, server: OpenAIServer, provider: OpenAIProvider, only_text: bool
+    ) -> None:
+        """As LM Studio does where a template fails; but not once there is something of a reply."""
+        told = 'Error rendering prompt with jinja template: "Conversation roles must alternate".'
+        refused = event({"error": {"message": told}})
+        request = ask(instruction="Be brief.")._replace(texts=["Hello"] if only_text else None)
+        server.script(error(400, "stream_options: Extra inputs are not permitted"), stream(refused), reply("Hi"))
+        assert "Hi" == fold(await pieces_of(provider, request)).text
+        last = server.requests[2]
+        assert (False, "user") == ("stream_options" in last, last["messages"][0]["role"])
+        for answer in (stream(refused), stream(chunk({"content": "a"}), refused)):
+            server.script(*[answer] * 2)
+            assert told in (await failure(provider, request)).message
+        assert 6 == len(server.requests)
+
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [
+            (400, "Your organization must be verified to stream this model. Please go to: https://openai.example/"),
+            (400, "Unsupported value: 'stream' does not support true with this model."),
+            (400, "This model doesn't support tool use in streaming mode."),
+            (400, "Streaming is not supported for this model."),
+            (500, "Cannot use tools with stream"),
+        ],
+    )
+    async def test_a_reply_that_may_not_be_streamed_comes_whole(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int, words: str
+    ) -> None:
+        choices = [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}]
+        whole = json.dumps({"object": "chat.completion", "choices": choices, "usage": USAGE}).encode()
+        server.script(error(status, words), Answer((whole,), 200, {"Content-Type": "application/json"}))
+        made = fold(await pieces_of(provider))
+        assert ("Hi", USAGE["prompt_tokens"]) == (made.text, made.usage.input_tokens)
+        assert [(True, True), (False, False)] == [
+            (sent["stream"], "stream_options" in sent) for sent in server.requests
+        ]
+
+    @pytest.mark.parametrize("status", [400, 500])
+    async def test_descriptions_are_cut_for_a_server_that_takes_no_long_ones(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int
+    ) -> None:
+        """Many MCP servers have such tools."""
+        words = "Invalid 'tools[0].function.description': string too long. Expected a string with maximum length 1024."
+        server.script(error(status, words), reply("Hi"))
+        tools = [Tool("long", "é" * 1025, ""), Tool("short", "e" * 1024, "")]
+        assert "Hi" == fold(await pieces_of(provider, ask()._replace(tools=tools))).text
+        told = [[tool["function"]["description"] for tool in sent["tools"]] for sent in server.requests]
+        assert [["é" * 1025, "e" * 1024], ["é" * 1023 + "…", "e" * 1024]] == told
 
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(

@@ -556,6 +556,38 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
         call("look", {}, id="a") + CALLS,
         Came(calls=(("look", "{}"),), finish="tool_calls"),
     ),
+    **{
+        f"arguments under another name, {where}: {name}": (
+            chunk({"tool_calls": [{"index": 0, "id": "a", **entry}]}) + CALLS,
+            Came(calls=LOOK, finish="tool_calls"),
+        )
+        for name in ("input", "parameters")
+        for where, entry in (
+            ("next to the id", {"name": "look", name: {"q": "x"}}),
+            ("in the function", {"function": {"name": "look", name: '{"q":"x"}'}}),
+        )
+        if (name, where) != ("input", "in the function")
+    },
+    "a call within the content": (
+        chunk({"content": [{"type": "text", "text": "a"}, {"type": "tool_use", "name": "look", "input": {"q": "x"}}]})
+        + chunk(finish="tool_use"),
+        Came("a", calls=LOOK, finish="tool_use"),
+    ),
+    "a call within the content, as OpenAI's Responses have it": (
+        chunk({"content": {"type": "function_call", "call_id": "a", "name": "look", "arguments": '{"q":"x"}'}}) + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "calls within the content and next to it": (
+        chunk(
+            {
+                "content": [{"type": "tool_use", "id": "a", "name": "look", "input": {"q": "x"}}],
+                "tool_calls": [{"id": "a", "function": {"name": "look", "arguments": '{"q":"x"}'}}],
+            }
+        )
+        + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "JSON as an object": (chunk({"content": {"a": "ü"}}) + STOP, Came('{"a": "ü"}')),
     "arguments in a JSON string": (
         call("look", json.dumps('{"q":"x"}'), id="a") + CALLS,
         Came(calls=LOOK, finish="tool_calls"),
@@ -593,6 +625,46 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
     "an id and an index of other types": (
         call("look", '{"q":"x"}', index="first", id=17) + call("look", '{"q":"y"}', index=1.5, id=["odd"]) + CALLS,
         Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
+    ),
+    **{
+        f"space around a tool's name: {name!r}": (
+            call(name, '{"q":', index=0, id="a") + call(None, '"x"}', index=0) + CALLS,
+            Came(calls=LOOK, finish="tool_calls"),
+        )
+        for name in (" look", "look\n", "\tlook ")
+    },
+    "a name in pieces, the first of them space": (
+        call(" ", "", index=0, id="a") + call("look", '{"q":"x"}', index=0) + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    "arguments before the name": (
+        call(None, '{"q":"x"}', index=0) + call("look", index=0, id="a") + CALLS,
+        Came(calls=LOOK, finish="tool_calls"),
+    ),
+    **{
+        f"one tool twice without arguments, in one list: {members}": (
+            chunk({"tool_calls": [{"id": each, "function": {"name": "ping"}} | members for each in "ab"]})
+            + chunk({"tool_calls": [{"id": each, "function": {"name": "ping"}} | members for each in "ab"]})
+            + CALLS,
+            Came(calls=(("ping", ""), ("ping", "")), finish="tool_calls"),
+        )
+        for members in ({"index": 0}, {})
+    },
+    "numbers that are another call's, behind ids that are known": (
+        call("look", '{"q":', index=0, id="a")
+        + call("look", '{"q":', index=1, id="b")
+        + call(None, '"y"}', index=0, id="b")
+        + call(None, '"x"}', index=0, id="a")
+        + CALLS,
+        Came(calls=(*LOOK, ("look", '{"q":"y"}')), finish="tool_calls"),
+    ),
+    "one id for two numbers": (
+        call("look", '{"q":', index=0, id="a")
+        + call("ping", "{", index=1, id="a")
+        + call(None, '"x"}', index=0, id="a")
+        + call(None, "}", index=1, id="a")
+        + CALLS,
+        Came(calls=(*LOOK, ("ping", "{}")), finish="tool_calls"),
     ),
     "two calls without arguments under one index": (
         call("ping", "", index=0, id="a") + call("pong", "", index=0, id="b") + CALLS,
@@ -740,13 +812,33 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
             usage={"input_tokens": 9, "cache_read_input_tokens": 4, "output_tokens": 3, "total_tokens": 16},
         )
         + DONE,
+        Came(SAID, tokens=(13, 4, 3, 0)),
+    ),
+    "cached input apart from the input, in two reports": (
+        chunk(usage={"input_tokens": 2, "cache_read_input_tokens": 9, "cache_creation_input_tokens": 4})
+        + HI
+        + chunk(finish="end_turn", usage={"output_tokens": 3}),
+        Came(SAID, tokens=(15, 9, 3, 0), finish="end_turn"),
+    ),
+    "cached input apart from the input, of Bedrock": (
+        HI + STOP + chunk(usage={"inputTokens": 2, "cacheReadInputTokens": 9, "outputTokens": 3, "totalTokens": 14}),
+        Came(SAID, tokens=(11, 9, 3, 0)),
+    ),
+    "cached input apart from the input, under OpenAI's names": (
+        HI + STOP + chunk(usage={"prompt_tokens": 2, "cache_read_input_tokens": 9, "completion_tokens": 3}),
+        Came(SAID, tokens=(11, 9, 3, 0)),
+    ),
+    "cached input within the input, as the total says": (
+        HI
+        + STOP
+        + chunk(usage={"input_tokens": 9, "cache_read_input_tokens": 4, "output_tokens": 3, "total_tokens": 12}),
         Came(SAID, tokens=(9, 4, 3, 0)),
     ),
     "newly cached input apart from the input": (
         HI
         + chunk(usage={"input_tokens": 9, "cache_creation_input_tokens": 4, "output_tokens": 3, "total_tokens": 16})
         + END,
-        Came(SAID, tokens=(9, 0, 3, 0)),
+        Came(SAID, tokens=(13, 0, 3, 0)),
     ),
     "usage of odd types": (
         HI + chunk(finish="stop", usage=[1]) + chunk(usage={"prompt_tokens": {}, "completion_tokens": True}) + DONE,

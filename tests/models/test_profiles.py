@@ -224,6 +224,11 @@ def openai(body: Json) -> str:
     return ""
 
 
+def flat(body: Json) -> str:
+    combined = any("anyOf" in tool["function"]["parameters"] for tool in body["tools"])
+    return "schema must have type 'object' and not have 'oneOf'/'anyOf'/'allOf' at the top level." if combined else ""
+
+
 def images_of_users(body: Json) -> str:
     for number, message in enumerate(body["messages"]):
         if message["role"] != "user" and not isinstance(message["content"], str):
@@ -546,6 +551,22 @@ PLAYS = [
             ("a.openai.azure.us", "api-key"),
             ("a.cognitiveservices.azure.cn", "api-key"),
         )
+    ),
+    Play(
+        "a tool whose parameters are one of two objects",
+        "api.openai.com",
+        flat,
+        {
+            "messages": [HELLO],
+            "stream_options": USAGE,
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "ping", "parameters": {"type": "object", "properties": {"a": {}, "b": {}}}},
+                }
+            ],
+        },
+        tools=[Tool("ping", "", '{"anyOf":[{"properties":{"a":{}}},{"properties":{"b":{}}}]}')],
     ),
     *(
         Play(
@@ -1006,6 +1027,22 @@ async def test_the_query_of_an_address_is_never_shown(key: str) -> None:
         assert "key=query-5ecret-1&api-version=1" == server.received[0].query
     assert "key=[key]" in caught.value.message
     assert "5ecret" not in str(caught.value.to_proto())
+
+
+async def test_a_model_that_extra_names_has_its_own_profile_and_gets_its_data_back() -> None:
+    async with OpenAIServer() as server:
+        server.script(calls("own-1"), reply("Hi"))
+        provider = OpenAIProvider("key", server.url, "m")
+        generation = v1.Generation(extra='{"model": "gpt-5-mini"}', max_output_tokens=9)
+        request = ModelRequest("other", "", [user("Hello")], generation)
+        called = message_of([piece async for piece in provider.stream(request)])
+        assert [piece async for piece in provider.stream(request._replace(messages=[*request.messages, called]))]
+        await provider.close()
+        assert ["gpt-5-mini"] * 2 == [sent["model"] for sent in server.requests]
+        assert (["own-1"], 9) == (
+            [made["id"] for made in of_calls(server.requests[1])],
+            server.requests[1]["max_completion_tokens"],
+        )
 
 
 def table_of_providers() -> dict[str, list[list[str]]]:

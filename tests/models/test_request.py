@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from notecase import v1
 from notecase_server.models import request as request_module
-from notecase_server.models.contract import MANY_PARTS, MUCH_BYTES, ModelRequest, Tool, is_many
+from notecase_server.models.contract import MANY_PARTS, MUCH_BYTES, ModelRequest, Tool, is_many, texts_of
 from notecase_server.models.pieces import TEXT_LENGTH, encoded
 from notecase_server.models.profiles import ROWS, Profile, Row
-from notecase_server.models.request import body, is_large
+from notecase_server.models.request import MANY_TEXTS, body, is_large
 
 PING = Tool("ping", "", "")
 FORCED = {"type": "function", "function": {"name": "ping"}}
@@ -67,6 +67,25 @@ def test_a_choice_without_tools_is_left_out() -> None:
     assert "tool_choice" not in written(tools=(), tool_choice="required")
 
 
+def test_whether_calls_are_parallel_is_left_out_without_tools() -> None:
+    """OpenAI refuses it then: an MCP server may be away, and a run's own tools are not the next one's."""
+    assert "parallel_tool_calls" not in written(tools=(), parallel_tool_calls=False)
+    assert written(parallel_tool_calls=False)["parallel_tool_calls"] is False
+
+
+@pytest.mark.parametrize("system", ["first", "each"])
+def test_a_system_message_in_a_user_s_name_stays_where_it_was(system: Any) -> None:
+    parts = [v1.Part(file=v1.FileUri(uri="https://images.example/a.png", media_type="image/png"))]
+    said = [v1.Message(role=v1.Message.ROLE_USER, parts=parts), called("ping"), v1.Message(role=v1.Message.ROLE_SYSTEM)]
+    said[2].parts.add(text="Hurry.")
+    request = ModelRequest("m", "Be brief.", said, v1.Generation())
+    made = body(request, "m", Profile(system=system, system_role="user", after_tool="user"), "p")["messages"]
+    first = "Be brief.\n\nHurry." if system == "first" else "Be brief."
+    assert {"type": "text", "text": first} == made[0]["content"][0]
+    assert ("Hurry." == made[-1]["content"]) == (system == "each")
+    assert "system" not in [message["role"] for message in made]
+
+
 def test_tools_of_extra_may_be_chosen_from() -> None:
     generation = v1.Generation(extra=json.dumps({"tools": [{"type": "web_search"}], "tool_choice": "required"}))
     made = body(ModelRequest("m", "", [user("Hello")], generation), "m", Profile(), "here")
@@ -99,11 +118,29 @@ def test_blanks_alone_are_not_text() -> None:
 
 
 @pytest.mark.parametrize("only_text", [True, False])
-def test_a_reply_of_blanks_alone_is_left_out(only_text: bool) -> None:
-    """A model may say so that it has nothing to add to the results of its calls."""
-    blank = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text=" \n")])
-    request = ModelRequest("m", "", [user("a"), blank, user("b")], v1.Generation(), only_text=only_text)
+@pytest.mark.parametrize("role", ["USER", "ASSISTANT", "SYSTEM"])
+def test_a_message_of_blanks_alone_is_left_out(role: str, only_text: bool) -> None:
+    """A model may say so that it has nothing to add to the results of its calls. A user's would fail each later run."""
+    blank = v1.Message(role=v1.Message.Role.Value(f"ROLE_{role}"), parts=[v1.Part(text=" \n")])
+    said = [user("a"), blank, user("b")]
+    request = ModelRequest("m", "", said, v1.Generation(), texts=texts_of(said) if only_text else None)
     assert ["a\n\nb"] == [message["content"] for message in body(request, "m", Profile(), "p")["messages"]]
+
+
+@pytest.mark.parametrize("refusal", ["text", "member"])
+def test_a_refusal_of_blanks_alone_is_left_out(refusal: Any) -> None:
+    blank = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(refusal=" ")])
+    request = ModelRequest("m", "", [user("a"), blank, user("b")], v1.Generation())
+    assert 1 == len(body(request, "m", Profile(refusal=refusal), "p")["messages"])
+
+
+def test_a_part_of_blanks_alone_is_left_out() -> None:
+    image = v1.Part(file=v1.FileUri(uri="https://images.example/a.png", media_type="image/png"))
+    parts = [v1.Part(text=" "), image]
+    asked = v1.Message(role=v1.Message.ROLE_USER, parts=parts)
+    system = v1.Message(role=v1.Message.ROLE_SYSTEM, parts=[v1.Part(text=" "), v1.Part(text="\n")])
+    (said,) = written(system, asked)["messages"]
+    assert ["image_url"] == [part["type"] for part in said["content"]]
 
 
 def test_ids_that_a_server_repeats_are_distinguished() -> None:
@@ -152,12 +189,12 @@ def _texts(*said: str) -> list[v1.Message]:
 def test_messages_of_which_it_is_known_that_they_are_text_are_written_like_any(row: Row, said: tuple[str, ...]) -> None:
     profile = msgspec.convert(row.sets, Profile)
     request = ModelRequest("m", "Be kind.", _texts(*said), v1.Generation())
-    assert body(request, "m", profile, "p") == body(request._replace(only_text=True), "m", profile, "p")
+    assert body(request, "m", profile, "p") == body(request._replace(texts=said), "m", profile, "p")
 
 
-def sent_as(parameters: str, schemas: str = "open") -> bytes:
+def sent_as(parameters: str, schemas: Any = "open", combined: Any = "kept") -> bytes:
     request = ModelRequest("m", "", [user("Hello")], v1.Generation(), [Tool("f", "", parameters)])
-    (tool,) = body(request, "m", Profile(schemas=schemas), "here")["tools"]  # type: ignore[arg-type]
+    (tool,) = body(request, "m", Profile(schemas=schemas, combined=combined), "here")["tools"]
     return bytes(tool["function"]["parameters"])
 
 
@@ -167,6 +204,8 @@ def sent_as(parameters: str, schemas: str = "open") -> bytes:
         ('{"type":"object","properties":null,"required":null}', {"type": "object", "properties": {}}),
         ('{"type":"object","properties":[],"$defs":[]}', {"type": "object", "properties": {}}),
         ('{"type":null,"description":null}', {"type": "object", "properties": {}}),
+        ('{"type":["object","null"]}', {"type": "object", "properties": {}}),
+        ('{"anyOf":[{"required":["a"]}]}', {"type": "object", "anyOf": [{"required": ["a"]}]}),
         (
             '{"properties":{"required":{"default":null,"enum":null},"a":{"type":["array","null"],"items":[]}}}',
             {
@@ -191,6 +230,41 @@ def test_a_strict_schema_has_its_properties_whatever_was_written(parameters: str
     assert ({}, [], False) == (sent["properties"], sent["required"], sent["additionalProperties"])
 
 
+ID, SLUG = (
+    {"type": "object", "properties": {name: {"type": "string"}, "kind": {"const": name}}, "required": ["kind", name]}
+    for name in ("id", "slug")
+)
+KIND = {"anyOf": [{"const": "id"}, {"const": "slug"}]}
+TEXT = {"type": "string"}
+EITHER = {"type": "object", "properties": {"id": TEXT, "kind": KIND, "slug": TEXT}, "required": ["kind"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sent"),
+    [
+        ({"anyOf": [ID, SLUG]}, EITHER),
+        ({"oneOf": [ID, SLUG], "not": {}, "title": "Pick"}, EITHER | {"title": "Pick"}),
+        ({"allOf": [ID, SLUG]}, EITHER | {"required": ["id", "kind", "slug"]}),
+        ({"allOf": [{"anyOf": [ID, SLUG]}]}, EITHER),
+        ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": ID}}, ID | {"$defs": {"a/b": ID}}),
+        ({"anyOf": [{"$ref": "#/$defs/x"}, {"$ref": "x.json"}, 7]}, {"type": "object", "properties": {}}),
+        (ID, ID),
+        ({}, {"type": "object", "properties": {}}),
+    ],
+)
+def test_what_a_tool_s_parameters_combine_at_the_top_is_merged(parameters: Any, sent: Any) -> None:
+    made = json.loads(sent_as(json.dumps(parameters), combined="merged"))
+    assert sent | {"required": sorted(sent.get("required", ()))} == made | {
+        "required": sorted(made.get("required", ()))
+    }
+
+
+def test_references_without_end_are_followed_a_few_times() -> None:
+    loop = {"allOf": [{"$ref": "#"}, {"$ref": "#"}], "properties": {"a": TEXT}, "required": ["a"]}
+    made = json.loads(sent_as(json.dumps(loop), combined="merged"))
+    assert {"type": "object", "properties": {"a": TEXT}, "required": ["a"]} == made
+
+
 def test_a_schema_nested_without_end_is_sent_as_it_is() -> None:
     parameters = '{"not":' * 2000 + "{}" + "}" * 2000
     assert parameters.encode() == sent_as(parameters)
@@ -210,7 +284,8 @@ def test_neighbours_are_joined_in_one_step(
 
     monkeypatch.setattr(request_module, "_together", together)
     said = [v1.Message(role=role, parts=[v1.Part(text=f"t{n}")]) for n in range(100)]
-    request = ModelRequest("m", "", [*said, user("a")], v1.Generation(), only_text=only_text)
+    said.append(user("a"))
+    request = ModelRequest("m", "", said, v1.Generation(), texts=texts_of(said) if only_text else None)
     made = body(request, "m", Profile(neighbours="joined"), "here")["messages"]
     told = "\n\n".join(f"t{n}" for n in range(100))
     assert 1 == sum(message["content"].startswith(told) for message in made)
@@ -238,12 +313,19 @@ def test_what_is_many_depends_on_parts_and_those_of_results(messages: Sequence[v
     assert is_large(ModelRequest("m", "", messages, v1.Generation())) == many
 
 
+@pytest.mark.parametrize(("texts", "many"), [(MANY_TEXTS, False), (MANY_TEXTS + 1, True)])
+def test_texts_alone_are_many_later(texts: int, many: bool) -> None:
+    request = ModelRequest("m", "", [user("a")] * texts, v1.Generation(), texts=["a"] * texts)
+    assert many == is_large(request)
+    assert is_large(request._replace(texts=None))
+
+
 @pytest.mark.parametrize(("size", "much"), [(MUCH_BYTES, False), (MUCH_BYTES + 1, True)])
 @pytest.mark.parametrize("only_text", [True, False])
 def test_what_is_large_depends_on_the_bytes_that_are_known_of_the_messages(
     size: int, much: bool, only_text: bool
 ) -> None:
-    request = ModelRequest("m", "", [user("a")], v1.Generation(), only_text=only_text, size=size)
+    request = ModelRequest("m", "", [user("a")], v1.Generation(), texts=["a"] if only_text else None, size=size)
     assert much == is_large(request)
 
 
@@ -255,13 +337,17 @@ def test_a_long_request_is_the_same_in_pieces_of_bounded_length(
     lengths, encode = list[int](), msgspec.json.encode
 
     def counting(value: Any, **options: Any) -> bytes:
-        lengths.extend([len(value)] if isinstance(value, str) else [])
+        texts = [one["content"] for one in value] if isinstance(value, list) else [value]
+        lengths.append(sum(len(text) for text in texts if isinstance(text, str)))
         return encode(value, **options)
 
     image = v1.Part(data=v1.InlineData(data=b"\x89PNG" * 1000, media_type="image/png"))
+    shorter = [user(character * (TEXT_LENGTH // 3))] * 7
     said = [user(character * (TEXT_LENGTH + 7)), user("short"), v1.Message(role=v1.Message.ROLE_USER, parts=[image])]
+    said = [*shorter, *said, *shorter]
     made = body(ModelRequest("m", "Be kind.", said, v1.Generation()), "m", Profile(), "here")
     short = b"".join(encoded(made)._pieces)
     monkeypatch.setattr(msgspec.json, "encode", counting)
     assert short == b"".join(encoded(made, long=True)._pieces)
     assert max(lengths) <= TEXT_LENGTH
+    assert len(lengths) < len(said) + 3, "short ones are written together"

@@ -222,6 +222,8 @@ CODES: Sequence[tuple[Any, Verdict]] = (
 )
 
 WORDS: Sequence[tuple[str, Verdict]] = (
+    ('Error rendering prompt with jinja template: "Unknown test: sequence". Try again later.', Verdict.REFUSED),
+    ("Failed to apply the chat template: temporary variable is undefined", Verdict.REFUSED),
     ("Your account has an insufficient balance.", Verdict.ACCOUNT),
     ("Insufficient credits. Add more.", Verdict.ACCOUNT),
     ("This request requires more credits, or fewer max_tokens.", Verdict.ACCOUNT),

@@ -399,6 +399,25 @@ async def test_a_call_that_is_being_refused_when_the_doorway_closes_ends_with_it
         await waiting.door.close(patience=3600)
 
 
+@pytest.mark.parametrize(
+    ("method", "frame"),
+    [
+        ("/notecase.v1.SessionService/GetSession", v1.GetSessionRequest(name="sessions/s")),
+        ("/notecase.v1.RunService/WatchEvents", v1.WatchEventsRequest(name="sessions/s")),
+        ("/notecase.v1.RunService/Run", v1.RunRequest(attach=v1.AttachRun(name="sessions/s"))),
+    ],
+)
+async def test_a_cancellation_that_nobody_requested_is_a_defect(
+    method: str, frame: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library raises it, for example. The call was not answered."""
+    async with running() as served:
+        monkeypatch.setattr(served.server._store, "find_session", AsyncMock(side_effect=asyncio.CancelledError))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await METHODS[method](served.channel, method, frame.SerializeToString())
+    assert "INTERNAL" == reason_of(refused.value)
+
+
 async def test_a_caller_that_leaves_is_not_taken_for_the_stop() -> None:
     """Its handler is cancelled as usual, and the log has no refusal."""
     waiting = Waiting()

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from notecase import v1
+from notecase_server import errors
 from notecase_server.engine import tenancy
 from notecase_server.rpc import interceptor
 from notecase_server.serve import now
@@ -110,6 +111,28 @@ async def test_what_is_put_to_work_in_a_suspended_tenant_is_cancelled_by_the_ser
     assert v1.Run.STATE_CANCELLED == ended.state
 
 
+async def test_a_deletion_does_not_delay_the_rest_of_suspended_tenants(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes long, which the server continues."""
+    monkeypatch.setattr(tenancy, "LOOK_SECONDS", 0.01)
+    store, begun = scene.served.server._store, asyncio.Event()
+
+    async def linger(tenant: str) -> bool:
+        begun.set()
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(store, "erase_tenant", linger)
+    run = await begin(scene, "case", "/pause 10000 /say never")
+    await store.create_tenant("aaa", "")  # before the other one in the list
+    await store.set_tenant_state("aaa", v1.Tenant.STATE_DELETING)
+    await begun.wait()
+    await store.set_tenant_state("acme", v1.Tenant.STATE_SUSPENDED)
+    key, _ = await scene.served.server._sessions.find("acme", "case")
+    ended = await scene.served.server._runs.commands.wait(key, run.rpartition("/")[2], 30)
+    assert v1.Run.STATE_CANCELLED == ended.state
+
+
 async def test_a_deleted_tenant_is_gone_with_everything_and_its_keys(scene: Scene) -> None:
     run = await begin(scene, "case", "/pause 10000 /say never")
     await scene.served.state.PutState(
@@ -144,6 +167,34 @@ async def test_a_removal_that_was_cut_is_gone_on_with(scene: Scene, monkeypatch:
     await gone.wait()
     assert "UNAUTHENTICATED" == await reason(scene.look(scene.admin))
     assert await scene.served.server._store.get_tenant("acme") is None
+
+
+async def test_a_repeated_deletion_returns_when_the_last_row_is_gone(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call was interrupted, and the server has not continued by itself yet."""
+    monkeypatch.setattr(tenancy, "LOOK_SECONDS", 3600)
+    store = scene.served.server._store
+    await begin(scene, "case", "/say done")
+    with monkeypatch.context() as away:
+
+        async def refuse(tenant: str) -> bool:
+            raise errors.store_unavailable()
+
+        away.setattr(store, "erase_tenant", refuse)
+        assert "STORE_UNAVAILABLE" == await reason(delete(scene, request_id="once"))
+    await delete(scene, request_id="once")
+    assert await store.get_tenant("acme") is None
+
+
+async def test_a_late_removal_leaves_the_tenant_that_has_the_name_now(scene: Scene) -> None:
+    """The server's loop and a call may remove a tenant at the same time; the name is used again when one is done."""
+    await delete(scene, request_id="once")
+    fresh = bearer((await scene.make(scene.operator, ACME, ADMIN)).secret)
+    await scene.served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"), metadata=fresh)
+    await scene.served.server._tenancy.remove("acme")
+    await delete(scene, request_id="once")
+    await scene.served.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"), metadata=fresh)
 
 
 async def test_tenants_are_made_found_and_listed(scene: Scene) -> None:

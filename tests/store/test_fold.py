@@ -332,7 +332,12 @@ async def scenario(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> No
         await check(store)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None, database=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=100,
+    deadline=None,
+    database=None,
+)
 @given(commits=st.lists(st.lists(EVENTS, max_size=3), max_size=25))
 def test_rows_are_the_fold_of_the_log(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> None:
     asyncio.run(scenario(open_store, commits))

@@ -236,7 +236,12 @@ async def scenario(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
             await check_moved(store, told.key)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None, database=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=60,
+    deadline=None,
+    database=None,
+)
 @given(actions=st.lists(ACTIONS, max_size=25))
 def test_the_past_is_what_the_log_says(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
     """State at every sequence is the fold of the log up to it; a fork equals a session that got the same commits and

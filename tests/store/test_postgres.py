@@ -1049,7 +1049,7 @@ async def test_others_have_their_turn_while_a_long_past_is_read(
     pauses.clear()
     state = await store.get_state(KEY.state, ["k"], head - 1)
     assert "6" * 100_000 == state.entries["k"].value.string_value
-    assert [0.0] * 3 == pauses
+    assert [0.0] * 7 == pauses  # small changes cost more for their bytes
 
 
 async def test_an_older_schema_is_refused_or_brought_up_to_date(

@@ -30,7 +30,8 @@ from tests.support.postgres import Postgres
 from tests.support.postgres_proxy import PostgresProxy
 from tests.support.time import in_no_time
 
-LEASE = 1.5
+LEASE = 3.0
+"""Seconds. PostgreSQL ends a write that stands still for less than half of it, on a busy machine, too."""
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ async def test_a_write_gives_its_rows_back_within_half_a_lease(url: str, clock: 
     store = await PostgresStore.open(url, clock, lease=lease)
     names = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
     found = await store._write(lambda tables, _: [cast(Any, tables).one(f"SHOW {name}")[0] for name in names])
-    assert ["600ms"] * 3 == found
+    assert ["1200ms"] * 3 == found
     await store.close()
 
 
@@ -197,7 +198,7 @@ async def test_a_wait_for_the_store_outlives_its_database(url: str, second_conne
             raise
 
     await second_connection.execute("UPDATE owner SET name = 'another', counter = counter + 1")
-    lease = PostgresLease(connect, "this one", time.monotonic, 4 * LEASE)
+    lease = PostgresLease(connect, "this one", time.monotonic, 2 * LEASE)
     taking = asyncio.create_task(lease.take(_setting(waits)))
     await waits.wait()
     elsewhere = await asyncpg.connect(postgres.shared().url())

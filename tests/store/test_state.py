@@ -1,7 +1,8 @@
 """Every store: what state promises, in its three scopes."""
 
 import asyncio
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Awaitable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -338,3 +339,57 @@ async def test_what_is_handed_in_and_out_is_not_kept(store: Store) -> None:
     assert read.entries["k"].value == value("kept")
     read.entries["k"].Clear()
     assert (await store.get_state(APP_STATE, ["k"])).entries["k"].value == value("kept")
+
+
+async def _peak(work: Awaitable[object]) -> int:
+    """Returns how many bytes of Python objects there were at most during the work, more than before it."""
+    tracemalloc.start()
+    try:
+        await work
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+LARGE = [f"k{number}" for number in range(20)]
+"""Keys whose values are larger together than what one change may depend on."""
+
+
+@pytest.mark.parametrize("scope", [STATE, USER_STATE])
+async def test_values_that_a_change_replaces_or_removes_are_not_read(store: Store, scope: Scope) -> None:
+    await _fill(store, scope)
+    short = [put(key, "x") if number % 2 else remove(key) for number, key in enumerate(LARGE)]
+    assert await _peak(_change(store, scope, short)) < 4 << 20
+    state, _ = await store.list_state(scope, EVERYTHING)
+    assert state.entries.keys() == set(LARGE[1::2])
+
+
+@pytest.mark.parametrize("scope", [STATE, USER_STATE])
+@pytest.mark.parametrize("op", [put("", "x", if_version=1), increment("", 1), append("", 1)], ids=str)
+async def test_values_that_a_change_depends_on_are_bounded_together(store: Store, scope: Scope, op: v1.StateOp) -> None:
+    await _fill(store, scope)
+    ops = [v1.StateOp() for _ in LARGE]
+    for key, one in zip(LARGE, ops, strict=True):
+        one.CopyFrom(op)
+        one.key = key
+
+    async def refusal() -> None:
+        with refused("PAYLOAD_TOO_LARGE"):
+            await _change(store, scope, ops)
+
+    assert await _peak(refusal()) < 4 << 20
+    state = await store.get_state(scope, LARGE[:1])
+    assert state.version == len(LARGE)
+
+
+async def _fill(store: Store, scope: Scope) -> None:
+    await create(store)
+    for key in LARGE:
+        await _change(store, scope, [put(key, "x" * (PAGE_BYTES - 1000))])
+
+
+async def _change(store: Store, scope: Scope, ops: Sequence[v1.StateOp]) -> None:
+    if scope.kind == "session":
+        await add(store, changed(*ops))
+    else:
+        await store.update_state(scope, ops)

@@ -129,7 +129,12 @@ async def scenario(open_store: Open, actions: list[tuple[str, int]]) -> None:
             assert await in_effect(store) == by_hand(await store.read_events(KEY, 0))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None, database=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=60,
+    deadline=None,
+    database=None,
+)
 @given(actions=st.lists(ACTIONS, max_size=20))
 def test_the_summary_in_effect_is_what_the_log_says(open_store: Open, actions: list[tuple[str, int]]) -> None:
     asyncio.run(scenario(open_store, actions))

@@ -98,6 +98,18 @@ async def test_a_key_makes_its_tenant_known(store: Store) -> None:
     assert ["tenants/acme"] == names((await store.list_tenants(EVERYTHING)).rows)
 
 
+async def test_a_tenant_that_is_being_removed_gets_no_key(store: Store) -> None:
+    """It would go with the tenant, and its caller would be left with a secret that means nothing."""
+    key = KeyRow("acme", "a", v1.Key(), b"a", b"")
+    await store.create_tenant("acme", "")
+    await store.set_tenant_state("acme", DELETING)
+    with refused("TENANT_NOT_FOUND"):
+        await store.add_key(key)
+    while not await store.erase_tenant("acme"):
+        pass
+    await store.add_key(key)
+
+
 async def test_a_tenant_with_a_session_or_its_rows_is_not_erased(store: Store) -> None:
     await create(store)
     await add(store, said("m", "Hello."))

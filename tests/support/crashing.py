@@ -86,6 +86,24 @@ async def hang(context: CallContext) -> str:
     return ""
 
 
+@tool
+async def stray(awaited: bool) -> str:
+    """Makes a task and a callback that would end the process, and waits for the task, or does not."""
+
+    async def leave(error: BaseException) -> None:
+        raise error
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    asyncio.get_running_loop().call_soon(interrupt)
+    made = asyncio.create_task(leave(SystemExit(3)))
+    if awaited:
+        await made
+    await asyncio.wait([made, asyncio.create_task(leave(KeyboardInterrupt()))])
+    return "stayed"
+
+
 def effects_of(path: Path) -> Counter[str]:
     """How often each idempotency key took effect. Fails when an attempt did so twice."""
     lines = path.read_text().splitlines() if path.exists() else []

@@ -7,15 +7,26 @@ from typing import Literal
 
 from notecase_server.tools.mcp_settings import McpServerSettings
 
+from tests.support.ports import free_port
+
 ROOT = Path(__file__).parents[2]
 MODULE = ("-m", "tests.support.mcp_server")
 
 
+PATIENCE = 120.0
+"""Seconds to connect: the time of a machine on which the imports of a program take a minute."""
+
+
 def stdio(**more: object) -> McpServerSettings:
-    """The command; it has time to start on a machine on which its imports take a minute."""
+    """The command."""
     command = {"command": sys.executable, "args": (*MODULE, "stdio"), "cwd": str(ROOT)}
-    given = {**command, "connect_timeout": 120.0, **more}
+    given = {**command, "connect_timeout": PATIENCE, **more}
     return McpServerSettings(**given)  # type: ignore[arg-type]
+
+
+def at(url: str, **more: object) -> McpServerSettings:
+    """A URL."""
+    return McpServerSettings(**{"url": url, "connect_timeout": PATIENCE, **more})  # type: ignore[arg-type]
 
 
 TRANSPORTS = ["stdio", "stdio 2026-07-28", "http", "http 2026-07-28"]
@@ -26,7 +37,7 @@ def over(transport: str, served: "Http") -> McpServerSettings:
     be used."""
     kind, _, version = transport.partition(" ")
     protocol: Literal["2026-07-28"] | None = "2026-07-28" if version else None
-    return stdio(protocol=protocol) if kind == "stdio" else McpServerSettings(url=served.url, protocol=protocol)
+    return stdio(protocol=protocol) if kind == "stdio" else at(served.url, protocol=protocol)
 
 
 class Http:
@@ -34,7 +45,7 @@ class Http:
 
     def __init__(self, *options: str) -> None:
         self._options = options
-        self._port = "0"
+        self._port = str(free_port())
         self.start()
 
     def start(self) -> None:
@@ -46,7 +57,6 @@ class Http:
         )
         assert self._process.stdout is not None
         self.url = self._process.stdout.readline().strip()
-        self._port = self.url.rpartition(":")[2].partition("/")[0]
 
     def kill(self) -> None:
         self._process.kill()

@@ -101,6 +101,8 @@ def _error(kind: str) -> BaseException:
         "failure": ToolFailure("The drawer is locked."),
         "novel": ToolFailure("x" * 100_000),
         "empty": ToolFailure(),
+        "group": ExceptionGroup("", [ToolFailure("No key."), ExceptionGroup("", [ToolFailure("No light.")])]),
+        "mixed": ExceptionGroup("", [ToolFailure("No key."), KeyError("secret")]),
         "defect": KeyError("secret"),
         "exit": SystemExit(3),
         "stop": StopIteration(),

@@ -91,7 +91,7 @@ async def test_any_parameter_name_is_allowed() -> None:
         ({"what": "", "place": {"name": ""}, "limit": 0}, "limit: Input should be greater than or equal to 1"),
         (
             {"what": "", "place": {"name": ""}, "who": 1},
-            "the object has no 'who', but what, place, kind, limit",
+            "'who' is not a property of the object, which may have what, place, kind, limit",
         ),
         ({"what": "", "place": {"name": ""}, "kind": "x"}, 'kind must be one of ["letter", "key"], not "x"'),
     ],
@@ -171,6 +171,9 @@ async def test_the_model_reads_a_failure_and_any_other_exception_is_a_defect(nam
     assert Outcome(error="The drawer is locked.") == await call(name, kind="failure")
     assert MAX_ERROR + 1 == len((await call(name, kind="novel")).error)
     assert Outcome(error="The tool failed.") == await call(name, kind="empty")
+    assert Outcome(error="No key.\nNo light.") == await call(name, kind="group")
+    with pytest.raises(ExceptionGroup):
+        await call(name, kind="mixed")
     with pytest.raises(KeyError, match="secret"):
         await call(name, kind="defect")
     for kind in ("exit", "stop", "cancelled"):
@@ -274,7 +277,7 @@ def test_modules_that_cannot_be_imported_or_have_no_tools_are_refused(
     decorated = "from notecase_server.tools.functions import tool\n@tool\ndef find() -> str: return ''\n"
     (tmp_path / "twin_tools.py").write_text(decorated)
     for modules, told in [
-        (["unheard.of"], "The module 'unheard.of' cannot be imported: ModuleNotFoundError"),
+        (["unheard.of"], "No module named 'unheard'; PYTHONPATH lists the directories of modules"),
         (["broken_tools"], "The module 'broken_tools' cannot be imported: OSError: no such table"),
         (["json"], "The module 'json' has no function that is decorated with @tool"),
         (

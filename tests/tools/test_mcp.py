@@ -26,7 +26,7 @@ from notecase_server.tools.outcome import MAX_ERROR, MAX_MEDIA, MAX_RESULT
 from notecase_server.tools.toolbox import make_toolbox
 from structlog.testing import capture_logs
 
-from tests.support.mcp_process import TRANSPORTS, Http, over, stdio
+from tests.support.mcp_process import TRANSPORTS, Http, at, over, stdio
 from tests.support.mcp_server import PIXEL
 from tests.tools.calls import Pose, Witness, context, nobody
 
@@ -246,7 +246,7 @@ async def test_a_url_that_dies_in_mid_call_is_an_error_and_serves_again_once_it_
 async def test_a_session_that_the_server_forgot_is_opened_again(facts: asyncio.Queue[str]) -> None:
     """A server of the protocol's earlier versions answers 404 after a restart."""
     served = Http("--sessions")
-    async with tools(McpServerSettings(url=served.url)) as box:
+    async with tools(at(served.url)) as box:
         echo = (await resolved(box, "echo"))["echo"]
         assert "mcp_connected" == await facts.get()
         served.kill()
@@ -262,7 +262,7 @@ async def test_a_list_is_requested_again_when_the_connection_is_lost(
 ) -> None:
     monkeypatch.setattr("notecase_server.tools.mcp.LIST_SECONDS", 0)
     served = Http("--sessions")
-    async with tools(McpServerSettings(url=served.url)) as box:
+    async with tools(at(served.url)) as box:
         before = list(await resolved(box))
         served.kill()
         served.start()
@@ -271,7 +271,7 @@ async def test_a_list_is_requested_again_when_the_connection_is_lost(
 
 
 async def test_a_url_is_sent_the_configured_headers_and_what_makes_an_effect_happen_once(http: Http) -> None:
-    async with tools(McpServerSettings(url=http.url, headers={"Authorization": "Bearer secret"})) as box:
+    async with tools(at(http.url, headers={"Authorization": "Bearer secret"})) as box:
         told = json.loads((await call(box, "about")).parts[0].text)
     assert "Bearer secret" == told["headers"]["authorization"]
     assert f"{context().session_uid}/call-1" == told["meta"]["notecase/idempotency_key"]

@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import json
 import os
-import sys
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,10 +14,9 @@ import pytest
 from notecase import v1
 from notecase_server.tools.contract import Outcome
 from notecase_server.tools.mcp_answers import MAX_ANSWER
-from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.toolbox import make_toolbox
 
-from tests.support.mcp_process import ROOT
+from tests.support.mcp_process import at, stdio
 from tests.tools.calls import context
 
 JSON, EVENTS = "application/json", "text/event-stream"
@@ -106,7 +104,7 @@ async def test_an_answer_that_is_too_large_fails_the_call_and_takes_no_memory(
     kind: str, body: bytes, coding: str
 ) -> None:
     async with Hostile(kind, body, coding).serving() as url:
-        box = make_toolbox([], {"s": McpServerSettings(url=url, timeout=60)})
+        box = make_toolbox([], {"s": at(url, timeout=60)})
         try:
             (tool,) = await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
             tracemalloc.start()
@@ -128,7 +126,7 @@ async def test_an_answer_that_is_too_large_fails_the_call_and_takes_no_memory(
 async def test_what_the_library_cannot_use_is_quoted_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
     notice = b'{"jsonrpc":"2.0","method":"notifications/progress","params":{"progressToken":{"secret":1}}}'
     async with Hostile(EVENTS, event(notice) + event(SMALL)).serving() as url:
-        box = make_toolbox([], {"s": McpServerSettings(url=url, timeout=60)})
+        box = make_toolbox([], {"s": at(url, timeout=60)})
         try:
             assert not (await box.call(v1.ToolBinding(mcp=v1.McpBinding(server="s", tool="t")), {}, context())).error
         finally:
@@ -141,7 +139,7 @@ async def test_an_answer_is_bounded_for_itself_and_not_with_what_came_before_it(
     """Comments and events before it are no part of it."""
     whole = body if SMALL in body else body + event(SMALL)
     async with Hostile(kind, whole).serving() as url:
-        box = make_toolbox([], {"s": McpServerSettings(url=url, timeout=60)})
+        box = make_toolbox([], {"s": at(url, timeout=60)})
         try:
             (tool,) = await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
             outcome = await box.call(tool.implementation, {}, context())
@@ -157,7 +155,7 @@ async def test_a_line_of_a_program_that_is_too_large_fails_the_call_and_ends_the
     """The next call has a new one."""
     pids = tmp_path / "pids"
     args = ("-m", "tests.support.mcp_endless", str(pids))
-    box = make_toolbox([], {"s": McpServerSettings(command=sys.executable, args=args, cwd=str(ROOT), timeout=60)})
+    box = make_toolbox([], {"s": stdio(args=args, timeout=60)})
     try:
         (tool,) = await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
         tracemalloc.start()

@@ -2,7 +2,6 @@
 comes."""
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.toolbox import make_toolbox
 
-from tests.support.mcp_process import ROOT
+from tests.support.mcp_process import at, stdio
 from tests.tools.calls import context
 from tests.tools.test_mcp_answers import ABOUT, EVENTS, JSON, Hostile, _http, _result, answer
 
@@ -47,7 +46,7 @@ class Lists(Hostile):
     @asynccontextmanager
     async def box(self) -> AsyncIterator[Toolbox]:
         async with self.serving() as url:
-            made = make_toolbox([], {"s": McpServerSettings(url=url, timeout=60)})
+            made = make_toolbox([], {"s": at(url, timeout=60)})
             try:
                 yield made
             finally:
@@ -145,6 +144,28 @@ async def test_a_handshake_that_lists_tools_is_one() -> None:
         assert ["t", "u"] == await listed(box)
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"serverInfo": {"name": "s"}},
+        {"serverInfo": {"name": "s", "version": None, "title": None}},
+        {"serverInfo": None},
+        {"capabilities": {"tools": True, "logging": None, "prompts": False, "experimental": []}},
+        {"capabilities": None},
+    ],
+    ids=str,
+)
+async def test_what_a_server_says_of_itself_may_lack_what_is_not_used(about: dict[str, Any]) -> None:
+    class Telling(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") != "initialize":
+                return super()._answer(asked)
+            return _http(f"Content-Type: {JSON}\r\n", _result(asked, ABOUT | about))
+
+    async with Telling(lambda cursor: {"tools": [T]}).box() as box:
+        assert ["t"] == await listed(box)
+
+
 @pytest.mark.parametrize("status", [401, 404, 503])
 async def test_an_error_status_is_reported(status: int) -> None:
     """Of 401 and 403, where to look, too."""
@@ -200,7 +221,7 @@ async def test_a_media_type_counts_as_text_of_a_result() -> None:
 
 def program(pids: Path, **settings: Any) -> McpServerSettings:
     args = ("-m", "tests.support.mcp_careless", str(pids))
-    return McpServerSettings(command=sys.executable, args=args, cwd=str(ROOT), **settings)
+    return stdio(args=args, **settings)
 
 
 TEXT = '{"jsonrpc":"2.0","id":ID,"result":{"content":[{"type":"text","text":"%s"}]}}'
@@ -245,6 +266,14 @@ LINES = {
     '{"jsonrpc":"2.0","id":ID,"result":{}}': "",
     '{"jsonrpc":"2.0","id":ID,"result":{"isError":true}}': "The tool failed.",
 }
+OF_PIPES = {
+    'Calling "t" ... ' + TEXT % "a": "a",
+    "\x1b[32m{t}: " + (TEXT % "a").replace('"jsonrpc":"2.0",', "")[:-1] + ',"jsonrpc":"2.0"} done\x1b[0m': "a",
+    '{"jsonrpc":"2.0","method":"notifications/message","params":{"level":"info","data":"b"}}' + TEXT % "a": "a",
+    'Asked: {"jsonrpc":"2.0","id":ID,"method":"tools/call","params":{"name":"t"}}\n' + TEXT % "a": "a",
+    TEXT % 'quoting {\\"jsonrpc\\": 2}': 'quoting {"jsonrpc": 2}',
+}
+"""There other words may share a line with an answer."""
 OF_HTTP = {TEXT.replace("ID", "999") % "a": "a", "No JSON.": f"{REFUSED}It gave an answer that is not valid."}
 """There an answer is to what was asked with it, whatever it says."""
 
@@ -263,14 +292,27 @@ async def test_an_answer_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp
             return super()._answer(asked)
 
     async with Saying(lambda cursor: {"tools": [T]}).serving() as url:
-        over = McpServerSettings(url=url, timeout=60)
+        over = at(url, timeout=60)
         box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60) if transport == "pipes" else over})
         try:
-            for line, result in (LINES if transport == "pipes" else LINES | OF_HTTP).items():
+            for line, result in (LINES | (OF_PIPES if transport == "pipes" else OF_HTTP)).items():
                 outcome = await box.call(BINDING, {"line": line}, context())
                 assert result == (outcome.error or "".join(part.text for part in outcome.parts)), line
         finally:
             await box.close()
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain; charset=utf-8", "Application/JSON-RPC", "application/octet-stream"])
+async def test_json_is_read_whatever_its_server_calls_it(kind: str) -> None:
+    class Typed(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            head, _, body = super()._answer(asked).partition(b"\r\n\r\n")
+            named = f"Content-Type: {kind}\r\n" if kind else ""
+            return head.replace(f"Content-Type: {JSON}\r\n".encode(), named.encode()) + b"\r\n\r\n" + body
+
+    async with Typed(lambda cursor: {"tools": [T]}, answer(b'{"type":"text","text":"x"}')).box() as box:
+        assert ["t"] == await listed(box)
+        assert ["x"] == [part.text for part in (await box.call(BINDING, {}, context())).parts]
 
 
 async def test_a_line_of_a_log_in_json_is_no_answer(tmp_path: Path) -> None:

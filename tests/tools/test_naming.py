@@ -6,7 +6,7 @@ import pytest
 from notecase import v1
 from notecase_server.tools.naming import declared, offered
 
-TAKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TAKEN = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
 def test_names_that_fit_stay_as_they_are() -> None:
@@ -25,8 +25,19 @@ def test_names_that_fit_stay_as_they_are() -> None:
         ("", ["", "_"]),
         ("files", ["", "_"]),
         ("", ["\ud800"]),
+        ("", ["3d", "_3d", "-v", "7" * 64]),
     ],
-    ids=["long", "longer", "prefix", "changed", "other-letters", "empty", "empty-behind-prefix", "half-a-pair"],
+    ids=[
+        "long",
+        "longer",
+        "prefix",
+        "changed",
+        "other-letters",
+        "empty",
+        "empty-behind-prefix",
+        "half-a-pair",
+        "digit",
+    ],
 )
 def test_names_that_do_not_fit_are_changed_and_kept_apart(prefix: str, own: list[str]) -> None:
     names = offered(prefix, own)

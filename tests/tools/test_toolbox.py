@@ -161,6 +161,8 @@ def test_servers_are_read_from_json_and_toml(tmp_path: Path) -> None:
             r"`headers` contains \$\{env:T\}; variables are not",
         ),
         ('{"mcpServers": {"a": {"command": "b", "env": {"T": "${T}"}}}}', r"`env` contains \$\{T\}; variables are not"),
+        ('{"mcpServers": {"a": {"url": "https://b", "headers": {"Authorization": "Bearer …"}}}}', "outside ASCII"),
+        ('{"mcpServers": {"a": {"url": "https://b", "headers": {"X-Team": "a\\nb"}}}}', "contains a line break"),
         ('{"mcpServers": {"a": {"command": "a", "timeout": 0}}}', "time-outs are seconds above 0"),
         ('{"mcpServers": {"a": {"command": "a", "timeout": 1e10}}}', "time-outs are seconds above 0 and at most"),
         ('{"mcpServers": {"a": {"type": "sse", "url": "http://b"}}}', "Invalid enum value 'sse'"),

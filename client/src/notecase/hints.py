@@ -224,6 +224,7 @@ def _object(fields: Sequence[Field], make: Callable[[dict[str, Any]], Any], with
     required = [field.name for field in fields if field.required]
     properties = {field.name: {**kinds[field.name].schema, **_default(field)} for field in fields}
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    allowed = f"which may have {', '.join(kinds) or 'none'}"
 
     def read(value: Any, where: str) -> Any:
         members = _expect(dict, "an object", value, where)
@@ -231,7 +232,7 @@ def _object(fields: Sequence[Field], make: Callable[[dict[str, Any]], Any], with
         known = {}
         for name, held in members.items():
             if name not in kinds:
-                problems.append(f"{_place(where)} has no {name!r}, but {', '.join(kinds) or 'nothing'}")
+                problems.append(f"{name!r} is not a property of {_place(where)}, {allowed}")
                 continue
             try:
                 known[name] = kinds[name].read(held, f"{where}.{name}".lstrip("."))

@@ -33,7 +33,16 @@ log = logging.getLogger("notecase")
 
 
 class ToolFailure(Exception):
-    """Raised by a tool's function: the model reads its text as it is, and nothing is logged."""
+    """Raised by a tool's function: the model reads its text as it is, and nothing is logged. So it does of a group of
+    nothing else, as a task group raises."""
+
+
+def failures_of(error: BaseException) -> list[ToolFailure]:
+    """Returns the failures that an exception consists of; none for any other exception."""
+    if not isinstance(error, BaseExceptionGroup):
+        return [error] if isinstance(error, ToolFailure) else []
+    each = [failures_of(inner) for inner in error.exceptions]
+    return [failure for inner in each for failure in inner] if all(each) else []
 
 
 class Tool:
@@ -125,13 +134,13 @@ class Tool:
             if task is None or task.cancelling():
                 raise
             return failed(_said(error))  # the function's own: something it waited for was cancelled
-        except ToolFailure as failure:
-            return failed(_text(failure)[:ERROR_CHARACTERS] or "The tool failed.")
         except GeneratorExit:  # this coroutine is closed
             raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                 raise  # Ctrl-C
+            if failures := failures_of(error):
+                return failed("\n".join(map(_text, failures))[:ERROR_CHARACTERS] or "The tool failed.")
             log.exception(
                 "The tool %s raised.",
                 self.definition.name,

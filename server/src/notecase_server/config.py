@@ -204,7 +204,7 @@ def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
 def _unprotected(settings: Settings) -> Iterator[Mistake]:
     beyond = f"{settings.listen} can be reached from other machines, and"
     if not settings.has_tls and not settings.behind_tls_proxy:
-        text = f"{beyond} calls would be plain text: set --tls-cert and --tls-key, or --behind-tls-proxy for a proxy's."
+        text = f"{beyond} calls would be plain text: set --tls-cert and --tls-key, or --behind-tls-proxy for a proxy."
         yield Mistake("--listen", text)
     if not settings.has_credentials:
         text = f"{beyond} anybody could call: set --auth keys or --issuers, or --insecure to try things out."

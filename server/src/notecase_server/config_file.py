@@ -233,12 +233,13 @@ def _mcp_server(table: Table, secrets: _Secrets) -> McpServerSettings | None:
     named = table.values.get("header_env")
     written = given["headers"].keys() - (named if isinstance(named, dict) else {})
     problem = reference_problem(given["url"], {name: given["headers"][name] for name in written}, env)
-    table.check(not problem, "command", f"{problem}.")
-    for key in ("connect_timeout", "timeout"):
-        given[key] = table.number(key, above=True)
+    key = "url" if given["url"] and not given["command"] else "command"
+    table.check(not problem, key, f"{problem}.")
+    for name in ("connect_timeout", "timeout"):
+        given[name] = table.number(name, above=True)
     table.done()
     try:
-        return McpServerSettings(**{key: value for key, value in given.items() if value})
+        return McpServerSettings(**{name: value for name, value in given.items() if value})
     except ValueError as error:
-        table.check(False, "command", f"{error}.")
+        table.check(False, key, f"{error}.")
         return None

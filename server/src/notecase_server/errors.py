@@ -200,7 +200,7 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
     told = ", ".join(violation.field for violation in found[:3]) or "This call"
     return NotecaseError(
         v1.ERROR_REASON_ROLE_MISSING,
-        f"{told}: {needs}." if found else f"{told} {needs}, which the credential does not have.",
+        f"{told}: {needs}." if found else f"{told} {needs}, which its caller does not have.",
         metadata={"role": role},
         violations=found,
     )

@@ -56,7 +56,7 @@ from notecase_server.serve_ports import ListenError, listen
 from notecase_server.serve_standby import Standby
 from notecase_server.serve_stores import DATABASE, Database, open_store
 from notecase_server.store.contract import Answer, AuditRow, Clock, Once, Quotas, Store, StoreOpenError
-from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks, is_passing, patiently
+from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks, is_passing, patiently, to_the_end
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
@@ -409,12 +409,14 @@ class Server:
         self._supervisor.service("refusals", self._refusals.keep_writing)
         self._supervisor.service("files", self._files.keep_looking)
         self._supervisor.service("tenancy", self._tenancy.keep_looking)
+        self._supervisor.service("removals", self._tenancy.keep_removing)
         log.info(
             "server_started",
             version=__version__,
             listen=self._settings.listen,
             port=self.port,
             store=self._store.kind,
+            providers=", ".join(self._providers),
             tls=self._settings.tls_by,
             auth=", ".join(self._settings.credentials) or "none",
         )
@@ -510,10 +512,10 @@ def run(settings: Settings, ready: Callable[[Server], None] = lambda server: Non
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
-        runner.run(serve(settings, ready))
+        to_the_end(runner.get_loop(), serve(settings, ready))
         failed = False
     finally:
-        if stuck := runner.run(_end_everything()):
+        if stuck := to_the_end(runner.get_loop(), _end_everything()):
             log.error("server_left", stuck=stuck, exc_info=failed)
             sys.stdout.flush()
             sys.stderr.flush()

@@ -47,10 +47,14 @@ DATABASE = Database()
 NO_DRIVER = "A PostgreSQL store needs a driver that is not installed: install notecase-server[postgres]."
 
 
-def driver_problem(url: str) -> str:
-    """Says that the packages which the store of a URL needs are not installed; empty if they are."""
-    missing = url.partition(":")[0] in POSTGRES and importlib.util.find_spec("asyncpg") is None
-    return NO_DRIVER if missing else ""
+def url_problem(url: str) -> str:
+    """Says that a URL is not that of a store, or that the packages for its store are not installed; empty if neither
+    is so."""
+    kind, _, path = url.partition(":")
+    if kind in POSTGRES:
+        return NO_DRIVER if importlib.util.find_spec("asyncpg") is None else ""
+    is_store = not path if kind == "memory" else kind == "sqlite" and path
+    return "" if is_store else _not_a_store(url, "memory:, sqlite:PATH")
 
 
 def password_problem(file: Path) -> str:
@@ -73,30 +77,28 @@ Waiting = Callable[[], Awaitable[None]]
 async def open_store(url: str, clock: Clock, database: Database = DATABASE, waiting: Waiting | None = None) -> Store:
     """Opens `memory:`, `sqlite:PATH` or `postgresql://…`. A PostgreSQL store is opened once no other server owns it; if
     `waiting` is None, an owner is a StoreOpenError. The text of a StoreOpenError is for the operator."""
+    if problem := url_problem(url):
+        raise StoreOpenError(problem)
     kind, _, path = url.partition(":")
-    if kind == "memory" and not path:
+    if kind == "memory":
         return MemoryStore(clock)
-    if kind == "sqlite" and path:
+    if kind == "sqlite":
         return await SqliteStore.open(path, clock)
-    if kind in POSTGRES:
-        if problem := driver_problem(url):
-            raise StoreOpenError(problem)
-        from notecase_server.store.postgres.store import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres.store import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
 
-        access, lease, _ = await _own(url, database, waiting)
-        try:
-            return await PostgresStore.open(
-                url,
-                clock,
-                connections=database.connections,
-                prepared=access.prepared,
-                password=access.password,
-                lease=lease,
-            )
-        except BaseException:
-            await lease.release()
-            raise
-    raise _no_store(url, "memory:, sqlite:PATH")
+    access, lease, _ = await _own(url, database, waiting)
+    try:
+        return await PostgresStore.open(
+            url,
+            clock,
+            connections=database.connections,
+            prepared=access.prepared,
+            password=access.password,
+            lease=lease,
+        )
+    except BaseException:
+        await lease.release()
+        raise
 
 
 async def _own(
@@ -104,7 +106,7 @@ async def _own(
 ) -> "tuple[Access, PostgresLease, int]":
     """Becomes the owner of a PostgreSQL store, as `postgres.database.own` has it. The number is that of the schema
     before."""
-    if problem := driver_problem(url):
+    if problem := url_problem(url):
         raise StoreOpenError(problem)
     from notecase_server.store.postgres.database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
     from notecase_server.store.postgres.lease import PostgresLease  # noqa: PLC0415
@@ -123,10 +125,10 @@ def _uptime() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def _no_store(url: str, wanted: str) -> StoreOpenError:
-    """A URL that may hold a password is not repeated."""
+def _not_a_store(url: str, wanted: str) -> str:
+    """Does not repeat a URL that may hold a password."""
     shown = "This" if "@" in url else repr(url)
-    return StoreOpenError(f"{shown} is not a store; write {wanted} or postgresql://USER@HOST/DATABASE.")
+    return f"{shown} is not a store; write {wanted} or postgresql://USER@HOST/DATABASE."
 
 
 def new_file(url: str) -> str:
@@ -155,7 +157,7 @@ async def renew(url: str, new_uid: Callable[[], str], database: Database = DATAB
     if kind == "sqlite" and path:
         return sqlite_renewal.renew(Path(path), new_uid)
     if kind not in POSTGRES:
-        raise _no_store(url, "sqlite:PATH")
+        raise StoreOpenError(_not_a_store(url, "sqlite:PATH"))
     access, lease, _ = await _own(url, database)
     from notecase_server.store.postgres.database import dialled, place, telling  # noqa: PLC0415  # asyncpg is an extra
     from notecase_server.store.postgres.renewal import renew as renew_all  # noqa: PLC0415
@@ -201,7 +203,7 @@ async def open_rows(url: str, is_target: bool) -> StoreRows:
     if kind == "sqlite" and path:
         return SqliteRows.open_target(Path(path)) if is_target else SqliteRows.open_source(Path(path))
     if kind not in POSTGRES:
-        raise _no_store(url, "sqlite:PATH")
+        raise StoreOpenError(_not_a_store(url, "sqlite:PATH"))
     access, lease, _ = await _own(url, Database(migrate=is_target), unfinished=is_target)
     from notecase_server.store.postgres.database import place, telling  # noqa: PLC0415  # asyncpg is an extra
     from notecase_server.store.postgres.rows import PostgresRows  # noqa: PLC0415

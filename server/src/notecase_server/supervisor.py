@@ -90,6 +90,20 @@ async def patiently(act: Callable[[], Awaitable[T]], passes: Callable[[Exception
     raise AssertionError("it is tried without end")
 
 
+def to_the_end(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    """Runs work to its end, and returns its result. A SystemExit or KeyboardInterrupt of something else on the loop,
+    such as a task that a tool has made, stops the loop and is logged: the loop is run again, and what awaits that
+    task gets the error."""
+    task = loop.create_task(work)
+    while True:
+        try:
+            return loop.run_until_complete(task)
+        except (SystemExit, KeyboardInterrupt):
+            if task.done():
+                raise
+            log.exception("exit_ignored")
+
+
 class Tasks:
     """Holds tasks that belong to one owner, which closes them. Keeps each from being garbage collected while it runs,
     and logs one that fails even if nothing asks for its result."""

@@ -35,7 +35,7 @@ const (
 // tenant; operators manage those of any tenant, and operators' own.
 type KeyServiceClient interface {
 	// Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
-	// keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
+	// keys, NOT_FOUND TENANT_NOT_FOUND while the tenant is being deleted. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
 	CreateKey(ctx context.Context, in *CreateKeyRequest, opts ...grpc.CallOption) (*CreateKeyResponse, error)
 	// Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*Key, error)
@@ -118,7 +118,7 @@ func (c *keyServiceClient) RotateKey(ctx context.Context, in *RotateKeyRequest, 
 // tenant; operators manage those of any tenant, and operators' own.
 type KeyServiceServer interface {
 	// Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
-	// keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
+	// keys, NOT_FOUND TENANT_NOT_FOUND while the tenant is being deleted. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
 	CreateKey(context.Context, *CreateKeyRequest) (*CreateKeyResponse, error)
 	// Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist.
 	GetKey(context.Context, *GetKeyRequest) (*Key, error)

@@ -71,7 +71,7 @@ class KeyServiceServicer(object):
 
     def CreateKey(self, request, context):
         """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
-        keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
+        keys, NOT_FOUND TENANT_NOT_FOUND while the tenant is being deleted. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,7 @@ class KeyServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KeyServiceAsyncStub: ...
     CreateKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.CreateKeyRequest, _key_pb2.CreateKeyResponse]
     """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
-    keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
+    keys, NOT_FOUND TENANT_NOT_FOUND while the tenant is being deleted. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
     GetKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]
     """Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist."""
@@ -66,7 +66,7 @@ class KeyServiceAsyncStub(KeyServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateKey: _aio.UnaryUnaryMultiCallable[_key_pb2.CreateKeyRequest, _key_pb2.CreateKeyResponse]  # type: ignore[assignment]
     """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
-    keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
+    keys, NOT_FOUND TENANT_NOT_FOUND while the tenant is being deleted. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
     GetKey: _aio.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]  # type: ignore[assignment]
     """Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist."""
@@ -97,7 +97,7 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.CreateKeyResponse, _abc.Awaitable[_key_pb2.CreateKeyResponse]]:
         """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
-        keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
+        keys, NOT_FOUND TENANT_NOT_FOUND while the tenant is being deleted. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
         """
 
     @_abc_1.abstractmethod

@@ -46,9 +46,9 @@ class IssuerSettings:
     subject_claim: Claim = ("sub",)
 
 
-def read_issuers(path: Path, option: str = "--issuers") -> tuple[IssuerSettings, ...]:
+def read_issuers(path: Path) -> tuple[IssuerSettings, ...]:
     """Reads identity providers: a table [[issuer]] for each. Raises SettingsError."""
-    top = load(path, option)
+    top = load(path, "--issuers")
     found = listed_issuers(top)
     top.check("issuer" in top.values, "issuer", "The file has no table [[issuer]].")
     top.done()
@@ -126,11 +126,11 @@ def is_safe(url: str) -> bool:
     return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and host in here))
 
 
-def read_client_principals(path: Path, option: str = "--client-principals") -> Mapping[str, Principal]:
+def read_client_principals(path: Path) -> Mapping[str, Principal]:
     """Reads who the callers with client certificates are: for each name that a certificate may hold (`uri:`, `dns:` or
     `email:` and the name) a table with tenant, role and, for a caller that is bound to one, user. Raises
     SettingsError."""
-    top = load(path, option)
+    top = load(path, "--client-principals")
     top.check(bool(top.values), "", "The file is empty.")
     found: dict[str, Principal] = {}
     for name in top.values:
@@ -170,7 +170,7 @@ def san(kind: str, name: str) -> str:
     return f"{kind}:{name.lower() if kind == 'dns' else name}"
 
 
-def read_networks(text: str, option: str = "--behind-tls-proxy") -> tuple[Network, ...]:
+def read_networks(text: str) -> tuple[Network, ...]:
     """Reads addresses and networks, such as 10.0.0.0/8, with commas between them; none of an empty text. Raises
     SettingsError."""
     found: list[Network] = []
@@ -179,7 +179,9 @@ def read_networks(text: str, option: str = "--behind-tls-proxy") -> tuple[Networ
         try:
             found.append(ip_network(one))
         except ValueError:
-            mistakes.append(Mistake(option, f"{one} is neither an address nor a network such as 10.0.0.0/8."))
+            mistakes.append(
+                Mistake("--behind-tls-proxy", f"{one} is neither an address nor a network such as 10.0.0.0/8.")
+            )
     if mistakes:
         raise SettingsError(mistakes)
     return tuple(found)

@@ -103,17 +103,15 @@ class Table:
         right = isinstance(many, list) and bool(many) and all(isinstance(one, str) and one for one in many)
         return tuple(many) if self.check(right, key, "This must be a string, or a list of strings.") else ()
 
-    def number(
-        self, key: str, *, least: float = 0, above: bool = False, whole: bool = False, most: float = 0
-    ) -> float | None:
-        """A number of at least `least`, or above it, and at most `most` or MOST; None where it is missing or wrong."""
+    def number(self, key: str, *, above: bool = False, whole: bool = False, most: float = 0) -> float | None:
+        """Returns a number of at least 0, or above it, and at most `most` or MOST; None if it is missing or wrong."""
         self._taken.add(key)
         value = self.values.get(key)
         kinds = (int,) if whole else (int, float)
-        right = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= (most or MOST)
-        bounds = f"{'above' if above else 'of at least'} {least:,} and at most {most or MOST:,}"
+        right = isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value <= (most or MOST)
+        bounds = f"{'above' if above else 'of at least'} 0 and at most {most or MOST:,}"
         rule = f"This must be a {'whole ' if whole else ''}number {bounds}."
-        right = right and not (above and value == least)
+        right = right and not (above and value == 0)
         return value if value is not None and self.check(right, key, rule) else None
 
     def named_texts(self, key: str) -> Mapping[str, str]:

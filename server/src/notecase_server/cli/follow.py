@@ -158,7 +158,7 @@ class Follower:
         else:
             self._held.append(event)
             wait, task = self._asking
-            if not self._sending and wait.id not in {one.id for one in self._waits()}:
+            if not self._sending and not task.cancelling() and wait.id not in {one.id for one in self._waits()}:
                 task.cancel()
         self._changed.set()
 
@@ -219,12 +219,14 @@ class Follower:
         self._asking = (wait, task)
         try:
             await asyncio.wait([task])
-        finally:
+        except asyncio.CancelledError:  # the run has ended, perhaps before the question was gone, or its stream is lost
             task.cancel()
             await asyncio.wait([task])
+            raise
+        finally:
             keyboard.catch_interrupt(self._interrupt)
-        if task.cancelled():
-            screen.aside("The run no longer waits for this.")
+            if task.cancelled() and wait.id not in {one.id for one in self._waits()}:
+                screen.aside("The run no longer waits for this.")
         self._seen[wait.id] = "answered" if task.cancelled() or task.result() else "left"
         self._resume()
 

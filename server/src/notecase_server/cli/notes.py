@@ -24,7 +24,7 @@ Unicode, and DecodeError for a value that is nested too deep for protobuf."""
 
 CANNOT_HOLD = "State cannot hold this value: integers have 64 bits, text is Unicode, lists are at most 16 levels deep."
 
-NOTHING = "There are no notes yet."
+NOTHING = "This state has no keys."
 
 PATIENT = Retry(tries=1000)
 """A watch resumes after a cut, and gives up after more than an hour without a server."""

@@ -101,6 +101,9 @@ def sentence(error: NotecaseError, server: str) -> str:
             f"The session is busy with {error.metadata['run']}. `notecase inbox` lists what runs wait for, "
             f"`notecase approve` and `notecase answer` answer, and `notecase runs cancel {run}` stops it."
         )
+    if error.reason == "ROLE_MISSING" and error.metadata.get("role") == "OPERATOR":
+        key = "`notecase keys bootstrap --operator` creates an operator's key while the server is stopped."
+        return f"{harmless(error.message)} {key}"
     if error.reason:
         return f"{harmless(error.message)} {_LISTED_BY.get(error.reason, '')}".rstrip()
     if error.code.name == "UNAVAILABLE":

@@ -49,9 +49,9 @@ class Started(msgspec.Struct, frozen=True):
 
     key: SessionKey
     run: v1.Run
-    """The caller's own."""
+    """A copy, which the receiver may change."""
     session: v1.Session | None
-    """As the start left it; None where the run was found."""
+    """The session after the start; None if the run was found."""
 
     @property
     def existing(self) -> bool:
@@ -72,9 +72,9 @@ class Admission:
         self._new_id = services.new_id
 
     async def start(self, tenant: str, start: v1.StartRun, caused: Caused = NOBODY, user: str = "") -> Started:
-        """Starts a run in a session, made if need be, in one commit; where `user` is set ("users/{user}"), in a session
-        of that user only. A run_id that exists with the same body is found,
-        not started again, and so is a command that came before.
+        """Starts a run in one commit, which also creates the session if the start names none. With `user`
+        ("users/{user}") only sessions of that user exist. Returns the existing run, without another start, for a run_id
+        that was started with the same body and for a command that was carried out before.
 
         Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, ALREADY_EXISTS, RUN_ACTIVE,
         REQUEST_ID_REUSED, SEQUENCE_MISMATCH, RATE_LIMITED, QUEUE_FULL, SERVER_DRAINING, INVALID_FIELD,
@@ -118,8 +118,9 @@ class Admission:
             return Started(key, row[0], None)
 
     async def _meant(self, tenant: str, start: v1.StartRun, user: str) -> Meant:
-        """What a start names, or makes, read at once; SESSION_NOT_FOUND, also where it is not of `user`. A new session
-        whose name is taken is the one that has it: the start may be a repeat."""
+        """Reads the session and the agent that a start names. For a new session whose name is taken, returns the
+        session with that name: the start may be a repeat. Raises SESSION_NOT_FOUND, also for a session that belongs to
+        another user than `user`."""
         session = (start.session or start.new_session.name).removeprefix("sessions/")
         row, agent = await self._store.read_start(tenant, session, start.agent or start.new_session.agent)
         theirs = user and row is not None and row.user != user
@@ -130,7 +131,7 @@ class Admission:
         return Meant(self._sessions.new_key(tenant, session or self._new_id()), start.new_session, agent)
 
     async def _again(self, key: SessionKey, start: v1.StartRun) -> Meant:
-        """What a start is about by now; SESSION_NOT_FOUND."""
+        """Reads the session and the agent of a start again. Raises SESSION_NOT_FOUND."""
         row, agent = await self._store.read_start(key.tenant, key.session, start.agent)
         if row is None or row.uid != key.uid:
             raise errors.not_found("session", names.session(key.session))

@@ -16,8 +16,8 @@ from notecase_server.engine import instructions
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
-from notecase_server.engine.transcripts import Transcript, Transcripts, is_only_text
-from notecase_server.models.contract import looked_at
+from notecase_server.engine.transcripts import Transcript, Transcripts
+from notecase_server.models.contract import looked_at, texts_of
 from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
 
 PAGE = 500
@@ -53,8 +53,8 @@ class Content(msgspec.Struct, frozen=True):
 
     instruction: str
     messages: Sequence[v1.Message]
-    only_text: bool
-    """See ModelRequest.only_text."""
+    texts: Sequence[str] | None
+    """See ModelRequest.texts."""
     size: int
     """See ModelRequest.size."""
 
@@ -89,11 +89,12 @@ async def build(
     instruction = await _instruction(store, key, live.user, agent.llm.instruction)
     if shows_all(context, summary, most_tokens):
         whole = await _transcript(store, live, newest)
-        return Content(instruction, _aligned(whole.messages), whole.only_text, whole.size)
+        first, texts = _first(whole.messages), whole.texts
+        return Content(instruction, whole.messages[first:], texts and texts[first:], whole.size)
     told = None if context.stateless else await in_effect(store, key, summary)
     messages, size = await shown(store, key, context, run, told, most_tokens, newest)
-    only_text = await looked_at(messages, size, partial(is_only_text, messages))
-    return Content(instruction, messages, only_text, size)
+    texts = await looked_at(messages, size, partial(texts_of, messages))
+    return Content(instruction, messages, texts, size)
 
 
 def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
@@ -110,12 +111,13 @@ async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message
     head, page = live.head, newest
     if page is None:
         page = await store.list_messages(live.key, Query(FEW), newest_first=True)
-    goes_on, messages, only_text, size = page.next is not None, list(page.rows), is_only_text(page.rows), page.size
+    goes_on, messages, size = page.next is not None, list(page.rows), page.size
     while page.next is not None:
         page = await store.list_messages(live.key, Query(PAGE, page.next), newest_first=True)
         messages += page.rows
-        only_text, size = only_text and is_only_text(page.rows), size + page.size
-    found = Transcript(messages[::-1], only_text, size)
+        size += page.size
+    messages.reverse()
+    found = Transcript(messages, await looked_at(messages, size, partial(texts_of, messages)), size)
     if goes_on:
         live.keep(found, head)
     return found
@@ -200,7 +202,7 @@ async def shown(
                 before, bytes_before = await _said_before(store, key, room.newest)
                 room.newest, size = room.newest + before, size + bytes_before
             taken = room.newest[::-1]
-            return told + (taken if room.joins_summary else _aligned(taken)), size
+            return told + (taken if room.joins_summary else taken[_first(taken) :]), size
         page = await store.list_messages(key, Query(PAGE, page.next), newest_first=True, step=step)
         size += page.size
 
@@ -268,10 +270,10 @@ class _Window:
         return True
 
 
-def _aligned(messages: Sequence[v1.Message]) -> list[v1.Message]:
-    """The messages, oldest first. A reply whose question was cut off is cut off too, unless nothing else would be
-    left."""
+def _first(messages: Sequence[v1.Message]) -> int:
+    """Returns the index of the first message to show. A reply whose question was cut off is cut off too, unless nothing
+    else would be left."""
     for index, message in enumerate(messages):
         if message.role != v1.Message.ROLE_ASSISTANT:
-            return list(messages[index:])
-    return list(messages)
+            return index
+    return 0

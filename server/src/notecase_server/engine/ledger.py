@@ -16,7 +16,7 @@ from notecase_server.store.fold import OPEN_OUTCOMES, open_calls
 from notecase_server.tools import naming
 from notecase_server.tools.contract import ASK_USER, Function, Outcome
 
-RETRY, ASK, FAIL = v1.Tool.ON_INTERRUPT_RETRY, v1.Tool.ON_INTERRUPT_ASK, v1.Tool.ON_INTERRUPT_FAIL
+RETRY, FAIL = v1.Tool.ON_INTERRUPT_RETRY, v1.Tool.ON_INTERRUPT_FAIL
 WITHDRAWN = v1.InputResponse.DECISION_UNSPECIFIED
 APPROVE, DENY, ANSWER, CANCEL = (
     v1.InputResponse.DECISION_APPROVE,

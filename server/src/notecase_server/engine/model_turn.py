@@ -33,9 +33,8 @@ OUTPUT_REPEATS = 1
 """How often the model is called again after a reply that does not match the agent's output_schema: with a description
 of the problem it either succeeds at once, or not at all."""
 
-
-NOTE_AT_ONCE = 64 << 10
-"""Characters of JSON that take a few milliseconds to become a value."""
+AT_ONCE = 64 << 10
+"""Characters of JSON that are parsed at once, in a few milliseconds; longer JSON is parsed in a thread."""
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -48,25 +47,26 @@ class Reply(msgspec.Struct, frozen=True):
     read: Mapping[str, Outcome]
     """What the engine itself answers, by call: see Results.read."""
 
-    async def note(self, agent: v1.Agent) -> v1.Event | None:
-        """Returns the event that puts a reply without calls under the agent's output_key: its text, or what its JSON
-        says. Of much JSON it is made in a thread."""
+    async def output(self, agent: v1.Agent) -> v1.Event | None:
+        """Returns the event that stores the reply in state under the agent's output_key: its text, or the value of its
+        JSON. None if the agent has no output_key, and for a reply that calls tools or is empty."""
         key, parts = agent.output_key, self.message.parts
         if not key or any(part.HasField("tool_call") for part in parts):
             return None
         if agent.llm.output_schema:
             text = next((part.json for part in parts if part.HasField("json")), "")
-            large = len(text) > NOTE_AT_ONCE
-            return (await asyncio.to_thread(_note, key, text) if large else _note(key, text)) if text else None
+            if not text:
+                return None
+            return await asyncio.to_thread(_parsed, key, text) if len(text) > AT_ONCE else _parsed(key, text)
         text = "".join(part.text for part in parts)
-        return _put(key, v1.Value(string_value=text)) if text else None
+        return _stored(key, v1.Value(string_value=text)) if text else None
 
 
-def _note(key: str, text: str) -> v1.Event:
-    return _put(key, value_of(text))
+def _parsed(key: str, text: str) -> v1.Event:
+    return _stored(key, value_of(text))
 
 
-def _put(key: str, value: v1.Value) -> v1.Event:
+def _stored(key: str, value: v1.Value) -> v1.Event:
     return v1.Event(state_changed=v1.StateChanged(ops=[v1.StateOp(key=key, set=value)]))
 
 
@@ -135,16 +135,16 @@ class ModelTurn:
     async def _request(self) -> ModelRequest:
         llm = self._llm
         content = await self._log.patiently(self._content)
-        messages, only_text = content.messages, content.only_text
+        messages = content.messages
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
-        if READ_RESULT not in self._bound and not only_text:
+        if READ_RESULT not in self._bound and content.texts is None:
             most = content.size, self._budget.most_tokens
             shown = await self._log.patiently(lambda: self._results.shown(messages, *most))
             if shown is not messages:
                 tools.append(results.TOOL)
                 messages = shown
         said = (llm.model, content.instruction, messages, llm.generation, tools, self._load, llm.output_schema)
-        return ModelRequest(*said, only_text, size=content.size)
+        return ModelRequest(*said, content.texts, size=content.size)
 
     def _content(self) -> Coroutine[Any, Any, context.Content]:
         newest, live = self._newest, self._log.live
@@ -224,7 +224,7 @@ class ModelTurn:
             complaint = _complaint(problem, request.output_schema)
             asked = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=complaint)])
             messages, size = [*request.messages, message, asked], request.size + message.ByteSize()
-            again = request._replace(messages=messages, only_text=False, size=size)
+            again = request._replace(messages=messages, texts=None, size=size)
             finish = await self._asking.ask(partial(self._read, again))
         return finish
 

@@ -12,7 +12,7 @@ from notecase_server import errors
 
 
 class Places:
-    """Counts the places of one process. Used from one event loop only."""
+    """Counts the slots of one process. Used from one event loop only."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -22,7 +22,7 @@ class Places:
 
     @property
     def waiting(self) -> int:
-        """How many wait for a place."""
+        """How many wait for a slot."""
         return sum(map(len, self._waiting.values()))
 
     @property
@@ -31,13 +31,13 @@ class Places:
         return not (self._taken or self._waiting)
 
     def take(self) -> None:
-        """Takes a place at once. Raises NotecaseError RATE_LIMITED when there is none, or others wait for one."""
+        """Takes a slot at once. Raises NotecaseError RATE_LIMITED when there is none, or others wait for one."""
         if self._taken >= self.most or self._waiting:
             raise errors.too_many("run", self.most)
         self._taken += 1
 
     async def wait(self, tenant: str) -> bool:
-        """Takes a place as soon as it is this caller's turn. Returns whether it had to wait."""
+        """Takes a slot as soon as it is this caller's turn. Returns whether it had to wait."""
         if self._taken < self.most and not self._waiting:
             self._taken += 1
             return False
@@ -54,7 +54,7 @@ class Places:
         return True
 
     def give_back(self) -> None:
-        """Hands a place to the next that waits, or sets it free."""
+        """Hands a slot to the next that waits, or frees it."""
         while self._waiting:
             tenant, turns = next(iter(self._waiting.items()))
             turn = turns.popleft()

@@ -77,8 +77,8 @@ class Roster:
     # ---- to work, and from it
 
     def begin(self, live: LiveSession, committed: Committed, run: str, agent: v1.Agent, *, placed: bool) -> None:
-        """Sets a worker to work on a run that a commit has started, with a place or to wait for one. The caller holds
-        the session's lock."""
+        """Sets a worker to work on a run that a commit has started. With `placed` it gets the slot that the caller has
+        taken, else it waits for one. The caller holds the session's lock."""
         if self.at_work(live.key, run) is not None:
             if placed:
                 self._services.places.give_back()

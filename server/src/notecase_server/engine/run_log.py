@@ -139,7 +139,7 @@ class RunLog:
         return v1.Event(cause_id=cause_id, run_state_changed=change)
 
     def cut(self) -> list[v1.Event]:
-        """The reply being written so far, and its usage if its provider reported it."""
+        """Returns the events that keep an unfinished reply as it is, and its usage if the provider reported it."""
         message = self.draft.cut(self.run.agent) if self.draft is not None else None
         if message is None:
             self.live.discard(self.step)
@@ -151,7 +151,8 @@ class RunLog:
         self.spent = usage
 
     def used(self) -> list[v1.Event]:
-        """What the last call of a model took, unless a commit has counted it."""
+        """Returns the usage event of the last model call, if its provider reported usage and no commit has counted
+        it."""
         return [v1.Event(usage=self.spent)] if self.spent is not None else []
 
     def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
@@ -187,7 +188,9 @@ class RunLog:
         return self.own([*events, *self.consequence(events)])
 
     def durably(self, decide: Callable[[], list[v1.Event]]) -> Coroutine[Any, Any, Committed | None]:
-        """Commits what `decide` says, if anything, under the session's lock, with what follows. Waits for the store."""
+        """Commits the events that `decide` returns, and the change of state that follows from them. Holds the session's
+        lock while it decides and commits, and repeats both as long as the store is unavailable. Returns None, without a
+        commit, if there are no events."""
         return self.surely(lambda: self._followed(decide()))
 
     def surely(
@@ -200,7 +203,8 @@ class RunLog:
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
     ) -> Coroutine[Any, Any, Committed | None]:
-        """Commits as `durably`, but exactly what `decide` says, on conditions. `then` follows under the same lock."""
+        """Commits as `durably` does, but only the events of `decide`, and only if the conditions hold. Calls `then`
+        with the commit under the same lock."""
         made: Committed | None = None
 
         def follow(committed: Committed) -> None:
@@ -211,7 +215,7 @@ class RunLog:
 
         async def commit() -> Committed | None:
             async with self.live.held():
-                if made is not None:  # as was found out since
+                if made is not None:  # the commit whose answer was lost had been made
                     return made
                 events = decide()
                 if not events:
@@ -228,7 +232,8 @@ class RunLog:
         return self.patiently(commit)
 
     def _forget_made(self, error: NotecaseError) -> bool:
-        """Puts words for images and clips of the reply being written if there is no room; returns whether it did."""
+        """Replaces the images and clips of the unfinished reply by words if there is no room for them; returns whether
+        it did."""
         too_large = error.reason == v1.ERROR_REASON_PAYLOAD_TOO_LARGE
         return too_large and self.draft is not None and self.draft.forget_made()
 

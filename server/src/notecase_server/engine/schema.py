@@ -19,7 +19,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.supervisor import backoff
+from notecase_server.supervisor import Tasks, backoff
 
 T = TypeVar("T")
 
@@ -51,6 +51,8 @@ class Schemas:
         self._waiting = 0
         # Separate threads: in the shared ones a check would wait for unrelated work.
         self._threads = ThreadPoolExecutor(WORKERS + 1, "schemas")
+        # The ends of processes: whoever waits for an answer may be cancelled, more than once.
+        self._ends = Tasks("schemas")
 
     async def require(self, field: str, schema: str) -> None:
         """Raises NotecaseError INVALID_FIELD when the text is not a JSON Schema, or is one that cannot be used here;
@@ -92,6 +94,7 @@ class Schemas:
         """Ends the processes. Idempotent."""
         while self._idle:
             await self._idle.pop().end()
+        await self._ends.close(START_SECONDS)
         self._threads.shutdown(wait=False)
 
     async def _ask(self, question: Mapping[str, str]) -> str:
@@ -110,8 +113,12 @@ class Schemas:
     async def _started(self) -> "_Worker":
         """Returns a process that has answered once, so that its start does not count as a schema's time. RATE_LIMITED
         when the system cannot start another."""
+        make = asyncio.get_running_loop().run_in_executor(self._threads, _Worker, self._threads, self._ends)
         try:
-            worker = await asyncio.get_running_loop().run_in_executor(self._threads, _Worker, self._threads)
+            worker = await asyncio.shield(make)
+        except asyncio.CancelledError:  # the process starts all the same
+            self._ends.start(_discard(make), "discard")
+            raise
         except OSError as error:
             log.error("schema_process_not_started", error=type(error).__name__, number=error.errno)
             raise errors.too_busy("check schemas") from error
@@ -120,13 +127,20 @@ class Schemas:
         return worker
 
 
+async def _discard(make: "asyncio.Future[_Worker]") -> None:
+    await asyncio.wait([make])
+    if make.exception() is None:
+        await make.result().kill()
+
+
 class _Worker:
     """One process. Its pipes are waited for in threads: a loop's own way to start a process forks, which a process that
     serves gRPC in other threads must not."""
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, threads: ThreadPoolExecutor, ends: Tasks) -> None:
         """Starts a process, which blocks for as long as that takes. OSError when the system cannot start another."""
         self._threads = threads
+        self._ends = ends
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-m", WORKER],
             stdin=subprocess.PIPE,
@@ -150,9 +164,7 @@ class _Worker:
             line, late = (exchange.result(), False) if done else (b"", True)
         finally:
             if not line:
-                self._process.kill()
-                await asyncio.wait([exchange])
-                await self.end()
+                await asyncio.shield(self._ends.start(self.kill(exchange), "kill"))
         if late:
             raise errors.too_busy("check schemas")
         return msgspec.json.decode(line, type=str) if line else None
@@ -170,6 +182,13 @@ class _Worker:
             return self._process.stdout.readline()
         except BrokenPipeError:
             return b""
+
+    async def kill(self, *exchanges: "asyncio.Future[bytes]") -> None:
+        """Ends it at once, even in the middle of an exchange."""
+        self._process.kill()
+        if exchanges:
+            await asyncio.wait(exchanges)
+        await self.end()
 
     async def end(self) -> None:
         """Closes its input, at which it ends, and waits for that."""

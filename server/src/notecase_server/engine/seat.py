@@ -20,7 +20,7 @@ LOOK_BACK = 32
 
 
 class Seat:
-    """Holds one of the process's places for a worker, once it has waited for it."""
+    """Holds one of the process's slots for a worker, once it has waited for it."""
 
     def __init__(self, run_log: RunLog, halts: Halts) -> None:
         self.taken = False
@@ -38,7 +38,7 @@ class Seat:
         return max(self._services.clock() - since, 0)
 
     async def take(self, *, suspect: bool) -> bool:
-        """Takes a place in turn; a suspect takes its turn among suspects first. Returns whether it had to wait. Raises
+        """Takes a slot in turn; a suspect takes its turn among suspects first. Returns whether it had to wait. Raises
         Halted."""
         places, suspects = self._services.places, self._services.suspects
         waited = suspect and suspects.locked()

@@ -21,7 +21,8 @@ from notecase_server.store.contract import Commit, Committed, LogStore, Scope, S
 from notecase_server.supervisor import backoff, is_passing, wake
 
 Late = Callable[[Committed], None]
-"""What follows a commit that was found out later to have been made. Called with the session's lock held."""
+"""Called in place of the code after `LiveSession.commit` when that raised, because the store could not answer, and the
+commit turns out later to have been made. The session's lock is held."""
 
 TAIL_BYTES = 256 << 10
 """Newest events that are kept for watchers that are almost up to date. A turn commits a few small ones, so the usual
@@ -80,7 +81,7 @@ class Registry(Protocol):
 class LiveSession:
     """Holds one session, as long as a run or a watcher here holds on to it."""
 
-    def __init__(self, key: SessionKey, store: LogStore, sessions: "Registry") -> None:
+    def __init__(self, key: SessionKey, store: LogStore, sessions: Registry) -> None:
         self.key = key
         self.user = ""
         self.head = 0

@@ -7,12 +7,14 @@ never replaces a question to the store: a worker has just committed, and knows f
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
+from sys import getsizeof
 from typing import NamedTuple
 
 from notecase import v1
 
+from notecase_server.models.contract import texts_of
 from notecase_server.store.contract import Committed, SessionKey
 
 MOST_BYTES = 64 << 20
@@ -28,41 +30,32 @@ MESSAGE_BYTES = 300
 
 _sequence = attrgetter("sequence")
 
-_SPOKEN = (v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT)
-
 
 class Transcript(NamedTuple):
     """Messages of a session that are not superseded, whatever runs they belong to."""
 
     messages: Sequence[v1.Message]
     """Oldest first, up to the newest. Not to be changed."""
-    only_text: bool
-    """Each of them is one text that a user or the assistant said, and nothing else."""
+    texts: Sequence[str] | None
+    """See ModelRequest.texts."""
     size: int
     """Bytes of all of them, nearly."""
 
 
-def is_only_text(messages: Iterable[v1.Message]) -> bool:
-    """See Transcript.only_text."""
-    for message in messages:
-        if message.role not in _SPOKEN or len(parts := message.parts) != 1 or not parts[0].text:
-            return False
-    return True
-
-
 class _Kept:
-    __slots__ = ("content", "head", "messages", "only_text")
+    __slots__ = ("content", "head", "messages", "text_bytes", "texts")
 
     def __init__(self, head: int, transcript: Transcript) -> None:
         self.head = head
         self.messages = list(transcript.messages)
-        self.only_text = transcript.only_text
+        self.texts = None if transcript.texts is None else list(transcript.texts)
         self.content = transcript.size
         """Bytes of the messages, nearly."""
+        self.text_bytes = _bytes(self.texts)
 
     @property
     def size(self) -> int:
-        return self.content + MESSAGE_BYTES * len(self.messages)
+        return self.content + self.text_bytes + MESSAGE_BYTES * len(self.messages)
 
     @property
     def fits(self) -> bool:
@@ -72,15 +65,26 @@ class _Kept:
         """Adds a message, or replaces its earlier version."""
         copy = v1.Message()
         copy.CopyFrom(message)
-        self.only_text = self.only_text and is_only_text((copy,))
-        self.content += copy.ByteSize()
-        if copy.sequence > self.messages[-1].sequence:
-            self.messages.append(copy)
-            return
-        at = bisect_left(self.messages, copy.sequence, key=_sequence)
-        if self.messages[at].sequence == copy.sequence:
+        at = len(self.messages)
+        if copy.sequence <= self.messages[-1].sequence:
+            at = bisect_left(self.messages, copy.sequence, key=_sequence)
+            if self.messages[at].sequence != copy.sequence:
+                return
             self.content -= self.messages[at].ByteSize()
-            self.messages[at] = copy
+        self.content += copy.ByteSize()
+        self.messages[at : at + 1] = [copy]
+        if self.texts is None:
+            return
+        if (text := texts_of([copy])) is None:
+            self.texts, self.text_bytes = None, 0
+        else:
+            self.text_bytes += _bytes(text) - _bytes(self.texts[at : at + 1])
+            self.texts[at : at + 1] = text
+
+
+def _bytes(texts: Sequence[str] | None) -> int:
+    """Returns how many bytes texts have in memory."""
+    return sum(map(getsizeof, texts or ()))
 
 
 class Transcripts:
@@ -88,7 +92,7 @@ class Transcripts:
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self.size = 0
-        """Bytes, nearly: the texts with MESSAGE_BYTES for each."""
+        """Bytes of all cached messages, nearly."""
         self._most = most_bytes
         self._kept: OrderedDict[SessionKey, _Kept] = OrderedDict()
 
@@ -103,7 +107,7 @@ class Transcripts:
         if kept is None or kept.head != head:
             return None
         self._kept.move_to_end(key)
-        return Transcript(kept.messages.copy(), kept.only_text, kept.content)
+        return Transcript(kept.messages.copy(), kept.texts and kept.texts.copy(), kept.content)
 
     def keep(self, key: SessionKey, head: int, transcript: Transcript) -> None:
         """Caches the messages that were read of a session while its log ended at `head`, unless there are too many."""

@@ -44,16 +44,17 @@ class Worker:
     def __init__(self, run_log: RunLog, roster: "Roster") -> None:
         self.log = run_log
         self.lost = False
-        """The run is no longer this worker's."""
+        """Another process owns the run, or the session is gone: nothing more is committed."""
         self.takes_over: int | None = None
-        """It goes on with the run of another worker, after so many deaths in a row; None: it does not."""
+        """Set until this worker has committed that it continues the run of another worker: how many processes died in
+        a row with the run. None if there is nothing to take over."""
         self.newest: Newest | None = None
-        """The messages that the commit of the run's start has read."""
+        """The newest messages, read by the commit that started the run."""
         self._services = run_log.services
         self._roster = roster
         self._halts = Halts()
         self.seat = Seat(run_log, self._halts)
-        """Its place, if it has one."""
+        """Its slot, once it has one."""
         self._calls: Calls | None = None
         self._budget = Budget(run_log.run, run_log.agent)
         self._tools = Tools(run_log, self._halts)
@@ -126,7 +127,7 @@ class Worker:
         return self.log.message is None or not begun
 
     def let_go(self) -> None:
-        """Gives back its place and answers the halts that it will not carry out: also when it never came to work."""
+        """Returns its slot and refuses the halts that it will not carry out, also when it has never run."""
         if self._halts.pending:
             self._halts.refuse_all(self._gone())
         self.seat.leave()
@@ -166,7 +167,7 @@ class Worker:
             await self._end(v1.Run.STATE_FAILED, errors.internal(request_id).to_proto())
 
     async def _begin(self) -> None:
-        """Waits for a place, and then says that it goes on with the run of another worker, if it does."""
+        """Waits for a slot. Then commits the takeover, if there is one, or how long the run had no worker."""
         waited = await self.seat.take(suspect=self.takes_over is not None and self.takes_over >= SUSPECT_DEATHS)
         if self._draining and not self._calls:
             self.seat.leave()
@@ -208,10 +209,10 @@ class Worker:
     async def _turn(self) -> None:
         bound, newest, self.newest = await self._tools.bound(), self.newest, None
         reply = await ModelTurn(self.log, self._halts, self._budget, bound, newest).reply()
-        note = await reply.note(self.log.agent) if self.log.agent.output_key else None
-        await self.log.durably(partial(self._replied, reply, note))
+        output = await reply.output(self.log.agent)
+        await self.log.durably(partial(self._replied, reply, output))
 
-    def _replied(self, reply: Reply, note: v1.Event | None) -> list[v1.Event]:
+    def _replied(self, reply: Reply, output: v1.Event | None) -> list[v1.Event]:
         """Returns the events of the reply, its value under output_key, and what follows: calls are bound and
         dispatched, queued input is added, or the run ends."""
         message, run = reply.message, self.log.run
@@ -221,8 +222,8 @@ class Worker:
                 call.binding.CopyFrom(reply.bound[call.tool].binding)
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=reply.finish.usage)]
-        if note is not None:
-            events.append(note)
+        if output is not None:
+            events.append(output)
         limit = run.limits.max_tool_calls
         if limit and run.tool_calls + len(calls) > limit:
             told = f"The run may call tools {errors.counted(limit, 'time')}, and would need more calls."

@@ -461,8 +461,10 @@ class ChatReply:
             self.heard = True
         if said.annotations:
             extras.citations.annotated(said.annotations)
+        before = None
         for piece in said.tool_calls or ():
-            self._take_call(piece, pieces)
+            self._take_call(piece, pieces, before)
+            before = piece
         # Gateways that know both forms send each call twice.
         if isinstance(said.function_call, dict) and (not extras.calls or extras.calls.has_number("function_call")):
             self._take_call(documents.call_piece(said.function_call, "function_call"), pieces)
@@ -516,11 +518,11 @@ class ChatReply:
             and not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
         ]
 
-    def _take_call(self, piece: CallPiece, pieces: list[Piece]) -> None:
-        if piece.function is None and (piece.name or piece.arguments):
-            piece = documents.flat(piece)
+    def _take_call(self, piece: CallPiece, pieces: list[Piece], before: CallPiece | None = None) -> None:
+        if not piece.is_usual:
+            piece = documents.usual(piece)
         extras = self._extras()
-        call = extras.calls.take(piece)
+        call = extras.calls.take(piece, before)
         extras.data.call(call.key, piece)
         self.heard = True
         if call.tool or call.arguments:

@@ -2,7 +2,7 @@
 failure."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -34,6 +34,19 @@ JSON, since a character may be written as six."""
 async def looked_at(messages: Sequence[v1.Message], size: int, look: Callable[[], T]) -> T:
     """Returns what `look` returns, which looks at messages of `size` bytes together: in a thread if that takes long."""
     return await asyncio.to_thread(look) if size > MUCH_BYTES or is_many(messages) else look()
+
+
+_SPOKEN = (v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT)
+
+
+def texts_of(messages: Iterable[v1.Message]) -> list[str] | None:
+    """Returns the text of each message; None if one is not one text that a user or the assistant said."""
+    texts = list[str]()
+    for message in messages:
+        if message.role not in _SPOKEN or len(parts := message.parts) != 1 or not (text := parts[0].text):
+            return None
+        texts.append(text)
+    return texts
 
 
 def is_many(messages: Sequence[v1.Message]) -> bool:
@@ -73,8 +86,9 @@ class ModelRequest(NamedTuple):
     output_schema: str = ""
     """JSON Schema text of an object that the reply is asked to be valid by; whether it is, is looked at by the
     engine."""
-    only_text: bool = False
-    """Each message is known to be one text that a user or the assistant said: nothing in it has to be looked for."""
+    texts: Sequence[str] | None = None
+    """The text of each message, if each is known to be one text that a user or the assistant said (`texts_of`): nothing
+    in it has to be looked for."""
     plain: bool = False
     """The reply is a text about the conversation: what the agent's `generation.extra` says of tools and of the form of
     its replies does not apply."""

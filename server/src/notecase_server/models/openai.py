@@ -35,7 +35,7 @@ from notecase_server.models.contract import MUCH_BYTES, Delta, Media, ModelReque
 from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
 from notecase_server.models.profiles import ROWS, Profile, Profiles, Row, after
-from notecase_server.models.request import body, is_large, returns_data
+from notecase_server.models.request import body, is_large, model_of, returns_data
 from notecase_server.models.request_content import in_names, loaded
 from notecase_server.models.wire import BROKEN, Answer, Wire
 
@@ -140,7 +140,7 @@ class OpenAIProvider:
     def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         Once the reply is whole it ends, or is closed, within wire.DRAIN_SECONDS: its connection may be used again."""
-        return self._tried(request) if request.only_text else self._tried_twice(request)
+        return self._tried_twice(request) if request.texts is None else self._tried(request)
 
     async def _tried_twice(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """As `_tried`. If the provider refuses something that the request can do without, it is sent once more without
@@ -179,24 +179,22 @@ class OpenAIProvider:
             if (named := await asyncio.to_thread(name) if large else name()) is not None:
                 log.info("content_refused", status=status)
                 return self._tried(request._replace(messages=named))
-        look = partial(returns_data, request, request.model or self._default_model, self._tag)
+        look = partial(returns_data, request, model_of(request, self._default_model), self._tag)
         if error.of_request and (await asyncio.to_thread(look) if large else look()):
             log.info("provider_data_refused", status=status)
             return self._tried(request, with_data=False)
         return None
 
-    async def _tried(self, request: ModelRequest, *, with_data: bool = True) -> AsyncGenerator[Delta, None]:
-        model = request.model or self._default_model
-        profile = self._profiles.of(model)
-        large, behind_calls = is_large(request), False
-        if not request.only_text:
-            given, request = request, await loaded(request, profile)
-            large = large or request is not given
-            behind_calls = _is_behind_calls(request.messages)
-        write = partial(_written, request, model, self._tag, with_data=with_data)
-        sent = await asyncio.to_thread(write, profile) if large else write(profile)
-        think_tags = (profile if sent.model == model else self._profiles.of(sent.model)).think_tags
-        reply = ChatReply(sent.model, self._redactor, behind_calls, think_tags, sent.audio_format)
+    async def _tried(
+        self, request: ModelRequest, *, with_data: bool = True, forms: Sequence[Profile] = ()
+    ) -> AsyncGenerator[Delta, None]:
+        """A call in the last of `forms`, those before it being refused. If an answer refuses that as well, the request
+        is sent again in the form that the answer names."""
+        model = model_of(request, self._default_model)
+        tried = [*forms] or [self._profiles.of(model)]
+        profile = tried[-1]
+        write, sent, behind_calls = await self._ready(request, model, profile, with_data=with_data)
+        reply = ChatReply(sent.model, self._redactor, behind_calls, profile.think_tags, sent.audio_format)
         made = itertools.count(1)
         cut: NotecaseError | None = None
         answer: Answer | None = None
@@ -204,7 +202,8 @@ class OpenAIProvider:
         try:
             try:
                 async with Limit() as limit:
-                    answer = await self._accepted(sent, write, profile, limit, default=not request.model)
+                    unnamed = not request.model and model == self._default_model
+                    answer = await self._accepted(sent, write, tried, limit, default=unnamed)
                     sent.body = Pieces([])  # it may have megabytes, which nobody needs while the answer is read
                     clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
                     while not reply.done:
@@ -224,13 +223,38 @@ class OpenAIProvider:
                 if clock is None:
                     raise _silent(self._first_timeout, again=False) from None
                 cut = clock.complaint
-            for piece in reply.end(cut):
+            last: Sequence[Piece] | None = None
+            try:
+                last = reply.end(cut)
+            except NotecaseError as error:
+                if clock is None or clock.begun or await self._other(error, write, tried) is None:
+                    raise
+            for piece in last or ():
                 if isinstance(piece, Returned):
                     piece.data.provider, piece.data.model = self._tag, sent.model
                 yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
         finally:
             if answer is not None:
                 await answer.leave(whole=reply.done)
+        if last is not None:
+            return
+        async with aclosing(self._tried(request, with_data=with_data, forms=tried)) as stream:
+            async for delta in stream:
+                yield delta
+
+    async def _ready(
+        self, request: ModelRequest, model: str, profile: Profile, *, with_data: bool
+    ) -> tuple[Callable[[Profile], _Sent], _Sent, bool]:
+        """Returns what writes the request in any form, the request in that of `profile`, and whether it ends with the
+        outcomes of calls."""
+        large, behind_calls = is_large(request), False
+        if request.texts is None:
+            given, request = request, await loaded(request, profile)
+            large = large or request is not given
+            behind_calls = _is_behind_calls(request.messages)
+        write = partial(_written, request, model, self._tag, with_data=with_data)
+        sent = await asyncio.to_thread(write, profile) if large else write(profile)
+        return write, sent, behind_calls
 
     async def close(self) -> None:
         """See Provider.close. A reply under way fails as MODEL_UNAVAILABLE, and so does one asked for later."""
@@ -246,20 +270,32 @@ class OpenAIProvider:
         return dict(made.values())
 
     async def _accepted(
-        self, sent: _Sent, write: Callable[[Profile], _Sent], profile: Profile, limit: Limit, *, default: bool
+        self, sent: _Sent, write: Callable[[Profile], _Sent], tried: list[Profile], limit: Limit, *, default: bool
     ) -> Answer:
         """As `_answer`. If the provider refuses the form of the request, and says what it takes instead, the request is
-        sent once more in that form."""
-        try:
-            return await self._answer(sent, limit, default=default)
-        except NotecaseError as error:
-            if not error.of_request or (other := after(error.message, profile)) == profile:
-                raise
-            again = await asyncio.to_thread(write, other)
-            if again.body.is_same(sent.body):  # it has nothing of what the words seem to mean
-                raise
-            log.info("request_form_refused", status=error.metadata.get("status"))
-        return await self._answer(again, limit, default=default)
+        sent again in that form: once for each that it refuses. `tried` has those so far."""
+        while True:
+            try:
+                return await self._answer(sent, limit, default=default)
+            except NotecaseError as error:
+                if (again := await self._other(error, write, tried, sent)) is None:
+                    raise
+                sent.body = again.body
+
+    async def _other(
+        self, error: NotecaseError, write: Callable[[Profile], _Sent], tried: list[Profile], sent: _Sent | None = None
+    ) -> _Sent | None:
+        """Returns the request in the form that a refusal of the last one names, and adds that to `tried`; None if the
+        refusal names none, or the request is the same in it."""
+        if not error.of_request or error.usage is not None or (other := after(error.message, tried[-1])) in tried:
+            return None
+        before = await asyncio.to_thread(write, tried[-1]) if sent is None else sent
+        again = await asyncio.to_thread(write, other)
+        if again.body.is_same(before.body):
+            return None
+        log.info("request_form_refused", status=error.metadata.get("status"))
+        tried.append(other)
+        return again
 
     async def _answer(self, sent: _Sent, limit: Limit, *, default: bool) -> Answer:
         """Returns the provider's answer, its body unread. Raises what a refusal or a failure to reach it comes to;
@@ -309,7 +345,8 @@ class _Clock:
         self._now = asyncio.get_running_loop().time
         self._idle = idle
         self._limit = first
-        self._begun = False
+        self.begun = False
+        """A piece of the reply has come."""
         self._whole = whole
         now = self._now()
         self._end = now + whole
@@ -317,8 +354,7 @@ class _Clock:
         """The loop's time at which it has been too long."""
 
     def heard(self) -> None:
-        """A piece of the reply has come."""
-        self._begun = True
+        self.begun = True
         self._limit = self._idle
         self.due = min(self._now() + self._idle, self._end)
 
@@ -326,7 +362,7 @@ class _Clock:
     def complaint(self) -> NotecaseError:
         if self.due == self._end:
             return errors.model_unavailable(f"The model provider's answer did not end within {self._whole:g} seconds.")
-        return _silent(self._limit, again=self._begun)
+        return _silent(self._limit, again=self.begun)
 
 
 def _silent(seconds: float, *, again: bool) -> NotecaseError:

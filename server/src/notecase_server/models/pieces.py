@@ -57,8 +57,8 @@ class Pieces:
 
 
 def encoded(body: Mapping[str, Any], *, long: bool = False) -> Pieces:
-    """The JSON of a request, whose values may be Base64. The messages of a `long` one are written one by one, and their
-    texts in pieces."""
+    """The JSON of a request, whose values may be Base64. The messages of a `long` one are written some at a time, and
+    their long texts in pieces."""
     held: list[Base64] = []
     mark = ""
 
@@ -70,8 +70,10 @@ def encoded(body: Mapping[str, Any], *, long: bool = False) -> Pieces:
 
     messages = body.get("messages")
     if long and isinstance(messages, list):
-        written = [msgspec.Raw(msgspec.json.encode(_by_pieces(message), enc_hook=marked)) for message in messages]
-        body = {**body, "messages": written}
+        batches = [batch if len(batch) > 1 else [_by_pieces(batch[0])] for batch in _batches(messages)]
+        # The brackets are left out: such a text stands for all messages of its batch.
+        written = [msgspec.json.encode(batch, enc_hook=marked)[1:-1] for batch in batches]
+        body = {**body, "messages": [*map(msgspec.Raw, written)]}
     text = msgspec.json.encode(body, enc_hook=marked)
     if not held:
         return Pieces([text])
@@ -80,6 +82,22 @@ def encoded(body: Mapping[str, Any], *, long: bool = False) -> Pieces:
     for value, text in zip(held, texts, strict=True):
         pieces += [*value.pieces(), text]
     return Pieces(pieces)
+
+
+def _batches(messages: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yields the messages in batches of at most TEXT_LENGTH characters. One that is longer, or has more than a role and
+    a text, is a batch by itself."""
+    batch, room = list[Any](), TEXT_LENGTH
+    for message in messages:
+        text = message.get("content") if isinstance(message, dict) and len(message) == 2 else None
+        length = len(text) if isinstance(text, str) else TEXT_LENGTH + 1
+        if length > room and batch:
+            yield batch
+            batch, room = [], TEXT_LENGTH
+        batch.append(message)
+        room -= length
+    if batch:
+        yield batch
 
 
 def _by_pieces(message: Any) -> Any:

@@ -22,8 +22,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The header that carries the key: `Authorization`, or `api-key`."""
     system: Literal["first", "each"] = "first"
     """Whether all system messages are joined into one at the beginning, or each stays where it was said."""
-    system_role: Literal["system", "developer"] = "system"
-    """The role of a system message."""
+    system_role: Literal["system", "developer", "user"] = "system"
+    """The role of a system message. With "user" the one at the beginning is joined to the user's first message."""
     neighbours: Literal["joined", "apart"] = "joined"
     """What becomes of neighbouring messages of one role."""
     text: Literal["string", "list"] = "string"
@@ -44,6 +44,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Which of its own call ids the provider gets back: each, or only those of 9 letters and digits."""
     calls: Literal["many", "one"] = "many"
     """How many calls one assistant's message may hold. With "one" parallel calls are also declined."""
+    called_tools: Literal["omitted", "declared"] = "omitted"
+    """Whether a request without tools declares those that its history calls."""
     reasoning: Literal["none", "turn", "always"] = "turn"
     """How long the provider gets its model's reasoning back: not at all, until the user speaks again, or always."""
     made_images: Literal["words", "user"] = "words"
@@ -55,12 +57,19 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Members of an assistant's message that goes without reasoning of this provider."""
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Where `max_output_tokens` is put."""
+    stream: bool = True
+    """Whether a reply is requested piece by piece. Otherwise it comes whole, and the usage with it."""
     stream_options: bool = True
     """Whether the usage is requested."""
     schemas: Literal["open", "strict"] = "open"
     """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
     schema_without: tuple[str, ...] = ()
     """Keywords that are left out of schemas."""
+    descriptions: Literal["whole", "cut"] = "whole"
+    """Whether a tool's description is cut after 1024 characters."""
+    combined: Literal["kept", "merged"] = "kept"
+    """What becomes of `anyOf`, `oneOf`, `allOf` and a reference at the top of a tool's parameters. With "merged" the
+    object has the properties of all of them."""
     output: Literal["json_schema", "json_object", "words"] = "json_schema"
     """How a reply by a schema is requested. All but "json_schema" put the schema into the system message."""
     output_with_tools: Literal["same", "words"] = "same"
@@ -105,6 +114,12 @@ ROWS: Sequence[Row] = (
         "openai",
         {"system": "each", "after_tool": "user", "first": "any", "refusal": "member"},
         "platform.openai.com/docs/api-reference/chat/create: messages of any role in any order, `refusal`",
+        host=r".+\.openai\.com",
+    ),
+    Row(
+        "openai",
+        {"combined": "merged"},
+        "makenotion/notion-mcp-server#340: schema must not have 'oneOf'/'anyOf'/'allOf'/'enum'/'not' at the top level",
         host=r".+\.openai\.com",
     ),
     Row(
@@ -316,13 +331,16 @@ class Refused(NamedTuple):
     words: re.Pattern[str]
     sets: Mapping[str, Any]
     source: str
+    of: Mapping[str, Any] = MappingProxyType({})
+    """What the refused form has, if the words could mean either way."""
 
 
 REFUSED: Sequence[Refused] = (
     Refused(
         re.compile(
             r"(?is)\A(?!.*\binvalid\b.{0,30}\bschema)"
-            r".*(response_format|response format|response mime type|json_schema|\bjson mode)"
+            r".*(response_format|response format|response mime type|json_schema|\bjson mode|structured output"
+            r"|guided decoding)"
         ),
         {"output": "words"},
         "diegosouzapw/OmniRoute#9992, caura-ai/caura#1475: This response_format type is unavailable now",
@@ -333,19 +351,86 @@ REFUSED: Sequence[Refused] = (
         "FlowiseAI/Flowise#2866, openai/openai-python#2296: Extra inputs are not permitted, field: 'stream_options'",
     ),
     Refused(
+        re.compile(
+            r"(?is)verified to stream|cannot use tools with stream"
+            r"|\bstream(ing)?\b(?! ?options)[^.]{0,40}\b(not (be )?(support(ed)?|allowed|enabled)|unsupported)\b"
+            r"|(\bnot |n't |\bun)support(ed)?\b[^.]{0,60}\bstream(ing)?\b(?! ?options)"
+        ),
+        {"stream": False},
+        "RooCodeInc/Roo-Code#6868, earendil-works/pi#3739, OpenAgentPlatform/Dive#90: OpenAI for accounts that are not "
+        "verified, Llama on Bedrock and older llama.cpp with tools",
+    ),
+    Refused(
         re.compile(r"max_completion_tokens"),
         {"limit_field": "max_completion_tokens"},
         "RooCodeInc/Roo-Code#6979, BerriAI/litellm#13432: Use 'max_completion_tokens' instead",
+        of={"limit_field": "max_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?i)\b(unrecogni[sz]ed|unknown|unexpected|unsupported|extra)\b[^.]{0,60}\bmax_tokens\b"
+            r"|\bmax_tokens\b[^.]{0,20}\bextra inputs"
+        ),
+        {"limit_field": "max_completion_tokens"},
+        "Azure's gateways: Unsupported parameter(s): max_tokens",
+        of={"limit_field": "max_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?is)\A(?=.*max_completion_tokens).*(unrecogni[sz]ed|unknown|unexpected|unsupported|\bextra\b"
+            r"|not (supported|permitted|allowed|defined)|\buse\b.{0,3}max_tokens)"
+        ),
+        {"limit_field": "max_tokens"},
+        "servers that do not know it yet, asked for GPT-5 and the like: Unrecognized request argument supplied",
+        of={"limit_field": "max_completion_tokens"},
+    ),
+    Refused(
+        re.compile(
+            r"(?i)\bsystem['\"]? (role|messages?|prompts?)\b[^.!?]{0,40}\bnot (be )?(supported|allowed|enabled)"
+            r"|\b(unexpected|invalid|unknown|unsupported) role:? ['\"]?system\b"
+            r"|\brole:? ['\"]?system\b[^.!?]{0,30}\bnot\b|not support ['\"]?system\b"
+            r"|developer instructions? (is|are) not enabled|only user and assistant roles|roles must alternate"
+        ),
+        {"system_role": "user"},
+        "huggingface/chat-ui#1386, sgl-project/sglang#892, vllm-project/vllm#2080: templates of Gemma 2 and Mistral 7B",
+    ),
+    Refused(
+        re.compile(
+            r"(?is)\bcontent\b[^.]{0,60}(\bstring or\b|<nil>|\bnull\b|\bnone\b|\brequired\b)"
+            r"|\bcontent\b.{0,60}\bvalid string\b.{0,200}\bvalid list\b"
+            r"|(required|missing)\b[^.]{0,30}\bcontent\b|\bNullValue\b|\bNoneType\b"
+        ),
+        {"empty_content": "empty"},
+        "lmstudio-ai/lmstudio-bug-tracker#261 and #812, SAIL-Research-Lab/cheetahclaws#72: LM Studio, Ollama",
+        of={"empty_content": "null"},
+    ),
+    Refused(
+        re.compile(r"(?is)\bdescription\b.{0,40}\btoo long\b"),
+        {"descriptions": "cut"},
+        "getsentry/sentry-mcp#106, langchain-ai/open_deep_research#80, danny-avila/LibreChat#5741: OpenAI, Azure",
+    ),
+    Refused(
+        re.compile(r"(?is)\b(any|one|all)Of\b.{0,80}\btop.?level\b|\btop.?level\b.{0,80}\b(any|one|all)Of\b"),
+        {"combined": "merged"},
+        "makenotion/notion-mcp-server#340, zereight/gitlab-mcp#550, hope1026/weppy-roblox-mcp#77: Anthropic, OpenAI",
+    ),
+    Refused(
+        re.compile(
+            r"(?i)without `?tools=|toolConfig\b.{0,40}\bmust be defined|\btool_(use|result)\b.{0,60}\bdefine tools"
+        ),
+        {"called_tools": "declared"},
+        "anomalyco/opencode#8246, earendil-works/pi#149, langgenius/dify#17545: LiteLLM, Bedrock behind gateways",
     ),
 )
 
 
 def after(refusal: str, profile: Profile) -> Profile:
     """Returns the profile for a server that refused a request of this one with these words."""
+    changes: dict[str, Any] = {}
     for row in REFUSED:
-        if row.words.search(refusal):
-            profile = msgspec.structs.replace(profile, **row.sets)
-    return profile
+        if row.words.search(refusal) and all(getattr(profile, name) == value for name, value in row.of.items()):
+            changes |= row.sets
+    return msgspec.structs.replace(profile, **changes)
 
 
 NAMES = tuple(sorted({"default", *(row.name for row in ROWS)}))

@@ -3,7 +3,7 @@
 The history is sent whole with each call, so that what is done for every message is kept cheap.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -11,7 +11,7 @@ import msgspec
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import MUCH_BYTES, ModelRequest, is_many
+from notecase_server.models.contract import MUCH_BYTES, ModelRequest, Tool, is_many
 from notecase_server.models.profiles import Profile
 from notecase_server.models.request_content import (
     content_of,
@@ -29,8 +29,8 @@ from notecase_server.models.request_tools import Json, arguments, declared, is_n
 LARGE_BYTES = 64 << 10
 """Bytes of declarations from which on a request is written in a thread: a parser takes up to 10 ms for them."""
 
-MANY_MESSAGES = 1000
-"""Messages from which on a request is written in a thread: each takes some 5 microseconds."""
+MANY_TEXTS = 5000
+"""Messages of one text from which on a request is written in a thread: each takes about a microsecond."""
 
 BEGIN = "Begin."
 """What a user says in a conversation that would begin with a reply."""
@@ -70,14 +70,18 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     made: Json = {
         "model": model,
         "messages": _Conversation(profile, origin).written(
-            [request.instruction, asked], request.messages, only_text=request.only_text
+            [request.instruction, asked], request.messages, request.texts
         ),
-        "stream": True,
+        "stream": profile.stream,
     }
-    if profile.stream_options:
+    if profile.stream and profile.stream_options:
         made["stream_options"] = {"include_usage": True}
-    if request.tools:
-        made["tools"] = [declared(tool, profile.schemas, profile.schema_without) for tool in request.tools]
+    tools = request.tools
+    if not tools and profile.called_tools == "declared":
+        tools = [Tool(name, "Not available now.", "") for name in sorted(set(_called(request.messages)))]
+    if tools:
+        how = profile.schemas, profile.schema_without, profile.combined, profile.descriptions
+        made["tools"] = [declared(tool, *how) for tool in tools]
         if profile.calls == "one":
             made["parallel_tool_calls"] = False
     if format_ is not None:
@@ -96,16 +100,22 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
         if request.plain:
             extra = {name: value for name, value in extra.items() if name not in _OF_REPLIES}
         made = {name: value for name, value in (made | extra).items() if value is not None}
-        if "tool_choice" in made:
-            loosen(made, request.messages)
+        loosen(made, request.messages)
     if not made.get("model"):
         raise errors.model_error("The agent names no model, and the provider has no default model.")
     return made
 
 
+def model_of(request: ModelRequest, default: str) -> str:
+    """Returns the model that a request is for, which `Generation.extra` may name. Raises MODEL_ERROR when that is no
+    JSON object."""
+    named = _extra(request.generation.extra).get("model") if request.generation.extra else None
+    return named if isinstance(named, str) and named else request.model or default
+
+
 def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     """Whether anything in the request's history is the provider's own data for that model."""
-    return not request.only_text and any(
+    return request.texts is None and any(
         _is_from(data, (provider, model))
         for message in request.messages
         if message.role == v1.Message.ROLE_ASSISTANT and not is_one_text(message)
@@ -114,12 +124,17 @@ def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     )
 
 
+def _called(messages: Iterable[v1.Message]) -> Iterator[str]:
+    for message in messages:
+        yield from (tool_name(part.tool_call.tool) for part in message.parts if part.HasField("tool_call"))
+
+
 def is_large(request: ModelRequest) -> bool:
     """Whether the request takes long to write, its content apart."""
     size = len(request.output_schema)
     for tool in request.tools:
         size += len(tool.description) + len(tool.parameters)
-    many = len(request.messages) > MANY_MESSAGES or (not request.only_text and is_many(request.messages))
+    many = is_many(request.messages) if request.texts is None else len(request.texts) > MANY_TEXTS
     return size > LARGE_BYTES or request.size > MUCH_BYTES or many
 
 
@@ -169,16 +184,16 @@ class _Conversation:
         self._taken: set[str] = set()
         """Ids of calls so far: some servers begin again with each reply."""
 
-    def written(self, first: Iterable[str], messages: Sequence[v1.Message], *, only_text: bool = False) -> list[Json]:
-        """Returns the conversation as Chat Completions has it. A message without content is left out, since providers
-        refuse it. `only_text` as in ModelRequest."""
+    def written(self, first: Iterable[str], messages: Sequence[v1.Message], texts: Sequence[str] | None) -> list[Json]:
+        """Returns the conversation as Chat Completions has it. A message without content, or of blanks alone, is left
+        out, since providers refuse it. `texts` as in ModelRequest."""
         for text in first:
             if text:
                 self._say_system(text)
-        if only_text:
-            self._say_texts(messages)
-        else:
+        if texts is None:
             self._say(messages)
+        else:
+            self._say_texts(messages, texts)
         made = self._made
         for message in made if self._joined else ():
             if isinstance(message.get("content"), _Neighbours):
@@ -188,15 +203,16 @@ class _Conversation:
         if self._profile.first == "user" and made and made[0]["role"] == "assistant":
             made.insert(0, {"role": "user", "content": BEGIN})
         if self._system:
-            made.insert(0, {"role": self._profile.system_role, "content": "\n\n".join(self._system)})
+            self._say_first("\n\n".join(self._system))
         return made
 
-    def _say_texts(self, messages: Sequence[v1.Message]) -> None:
-        """As `_say`, for messages that are one text each."""
+    def _say_texts(self, messages: Sequence[v1.Message], texts: Sequence[str]) -> None:
+        """As `_say`, for messages that are one text each. A text is not read from its message, which would take longer
+        than all the rest."""
         made, before, assistant = self._made, None, v1.Message.ROLE_ASSISTANT
-        for message in messages:
-            role, text = message.role, message.parts[0].text
-            if role == assistant and text.isspace():
+        for message, text in zip(messages, texts, strict=True):
+            role = message.role
+            if text.isspace():
                 continue
             if role == before and self._joined:
                 _add(made[-1], text)
@@ -213,9 +229,10 @@ class _Conversation:
             role, parts = message.role, message.parts
             if len(parts) == 1 and (text := parts[0].text or parts[0].json):
                 # Nearly every message.
+                if text.isspace():
+                    continue
                 if role == v1.Message.ROLE_ASSISTANT:
-                    if not text.isspace():
-                        self._say_assistant({"role": "assistant", "content": text})
+                    self._say_assistant({"role": "assistant", "content": text})
                 elif role == v1.Message.ROLE_SYSTEM:
                     self._say_system(text)
                 else:
@@ -223,7 +240,7 @@ class _Conversation:
             elif role == v1.Message.ROLE_ASSISTANT:
                 self._reply(message, index >= turn, index == newest)
             elif role == v1.Message.ROLE_SYSTEM:
-                if text := system_text(parts):
+                if (text := system_text(parts)) and not text.isspace():
                     self._say_system(text)
             elif content := [shown for part in parts if (shown := content_of(part, index not in asked)) is not None]:
                 self._say_user(self._as_text(content))
@@ -243,8 +260,18 @@ class _Conversation:
     def _say_system(self, text: str) -> None:
         if self._profile.system == "first":
             self._system.append(text)
+        elif self._profile.system_role == "user":
+            self._say_user(text)
         else:
             self._made.append({"role": self._profile.system_role, "content": text})
+
+    def _say_first(self, text: str) -> None:
+        """Puts a system message before all others."""
+        role, made = self._profile.system_role, self._made
+        if role == "user" and self._joined and made and made[0]["role"] == "user":
+            made[0]["content"] = _together(_Neighbours([text, made[0]["content"]]))
+        else:
+            made.insert(0, {"role": role, "content": text})
 
     def _say_user(self, content: str | list[Json]) -> None:
         last = self._made[-1] if self._made else {}
@@ -279,6 +306,7 @@ class _Conversation:
         text = reply_text(said, profile.made_images == "words")
         text = text if text.strip() else ""  # Anthropic refuses blank text as it does empty text
         refusal = "".join(part.refusal for part in message.parts)
+        refusal = refusal if refusal.strip() else ""
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         if refusal and profile.refusal == "text":
             text, refusal = f"{text}\n\n{refusal}" if text else refusal, ""

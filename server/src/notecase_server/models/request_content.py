@@ -30,7 +30,7 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     What has no place there, and the oldest content when there is more than a request may carry, stays as it is, and
     `body` names it. Raises CONTENT_UNSUPPORTED only where the newest messages of a user, which one run began with, have
     such content or too much of it, before any is read."""
-    if request.only_text:
+    if request.texts is not None:
         return request
     messages, look = request.messages, partial(_look, request.messages, profile)
     newest, chosen = await looked_at(messages, request.size, look)
@@ -164,10 +164,10 @@ def is_image(part: v1.Part) -> bool:
 
 
 def content_of(part: v1.Part, named: bool = False) -> Json | None:
-    """Returns a part of a user's message; None when it is empty. What has no place there is `named`, or else refused
-    with CONTENT_UNSUPPORTED."""
+    """Returns a part of a user's message; None when it is empty or blank. What has no place there is `named`, or
+    else refused with CONTENT_UNSUPPORTED."""
     if (words := in_words(part) if named else _words(part)) is not None:
-        return {"type": "text", "text": words} if words else None
+        return {"type": "text", "text": words} if words and not words.isspace() else None
     match part.WhichOneof("kind"):
         case "file":
             if not is_image(part):

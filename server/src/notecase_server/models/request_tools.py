@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from notecase import v1
@@ -29,28 +29,46 @@ _NINE = re.compile(r"[a-zA-Z0-9]{9}")
 _LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
+_COMBINED = ("allOf", "anyOf", "oneOf")
+_NOT_AT_TOP = frozenset({*_COMBINED, "$ref", "not", "enum", "const", "if", "then", "else", "properties", "required"})
+"""Keywords that some servers do not take at the top of a tool's parameters, and those that are made anew."""
+
+_DESCRIPTION = 1024
+"""Characters of a description where it is cut: what OpenAI takes."""
+
+_MOST_COMBINED = 100
+"""Schemas of one combination that are looked at: references may repeat a few without end."""
+
+
 @lru_cache(1024)
-def declared(tool: Tool, schemas: str, without: tuple[str, ...]) -> Json:
-    """Returns a tool as a request declares it. `schemas` and `without` as in Profile."""
+def declared(
+    tool: Tool, schemas: str, without: tuple[str, ...], combined: Literal["kept", "merged"], descriptions: str
+) -> Json:
+    """Returns a tool as a request declares it. `schemas` and so on as in Profile."""
     function: Json = {"name": tool_name(tool.name)}
-    if tool.description:
-        function["description"] = tool.description
-    function["parameters"] = shaped(tool.parameters or "{}", schemas, without, parameters=True)
+    if description := tool.description:
+        cut = descriptions == "cut" and len(description) > _DESCRIPTION
+        function["description"] = f"{description[: _DESCRIPTION - 1]}…" if cut else description
+    function["parameters"] = shaped(tool.parameters or "{}", schemas, without, combined)
     if schemas == "strict":
         function["strict"] = True
     return {"type": "function", "function": function}
 
 
 @lru_cache(1024)
-def shaped(text: str, schemas: str, without: tuple[str, ...], parameters: bool = False) -> msgspec.Raw:
-    """Returns a schema in the shape that servers take: parameters are an object with `properties`, and a list names its
-    items. A schema with a number that no double can hold, or with hundreds of levels, is not changed."""
+def shaped(
+    text: str, schemas: str, without: tuple[str, ...], combined: Literal["kept", "merged"] | None = None
+) -> msgspec.Raw:
+    """Returns a schema in the shape that servers take: a list names its items. A tool's parameters, for which
+    `combined` is given, are an object with `properties`. A schema with a number that no double can hold, or with
+    hundreds of levels, is not changed."""
     try:
         schema = _decoded(text)
-        if parameters and isinstance(schema, dict):
+        if combined and isinstance(schema, dict):
             schema = {name: value for name, value in schema.items() if _is_meant(name, value)}
-            if not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
-                schema.setdefault("type", "object")
+            schema = _merged(schema) if combined == "merged" else schema
+            schema["type"] = "object"
+            if schema.keys().isdisjoint({"$ref", *_COMBINED}):
                 schema.setdefault("properties", {})
         return msgspec.Raw(msgspec.json.encode(_shaped(schema, schemas == "strict", without)))
     except (ValueError, RecursionError):
@@ -79,6 +97,45 @@ def _is_meant(keyword: str, value: Any) -> bool:
     return keyword not in _SCHEMAS or bool(value) or not isinstance(value, list)
 
 
+def _merged(schema: Json) -> Json:
+    """Returns the schema of an object with all properties of those that it combines, and those required that each
+    alternative requires."""
+    found: dict[str, list[Any]] = {}
+    needed = _collect(schema, schema, found, [_MOST_COMBINED])
+    made = {name: value for name, value in schema.items() if name not in _NOT_AT_TOP}
+    made["properties"] = {name: kinds[0] if len(kinds) == 1 else {"anyOf": kinds} for name, kinds in found.items()}
+    if required := [name for name in found if name in needed]:
+        made["required"] = required
+    return made
+
+
+def _collect(schema: Any, root: Json, found: dict[str, list[Any]], left: list[int]) -> set[str]:
+    """Adds each property of a schema, and of those that it combines, to `found`, and returns which are required."""
+    left[0] -= 1
+    if left[0] < 0 or not isinstance(schema, dict):
+        return set()
+    properties, required = schema.get("properties"), schema.get("required")
+    for name, kind in properties.items() if isinstance(properties, dict) else ():
+        kinds = found.setdefault(name, [])
+        if kind not in kinds:
+            kinds.append(kind)
+    needed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set[str]()
+    if isinstance(reference := schema.get("$ref"), str):
+        needed |= _collect(_referred(root, reference), root, found, left)
+    for keyword in _COMBINED:
+        if isinstance(held := schema.get(keyword), list) and held:
+            each = [_collect(inner, root, found, left) for inner in held]
+            needed |= set.union(*each) if keyword == "allOf" else set.intersection(*each)
+    return needed
+
+
+def _referred(root: Any, reference: str) -> Any:
+    """The part of a schema that a reference within it names; None if there is none."""
+    for name in reference.removeprefix("#").split("/")[1:]:
+        root = root.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root
+
+
 def _shaped(schema: Any, strict: bool, without: Sequence[str]) -> Any:
     if not isinstance(schema, dict):
         return schema
@@ -102,10 +159,13 @@ def _shaped(schema: Any, strict: bool, without: Sequence[str]) -> Any:
 
 
 def loosen(made: Json, messages: Sequence[v1.Message]) -> None:
-    """Takes a request's choice among tools out when it has no tools, and ends a forced choice with the result of the
+    """Takes out of a request without tools what it says of their calls, and ends a forced choice with the result of the
     call that it forced: otherwise the model could never speak."""
     if not made.get("tools"):
-        del made["tool_choice"]
+        made.pop("tool_choice", None)
+        made.pop("parallel_tool_calls", None)
+        return
+    if "tool_choice" not in made:
         return
     choice, name = made["tool_choice"], ""
     forced = choice in ("required", "any")

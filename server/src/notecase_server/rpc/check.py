@@ -242,8 +242,8 @@ class Check:
     def few(self, field: str, held: Sized, most: int, what: str) -> bool:
         return self(len(held) <= most, field, f"has more than {most} {what}")
 
-    def size(self, field: str, size: int, most: int = PAGE_BYTES) -> bool:
-        return self(size <= most, field, f"is larger than {most} bytes")
+    def size(self, field: str, size: int) -> bool:
+        return self(size <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes")
 
     def fetches(self, field: str, number: int) -> bool:
         """Whether the request may have so many parts more that the store is asked about one by one."""

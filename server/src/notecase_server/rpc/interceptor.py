@@ -28,7 +28,7 @@ from notecase_server.rpc.frames import HEALTH, Decoded, Decoder, drain
 from notecase_server.rpc.gate import Call, Gate, Outlet
 from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
-from notecase_server.supervisor import is_passing
+from notecase_server.supervisor import is_own_end, is_passing
 
 log = structlog.get_logger()
 
@@ -220,7 +220,7 @@ class Endpoint(ABC):
     """One method of the server: decodes its frames, calls its handler, and turns errors into a status."""
 
     make: ClassVar[Callable[..., Any]]
-    """grpc's handler for this shape of call."""
+    """grpc's handler. It streams requests in every shape: a single one would be read before its caller is known."""
     drains: ClassVar[bool] = True
     """What the caller of a call that was refused still sends is read and let go of."""
 
@@ -247,7 +247,7 @@ class Endpoint(ABC):
             raise
         except (Exception, asyncio.CancelledError) as error:  # nothing internal may reach the client
             why = error if one is None else one.ended(error)
-            if not isinstance(why, Exception):
+            if not isinstance(why, Exception) and is_own_end():
                 raise
             if isinstance(why, NotecaseError):
                 self._door.note(why)

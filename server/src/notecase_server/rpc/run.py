@@ -28,6 +28,9 @@ from notecase_server.store.contract import CommandId, Commit, Committed, Duplica
 from notecase_server.store.fold import ENDED
 from notecase_server.supervisor import Supervisor
 
+Disposition: TypeAlias = "v1.CommandResult.Disposition.ValueType"
+APPLIED, DUPLICATE = v1.CommandResult.DISPOSITION_APPLIED, v1.CommandResult.DISPOSITION_DUPLICATE
+
 MAX_RESULTS = 16
 """Results of one stream that wait for their reader; then its next command is read only when one was taken."""
 
@@ -83,6 +86,19 @@ class Drain:
         self._sessions.ring()
 
 
+class Attachment(msgspec.Struct):
+    """A session that a stream is attached to, and what the stream has sent of it."""
+
+    live: LiveSession
+    cursor: Cursor
+    run: str
+    """The run that the stream's commands are for; "" for the one that is active when a command comes."""
+
+
+Opened: TypeAlias = tuple[Attachment, v1.RunResponse]
+"""An attachment, and the first frame of its stream."""
+
+
 class Streams:
     """What the streams of a server share."""
 
@@ -98,7 +114,7 @@ class Streams:
         """The Run RPC. Raises NotecaseError for a bad first frame, and as `watch` does."""
         return self._follow(self._begun(tenant, requests), write, requests)
 
-    async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> "Attached":
+    async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> Opened:
         """Carries out the first frame of a Run stream."""
         first = await anext(requests, None)
         kind = first.WhichOneof("command") if first is not None else None
@@ -132,7 +148,7 @@ class Streams:
         options: v1.WatchOptions,
         if_session_uid: str,
         field: str = "",
-    ) -> "Attached":
+    ) -> Opened:
         check = Check()
         session_id, run_id = validate.watch(check, field, name, after or 0, options, if_session_uid)
         check.done()
@@ -159,9 +175,9 @@ class Streams:
         if run and run.state in ENDED and after >= run.last_sequence and not options.keep_open:
             cursor.finished = True
         commanded = run_id if options.keep_open else followed
-        return Place(live, cursor, commanded), v1.RunResponse(attached=attached)
+        return Attachment(live, cursor, commanded), v1.RunResponse(attached=attached)
 
-    async def _started(self, started: Started, options: v1.WatchOptions) -> "Attached":
+    async def _started(self, started: Started, options: v1.WatchOptions) -> Opened:
         run = started.run
         if started.session is None:
             live, session = await self._sessions.watched(started.key)
@@ -176,23 +192,25 @@ class Streams:
         followed, after = run.name, run.first_sequence - 1
         attached.run.CopyFrom(names.render_run(started.key.session, run))
         cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
-        return Place(live, cursor, followed), frame
+        return Attachment(live, cursor, followed), frame
 
     async def _follow(
-        self, attaching: Awaitable["Attached"], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
+        self, attaching: Awaitable[Opened], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
     ) -> None:
         """Writes the frames of a stream; the commands in `requests` are carried out meanwhile."""
-        (place, attached), results, reader = await attaching, Results(), None
+        attachment, attached = await attaching
+        results, reader = Results(), None
         if requests is not None:
-            reader = self._supervisor.start(self.read(place, requests, results), "commands")
-        cursor, bound = place.cursor, caller.get().principal.user != ""
-        told = False
+            reader = self._supervisor.start(self.read(attachment, requests, results), "commands")
+        live, cursor = attachment.live, attachment.cursor
+        bound = caller.get().principal.user != ""
+        announced = False
 
         def woken() -> bool:
-            leaving = self.drain.closing or (self.drain.grace is not None and not told)
+            leaving = self.drain.closing or (self.drain.grace is not None and not announced)
             return bool(results.waiting) or leaving or results.broken is not None
 
-        place.live.join()
+        live.join()
         try:
             await write(attached)
             del attached  # it takes more memory than all else here that an idle stream keeps
@@ -201,8 +219,8 @@ class Streams:
                     await write(v1.RunResponse(result=results.take()))
                 if results.broken is not None:
                     raise results.broken
-                if self.drain.grace is not None and not told:
-                    told = True
+                if self.drain.grace is not None and not announced:
+                    announced = True
                     await write(v1.RunResponse(go_away=_go_away(cursor.sequence, self.drain.grace)))
                 frame = await cursor.next(woken)
                 if frame is not None:
@@ -217,29 +235,29 @@ class Streams:
             while results.waiting:
                 await write(v1.RunResponse(result=results.take()))
         finally:
-            place.live.leave()
+            live.leave()
             if reader is not None:
                 reader.cancel()
 
-    async def read(self, place: "Place", requests: AsyncIterator[v1.RunRequest], results: Results) -> None:
+    async def read(self, attachment: Attachment, requests: AsyncIterator[v1.RunRequest], results: Results) -> None:
         """Carries out commands in their order. Their results wait for their reader, and the next command for them."""
         try:
             async for frame in requests:
-                await results.put(await self._carry_out(place, frame))
-                place.live.ring()
+                await results.put(await self._carry_out(attachment, frame))
+                attachment.live.ring()
         except Exception as error:  # noqa: BLE001 - the stream raises it
             results.broken = error
         finally:
-            place.live.ring()
+            attachment.live.ring()
 
-    async def _carry_out(self, place: "Place", frame: v1.RunRequest) -> v1.CommandResult:
+    async def _carry_out(self, attachment: Attachment, frame: v1.RunRequest) -> v1.CommandResult:
         try:
             check = Check()
-            self.check(check, place.live.key.session, frame)
+            self.check(check, attachment.live.key.session, frame)
             await check.settled()
-            result = await self.command(place.live.key, frame, place.run)
+            result = await self.command(attachment.live.key, frame, attachment.run)
             if frame.HasField("start"):
-                place.run = ""  # the run before it may be under way still, or its turn may have come
+                attachment.run = ""  # the run before it may be under way still, or its turn may have come
             return result
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:
@@ -274,15 +292,11 @@ class Streams:
                     start = deepcopy(claimed(frame.start, who.user))
                     start.if_session_uid = start.if_session_uid or key.uid
                     started = await self._runs.admission.start(key.tenant, start, caused, who.user)
-                    queued = started.run.state == v1.Run.STATE_QUEUED
-                    done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
-                    if started.existing:
-                        done = v1.CommandResult.DISPOSITION_DUPLICATE
+                    done = DUPLICATE if started.existing else _accepted(started.run.state == v1.Run.STATE_QUEUED)
                     return _result(frame, started.run.first_sequence, done)
                 case "input":
                     committed, queued = await self._runs.commands.say(key, run_id, frame.input, caused, approver)
-                    done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
-                    return _result(frame, committed.session.last_sequence, done)
+                    return _result(frame, committed.session.last_sequence, _accepted(queued))
                 case "tool_result":
                     committed = await self._runs.commands.tool_result(key, run_id, frame.tool_result, caused)
                 case "input_response":
@@ -291,14 +305,12 @@ class Streams:
                     committed = await self._runs.commands.cancel(key, run_id, frame.cancel, caused, approver)
                     if frame.cancel.mode == v1.CancelCommand.MODE_AFTER_TURN and not frame.cancel.call_id:
                         ended = any(run.state in ENDED for run in committed.runs.values())
-                        queued = not ended
-                        done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
-                        return _result(frame, committed.session.last_sequence, done)
+                        return _result(frame, committed.session.last_sequence, _accepted(queued=not ended))
                 case _:
                     committed = await self._update_state(key, frame)
             return _result(frame, committed.session.last_sequence)
         except Duplicate as duplicate:
-            return _result(frame, duplicate.sequence, v1.CommandResult.DISPOSITION_DUPLICATE)
+            return _result(frame, duplicate.sequence, DUPLICATE)
 
     async def _update_state(self, key: SessionKey, frame: v1.RunRequest) -> Committed:
         update = frame.update_state
@@ -331,19 +343,6 @@ def claimed(start: v1.StartRun, user: str) -> v1.StartRun:
     return start
 
 
-class Place(msgspec.Struct):
-    """Where a stream is attached."""
-
-    live: LiveSession
-    cursor: Cursor
-    run: str
-    """The run that the stream's commands are for; "" for the one that is active when a command comes."""
-
-
-Attached: TypeAlias = tuple[Place, v1.RunResponse]
-"""With the frame that says so."""
-
-
 def _go_away(sequence: int, grace: float) -> v1.GoAway:
     away = v1.GoAway(sequence=sequence, reason="The server is stopping; attach again shortly.")
     away.time_left.FromMilliseconds(round(grace * 1000))
@@ -371,9 +370,9 @@ async def _caused(frame: v1.RunRequest) -> Caused:
     return Caused(frame.command_id, None, command, who.principal_name, audit)
 
 
-def _result(
-    frame: v1.RunRequest,
-    sequence: int,
-    disposition: v1.CommandResult.Disposition.ValueType = v1.CommandResult.DISPOSITION_APPLIED,
-) -> v1.CommandResult:
+def _accepted(queued: bool) -> Disposition:
+    return v1.CommandResult.DISPOSITION_QUEUED if queued else APPLIED
+
+
+def _result(frame: v1.RunRequest, sequence: int, disposition: Disposition = APPLIED) -> v1.CommandResult:
     return v1.CommandResult(command_id=frame.command_id, disposition=disposition, sequence=sequence)

@@ -75,10 +75,10 @@ class RunsService(v1.RunServiceServicer):
         return names.render_run(session, row[0])
 
     async def ListRuns(self, request: v1.ListRunsRequest, context: Any) -> v1.ListRunsResponse:
-        check = Check()
-        session = "" if request.parent == "sessions/-" else check.session("parent", request.parent)
-        tenant = caller.get().tenant
-        key = await self.desk.parent(check, session) if request.parent != "sessions/-" else None
+        check, tenant = Check(), caller.get().tenant
+        key = None
+        if request.parent != "sessions/-":
+            key = await self.desk.parent(check, check.session("parent", request.parent))
         about = ("runs", tenant, key.uid if key else "-", request.filter)
         query = listed(check, self.desk.pages, request, *about, fields=RUN_FILTER)
         page: Page[v1.Run] = await self.store.list_runs(tenant, key, query, caller.get().user)

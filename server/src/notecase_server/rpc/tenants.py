@@ -14,7 +14,7 @@ from notecase_server.engine.tenancy import Tenancy
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.check import Check
 from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named, once
-from notecase_server.store.contract import Answer, AuditStore
+from notecase_server.store.contract import Answer, AuditStore, Replayed
 
 TENANT = Answer("tenant")
 
@@ -78,6 +78,9 @@ class TenantsService(v1.TenantServiceServicer):
         change = partial(self.store.set_tenant_state, tenant, v1.Tenant.STATE_DELETING)
         try:
             await self.desk.surely(await once(request, NOTHING), NOTHING, change, caller.get().audit(request.name))
+        except Replayed:  # the call before may have been interrupted
+            await self.tenancy.remove(tenant)
+            raise
         finally:
             self.tenants.changed(tenant)
         await self.tenancy.remove(tenant)

@@ -742,7 +742,7 @@ class KeyStore(Protocol):
 
     async def add_key(self, row: KeyRow, once: Once | None = None) -> v1.Key:
         """Stores a new key, of an id that was never used, and sets its name and create_time. QUOTA_EXCEEDED when the
-        tenant has MAX_KEYS."""
+        tenant has MAX_KEYS, TENANT_NOT_FOUND while it is being deleted."""
         ...
 
     async def find_key(self, key_id: str) -> KeyRow | None:

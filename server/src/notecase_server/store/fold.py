@@ -11,7 +11,7 @@ events of a run that is queued (RUN_ACTIVE) or has ended (RUN_ENDED), a second o
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,6 +54,8 @@ class Needs:
 
     keys: dict[str, set[str]] = field(default_factory=dict)
     """By state, in stored form."""
+    values: dict[str, set[str]] = field(default_factory=dict)
+    """By state, those of the keys whose entries are read. Of the others it matters only whether they exist."""
     runs: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     summaries_after: int | None = None
@@ -110,6 +112,7 @@ def needs(events: Iterable[v1.Event], states: Iterable[str] = ()) -> Needs:
             name(wanted, event)
     for state in states:
         wanted.keys.setdefault(state, set())
+        wanted.values.setdefault(state, set())
     return wanted
 
 
@@ -607,6 +610,13 @@ def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys:
             told.entries[key].CopyFrom(entry)
 
 
+def read_by(ops: Iterable[v1.StateOp]) -> Iterator[str]:
+    """Yields the keys whose entries operations depend on."""
+    for op in ops:
+        if op.HasField("if_version") or op.HasField("append") or op.HasField("increment"):
+            yield op.key
+
+
 def apply_ops(
     entries: dict[str, v1.StateEntry | None],
     ops: Iterable[v1.StateOp],
@@ -614,7 +624,8 @@ def apply_ops(
     now: int,
     most: int | None = None,
 ) -> None:
-    """Applies operations in order to the entries of one state, in place; all of them get `version`.
+    """Applies operations in order to the entries of one state, in place; all of them get `version`. Entries that are
+    not of `read_by` may be empty.
 
     Raises STATE_VERSION_MISMATCH for a condition that misses, STATE_TYPE_MISMATCH for an operation that the value's
     type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page, or for lists that are appended to and have
@@ -693,7 +704,9 @@ def _use(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 
 
 def _need_keys(needs: Needs, event: v1.Event) -> None:
-    needs.keys.setdefault(event.state_changed.state, set()).update(op.key for op in event.state_changed.ops)
+    change = event.state_changed
+    needs.keys.setdefault(change.state, set()).update(op.key for op in change.ops)
+    needs.values.setdefault(change.state, set()).update(read_by(change.ops))
 
 
 def _need_call(needs: Needs, event: v1.Event) -> None:

@@ -41,7 +41,7 @@ FOUND_BYTES = 1024
 """Of a key of state, and of the id of a call, by which rows are found: an index of PostgreSQL refuses some 2.7 KB, and
 a key takes twice its bytes there at most. Keys that may be set now are shorter, but tools could once set any."""
 
-KEYS = 1000
+KEYS = 500
 """That are asked for at a time: anybody may have written an event that changes more of them than a statement takes."""
 
 
@@ -137,14 +137,15 @@ class Replay:
     def _load(self, tables: Tables, events: list[v1.Event]) -> fold.Rows:
         """Reads what the piece needs."""
         key, needs = self._key, fold.needs(events)
-        own = sorted(needs.keys.get("", ()))
+        own, values = sorted(needs.keys.get("", ())), needs.values.get("", set())
         needs.keys = {}
         rows = fold.Rows(self.session, 0, sealing=self._sealing)
         rows.runs = {name: found[0] for name in needs.runs if (found := tables.run(key, name)) is not None}
         load(tables, key, needs, rows)
         rows.state[key.state] = {}
         for at in range(0, len(own), KEYS):
-            rows.versions[key.state], found_entries = tables.state(key.state, own[at : at + KEYS])
+            piece = own[at : at + KEYS]
+            rows.versions[key.state], found_entries = tables.state(key.state, piece, values.intersection(piece))
             rows.state[key.state] |= found_entries
         return rows
 

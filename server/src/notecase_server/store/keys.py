@@ -16,8 +16,8 @@ def add_key(tables: Tables, now: int, row: KeyRow, once: Once | None) -> v1.Key:
     recall(tables, once)
     if tables.directory.count_keys(row.tenant) >= MAX_KEYS:
         raise errors.quota_exceeded("key", MAX_KEYS, "in a tenant")
-    if row.tenant:
-        known_tenant(tables, now, row.tenant)
+    if row.tenant and known_tenant(tables, now, row.tenant).state == v1.Tenant.STATE_DELETING:
+        raise errors.not_found("tenant", names.tenant(row.tenant))
     made = deepcopy(row.key)
     made.name = names.key(row.key_id)
     made.create_time.FromMicroseconds(now)

@@ -311,7 +311,7 @@ def load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) ->
     session = rows.session
     for state, keys in needs.keys.items():
         scope = fold.state_scope(key, session.user, state)
-        rows.versions[scope], rows.state[scope] = tables.state(scope, keys)
+        rows.versions[scope], rows.state[scope] = _entries(tables, scope, keys, needs.values[state])
     if needs.calls:
         held = tables.messages_of_calls(key, needs.calls)
         rows.calls = {call_id: message.name for call_id, message in held.items()}
@@ -321,6 +321,16 @@ def load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) ->
     for sequence in needs.shown:
         after = Query(1, (sequence - 1,))
         rows.shown.update(found.row.sequence for found in islice(tables.messages(key, after, False, None, False), 1))
+
+
+def _entries(
+    tables: Tables, scope: Scope, keys: Collection[str], values: Collection[str]
+) -> tuple[int, dict[str, v1.StateEntry | None]]:
+    """Returns what `Tables.state` does. Raises PAYLOAD_TOO_LARGE if the entries that are read are many and large."""
+    most = fold.MAX_APPENDED_BYTES
+    if len(values) > KEYS_AT_ONCE and (size := tables.entry_bytes(scope, values)) > most:
+        raise errors.too_large("The total of all values that one change depends on", size, most)
+    return tables.state(scope, keys, values)
 
 
 def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dict[int, int]:
@@ -572,7 +582,7 @@ def update_state(
     """Store.update_state."""
     recall(tables, once)
     ops, _ = content.sized(tables, scope.tenant, ops)
-    before, entries = tables.state(scope, {op.key for op in ops})
+    before, entries = _entries(tables, scope, {op.key for op in ops}, set(fold.read_by(ops)))
     if if_version is not None and if_version != before:
         raise errors.version_mismatch("The state", before)
     version = before + 1

@@ -33,6 +33,7 @@ import structlog
 from notecase import ToolFailure, v1
 from notecase.context import context_parameters
 from notecase.hints import Mismatch, dump, of_arguments
+from notecase.tools import failures_of
 from pydantic import ConfigDict, TypeAdapter
 
 from notecase_server.tools.contract import CallContext, Function, Outcome, ToolSettingsError
@@ -108,7 +109,8 @@ def _imported(origin: str, load_it: Callable[[], Any]) -> Any:
     try:
         return load_it()
     except Exception as error:
-        raise ToolSettingsError(f"{origin} cannot be imported: {type(error).__name__}: {error}") from error
+        where = "; PYTHONPATH lists the directories of modules" if isinstance(error, ModuleNotFoundError) else ""
+        raise ToolSettingsError(f"{origin} cannot be imported: {type(error).__name__}: {error}{where}") from error
 
 
 def _marked(origin: str, module: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -156,8 +158,10 @@ class PythonTool:
         values.update(dict.fromkeys(self._context, context))
         try:
             result = await self._run(values)
-        except ToolFailure as failure:
-            return failed(str(failure))
+        except (ToolFailure, BaseExceptionGroup) as error:
+            if not (failures := failures_of(error)):
+                raise
+            return failed("\n".join(map(str, failures)))
         except SystemExit as end:
             raise RuntimeError("the tool asked the server to exit") from end
         except asyncio.CancelledError as error:

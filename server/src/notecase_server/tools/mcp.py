@@ -38,6 +38,7 @@ from notecase_server.tools.mcp_answers import (
     Bounded,
     Mended,
     MendedEvents,
+    mend_about,
     mend_content,
     reports_lost_session,
 )
@@ -90,6 +91,9 @@ REDIRECTED = "Redirect to "
 """How the library's message begins that quotes an address, which may hold a token."""
 
 SESSION = "mcp-session-id"
+
+UNTYPED = "text/plain", "application/octet-stream"
+"""What servers that were written by hand call their JSON, if anything."""
 
 UNUSED = frozenset({"outputSchema", "annotations", "title", "icons"})
 """Members of a tool that are not used."""
@@ -453,8 +457,8 @@ class _Connection:
         self.end()
 
     def _mend(self, said: object) -> None:
-        """Mends what the library would refuse as a whole: a list of tools, and what a call gave. Nothing that is said
-        in the handshake is either."""
+        """Mends what the library would refuse as a whole: what the server says of itself in the handshake and, behind
+        that, a list of tools and what a call gave."""
         message = getattr(said, "message", None)
         if isinstance(message, types.JSONRPCError):
             refusal = self._refusals.pop(message.id, "")
@@ -462,9 +466,13 @@ class _Connection:
                 message.error.message = refusal
             elif message.error.message.startswith(UNREAD) and "\n" in message.error.message:
                 message.error.message = "It gave an answer that is not valid."
-        if not isinstance(message, types.JSONRPCResponse) or not self.settled.is_set() or self.over:
+        if not isinstance(message, types.JSONRPCResponse) or self.over:
             return
         result = message.result
+        if not self.settled.is_set():
+            if "protocolVersion" in result:
+                mend_about(result)
+            return
         if result.keys() <= EMPTY:  # of a call or of a list: servers in Go leave out what is empty in them
             result |= {"content": [], "tools": []}
         elif "content" in result or "structuredContent" in result:
@@ -515,7 +523,8 @@ class _Connection:
         asked = _asked(response.request)
         if asked is not None and response.is_error:
             self.refusal = self._refusals[asked] = _refusal(response.status_code)
-        elif asked is not None and kind.startswith("application/json"):
+        elif asked is not None and (kind.startswith(UNTYPED) or not kind or "json" in kind):
+            response.headers["content-type"] = "application/json"
             response.stream = Mended(body, asked)
         elif asked is not None and kind.startswith("text/event-stream"):
             response.stream = MendedEvents(body, asked)

@@ -131,6 +131,19 @@ def reports_lost_session(error: types.ErrorData) -> bool:
     return error.code in _OF_PROTOCOL and LOST_SESSION.search(error.message) is not None
 
 
+def mend_about(result: dict[str, Any]) -> None:
+    """Makes what a server says of itself what the protocol has: servers that were written by hand leave out its
+    version, and say of a capability only that they have it."""
+    info, capabilities = result.get("serverInfo"), result.get("capabilities")
+    told = {name: value for name, value in info.items() if value is not None} if isinstance(info, dict) else {}
+    result["serverInfo"] = {"name": "", "version": ""} | told
+    result["capabilities"] = {
+        name: {} if value is True else value
+        for name, value in (capabilities.items() if isinstance(capabilities, dict) else ())
+        if value is True or isinstance(value, dict)
+    }
+
+
 def mend_content(result: dict[str, Any]) -> None:
     """Makes the content of a call's result what the protocol has, since the library refuses it as a whole: text alone
     becomes a block, and a block of an unknown kind the text in it, or its name."""
@@ -177,6 +190,34 @@ def _words(block: Any) -> str:
     if text is None:
         return f"[{str(held.get('type', 'content'))[:40]} that cannot be read]"
     return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+
+
+_MOST_STARTS = 16
+"""Places of a line at which a message may begin that are tried: each may take as long as the line is."""
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=lambda _: None)
+
+
+def messages_of(line: bytes, asked: Asked) -> list[SessionMessage | Exception]:
+    """Reads a line of a program's output: one message, or the answers that share it with words which the program wrote
+    without a line end. Other messages among words may be a log of what the program was asked."""
+    said = read_message(line, asked)
+    if isinstance(said, SessionMessage):
+        return [said]
+    found: list[SessionMessage | Exception] = []
+    text, at = line.decode("utf-8", "replace"), -1
+    for _ in range(_MOST_STARTS):
+        if (start := text.find("{", at + 1)) < 0:
+            break
+        try:
+            _, end = _DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            at = start
+            continue
+        at = end - 1
+        found.append(read_message(text[start:end].encode(), asked))
+    answers = (types.JSONRPCResponse, types.JSONRPCError)
+    return [each for each in found if isinstance(each, SessionMessage) and isinstance(each.message, answers)] or [said]
 
 
 def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:

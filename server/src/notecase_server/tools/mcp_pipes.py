@@ -22,7 +22,7 @@ from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
 
 from notecase_server.supervisor import Tasks
-from notecase_server.tools.mcp_answers import MAX_ANSWER, Asked, fits, read_message
+from notecase_server.tools.mcp_answers import MAX_ANSWER, Asked, fits, messages_of
 from notecase_server.tools.mcp_settings import McpServerSettings
 
 log = structlog.get_logger()
@@ -141,10 +141,10 @@ async def _read(
     with suppress(*CLOSED):
         async with said:
             while line := await _line(started.output):
-                message = read_message(line, asked)
-                if isinstance(message, SessionMessage) and isinstance(message.message, ANSWERS):
-                    asked.discard(message.message.id)
-                await said.send(message)
+                for message in messages_of(line, asked):
+                    if isinstance(message, SessionMessage) and isinstance(message.message, ANSWERS):
+                        asked.discard(message.message.id)
+                    await said.send(message)
             if line is None:
                 log.warning("mcp_answer_too_large", server=name)
                 started.signal(signal.SIGKILL)

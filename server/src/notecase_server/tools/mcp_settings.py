@@ -3,7 +3,7 @@
 The format is the one that most MCP clients share, as JSON or TOML:
 
     {"mcpServers": {"files": {"command": "files-mcp", "args": ["--root", "."], "env": {"TOKEN": "…"}},
-                    "search": {"url": "https://mcp.example.org/mcp", "headers": {"Authorization": "Bearer …"}}}}
+                    "search": {"url": "https://mcp.example.org/mcp", "headers": {"Authorization": "Bearer TOKEN"}}}}
 
 Members that other clients add and this server does not know are refused: ignoring one such as `disabled` would change
 what a model can do.
@@ -58,6 +58,8 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             raise ValueError("a server has a `command`, or a `url`, and not both")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError("`url` begins with http:// or https://")
+        if not all(text.isascii() and text.isprintable() for pair in self.headers.items() for text in pair):
+            raise ValueError("a header contains a line break or a character outside ASCII")
         other = ("headers",) if self.command else ("args", "env", "cwd", "stderr")
         if stray := [name for name in other if getattr(self, name)]:
             raise ValueError(

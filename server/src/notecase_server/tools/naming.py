@@ -26,12 +26,16 @@ _DIGEST = 8
 _REFUSED = re.compile(r"[^A-Za-z0-9_-]")
 """What a server may have in a tool's name, and a model's API does not take."""
 
+_BEFORE_FIRST = re.compile(r"\A(?=[0-9-])")
+"""Before a character that Gemini does not take at the beginning of a name: kaitranntt/ccs#25."""
+
 
 def offered(prefix: str, own: Sequence[str]) -> list[str]:
     """Returns a name for each of an MCP server's tools, by their own names: letters, digits, "_" and "-", at most 64,
-    behind `prefix` and "_" when there is a prefix. Names that differ stay different."""
+    with a letter or "_" at the beginning, behind `prefix` and "_" when there is a prefix. Names that differ stay
+    different."""
     whole = [f"{prefix}_{name}" if prefix else name for name in own]
-    plain = [_REFUSED.sub("_", name) for name in whole]
+    plain = [_BEFORE_FIRST.sub("_", _REFUSED.sub("_", name)) for name in whole]
     count = Counter(plain)
     return [
         name if 0 < len(name) <= LENGTH and (count[name] == 1 or name == given) else _apart(name, given)

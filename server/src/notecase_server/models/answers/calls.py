@@ -89,7 +89,9 @@ class _OpenCall:
 
 class Calls:
     """Tells the calls of one reply apart. Servers number them from 0, from 1, all 0 or not at all, give an id once, in
-    each piece, a new one in each piece or none, and the name once, in parts or in each piece."""
+    each piece, a new one in each piece or none, and the name once, in parts or in each piece, at first or at last. The
+    space that some models write around a name (ml-explore/mlx-lm#1612, code-yeongyu/oh-my-openagent#1568) is in no
+    tool's name."""
 
     def __init__(self) -> None:
         self._calls: list[_OpenCall] = []
@@ -106,14 +108,15 @@ class Calls:
     def has_number(self, index: str) -> bool:
         return index in self._by_index
 
-    def take(self, piece: CallPiece) -> Call:
-        """Returns what is certain of a call, which may be nothing."""
+    def take(self, piece: CallPiece, before: CallPiece | None = None) -> Call:
+        """Returns what is certain of a call, which may be nothing. `before` is the entry before it in the same list."""
         function = piece.function or Function()
-        name, arguments = (function.name or "")[:MAX_NAME], function.arguments or ""
-        call = self._owner(piece, name, arguments)
+        name, arguments = (function.name or "").strip()[:MAX_NAME], function.arguments or ""
+        another = self._is_another(piece, before)
+        call = None if another else self._owner(piece, name, arguments)
         if call is None:
             call = _OpenCall(len(self._calls), _id(piece))
-            call.doubtful = self._may_be_end(piece, name)
+            call.doubtful = not another and self._may_be_end(piece, name)
             self._calls.append(call)
         if piece.index is not None:
             self._by_index[str(piece.index)] = call
@@ -136,11 +139,13 @@ class Calls:
         call_id = _id(piece)
         if piece.index is not None:
             call = self._by_index.get(str(piece.index)) or self._renumbered(call_id, name, arguments)
+            if call is not None and call_id is not None and call.id not in (None, call_id):
+                call = self._by_id.get(call_id, call)  # numbers are wrong more often: agno-agi/agno#8880
         elif call_id is not None and call_id in self._by_id:
             return self._by_id[call_id]
         else:
             call = self._calls[-1] if self._calls else None
-        if call is None or not name:
+        if call is None or not name or not call.name:
             return call
         # A name that comes again may open another call under the same number, or without any.
         renamed = bool(call.name) and name != call.name
@@ -148,6 +153,13 @@ class Calls:
         if other and renamed:
             return None
         return None if (other or piece.index is None) and call.is_whole() else call
+
+    def _is_another(self, piece: CallPiece, before: CallPiece | None) -> bool:
+        """Whether an entry is another call than the one before it in the same list: it has the same number, or none
+        either, and an id and a name of its own."""
+        if before is None or piece.index != before.index or not (piece.function and piece.function.name):
+            return False
+        return None not in (_id(piece), _id(before)) and piece.id != before.id and piece.id not in self._by_id
 
     def _may_be_end(self, piece: CallPiece, name: str) -> bool:
         """Whether a piece that begins a call may be the end of the one before it."""

@@ -22,6 +22,8 @@ Label = str | int | float | bool | None
 class Function(msgspec.Struct, gc=False):
     name: str | None = None
     arguments: str | None = None
+    parameters: Any = None
+    """Some servers' name for the arguments."""
 
 
 class CallPiece(msgspec.Struct, gc=False):
@@ -31,8 +33,17 @@ class CallPiece(msgspec.Struct, gc=False):
     extra_content: Any = None
     provider_specific_fields: Any = None
     name: Any = None
-    """Next to the id, if a server leaves out `function`; `arguments` too."""
+    """Next to the id, if a server leaves out `function`; the arguments too."""
     arguments: Any = None
+    input: Any = None
+    parameters: Any = None
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether its function's name and arguments are where OpenAI has them."""
+        if self.function is None:
+            return not (self.name or self.arguments or self.input or self.parameters)
+        return self.function.arguments is not None or not self.function.parameters
 
 
 class Said(msgspec.Struct, gc=False):
@@ -183,8 +194,17 @@ _AS_THEY_ARE = (
     "reasoning_opaque",
 )
 
+_CALL_PARTS = frozenset({"tool_use", "tool_call", "function_call"})
+"""Types of parts of the content that are calls: Anthropic's, and those of OpenAI's Responses."""
+
+_ARGUMENTS = ("arguments", "input", "parameters")
+"""The members with a call's arguments: OpenAI's, Anthropic's, Llama's."""
+
 _IMAGE_PARTS = frozenset({"image_url", "output_image", "image", "image_generation_call", "inline_data", "inlineData"})
 """Types of parts that hold an image, and members by which one without a type does."""
+
+_OF_PARTS = frozenset({"type", "text", "refusal", *_IMAGE_PARTS})
+"""Members by which an object is a part of the content."""
 
 _OF_CHUNKS = ("usage", "model", "object", "error", "x_groq", "citations", "search_results")
 
@@ -298,13 +318,15 @@ def _said(value: Any) -> Said | None:
     content = value.get("content")
     if content is not None and not isinstance(content, str | list | dict):
         raise malformed()  # the reply itself, in a type that says nothing
+    if content and isinstance(content, dict) and content.keys().isdisjoint(_OF_PARTS):
+        content = json.dumps(content, ensure_ascii=False)  # a reply by a schema, decoded by its server
     refusal = value.get("refusal") or [part.get("refusal") for part in _parts(content) if isinstance(part, dict)]
     said.content, said.refusal = _text_of(content), _text_of(refusal)
     thought = next((text for name in _THOUGHTS if (text := thought_of(value.get(name)))), "")
     said.reasoning_content = thought or _thoughts_within(content)
     if images := _images_within(content):
         said.images = [*images, *(value["images"] if isinstance(value.get("images"), list) else ())]
-    calls = value.get("tool_calls")
+    calls = value.get("tool_calls") or [part for part in _parts(content) if _is_call(part)] or None
     if isinstance(calls, dict):
         calls = [calls]
     if isinstance(calls, list):
@@ -312,24 +334,22 @@ def _said(value: Any) -> Said | None:
     return said
 
 
-_OF_CALLS = ("index", "id", "name", "arguments", "extra_content", "provider_specific_fields")
-
-
-def flat(piece: CallPiece) -> CallPiece:
-    """Makes a piece in the usual form if its function's members are next to its id."""
-    return call_piece({name: getattr(piece, name) for name in _OF_CALLS})
+def usual(piece: CallPiece) -> CallPiece:
+    """Returns a piece in the usual form, if its function's members have other names or are next to its id."""
+    return call_piece(msgspec.to_builtins(piece))
 
 
 def call_piece(value: Json, index: Label = None) -> CallPiece:
     """Makes a piece of a call from an object: its function's members may be next to its id."""
     held = value.get("function")
     function = held if isinstance(held, dict) else value
-    name, arguments = function.get("name"), function.get("arguments")
+    name = function.get("name")
+    arguments = next((told for member in _ARGUMENTS if (told := function.get(member)) is not None), None)
     if isinstance(arguments, dict | list):
         arguments = json.dumps(arguments, ensure_ascii=False, separators=(",", ":")) if arguments else "{}"
     return CallPiece(
         index=_label(value.get("index", index)),
-        id=_label(value.get("id")),
+        id=_label(value.get("call_id") or value.get("id")),
         function=Function(name if isinstance(name, str) else None, arguments if isinstance(arguments, str) else None),
         extra_content=value.get("extra_content"),
         provider_specific_fields=value.get("provider_specific_fields"),
@@ -379,6 +399,10 @@ def _thoughts_within(content: Any) -> str:
     return "".join(
         thought_of(part) for part in _parts(content) if isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS
     )
+
+
+def _is_call(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in _CALL_PARTS
 
 
 def _images_within(content: Any) -> list[Json]:

@@ -200,6 +200,7 @@ WORDS = (
     _says(r"failed to call a function", Verdict.AGAIN, "Groq"),
     _says(r"failed to (parse|generate) (the )?(tool|function|json)", Verdict.AGAIN, "Fireworks, SGLang"),
     _says(r"error parsing tool call", Verdict.AGAIN, "Ollama"),
+    _says(r"\bjinja\b|(chat|prompt) template", Verdict.REFUSED, "LM Studio, vLLM: the template of the model failed"),
     _says(r"overload|capacity|too busy|server busy|busy now", Verdict.PASSING, "Anthropic, Together, DeepSeek"),
     _says(r"rate.?limit|too.?many.?requests|quota exceeded|throttl", Verdict.PASSING, "gateways"),
     _says(r"temporar|try again|retry|later", Verdict.PASSING, "gateways"),

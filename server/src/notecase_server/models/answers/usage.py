@@ -52,6 +52,12 @@ TOTALS = ("total_tokens", "totalTokenCount")
 NEWLY_CACHED = ("cache_creation_input_tokens", "cacheWriteInputTokens")
 """Members with input that Anthropic and Bedrock count apart, so that a total has more than input and output."""
 
+APART = {
+    "input_tokens": ("cache_read_input_tokens", "cache_creation_input_tokens"),
+    "inputTokens": ("cacheReadInputTokens", "cacheWriteInputTokens"),
+}
+"""By the member with a call's input, of Anthropic and Bedrock, those with the cached input that it does not have."""
+
 MEMBERS = ("usage", "usageMetadata", "usage_metadata", "timings", "details")
 """The members of a chunk, a choice or `x_groq` that report it."""
 
@@ -79,8 +85,13 @@ class Counts:
                 self.changed = self.changed or number != self._counts.get(place.field)
                 self._counts[place.field] = number
                 self.told = True
-        total = next((number for name in TOTALS if (number := _number(told, (name,)))), self._total)
-        self._total = 0 if any(_number(told, (name,)) for name in NEWLY_CACHED) else total
+        total = next((number for name in TOTALS if (number := _number(told, (name,)))), 0)
+        given = self._counts.get("input_tokens", 0)
+        for name, others in APART.items():
+            within = total == given + self._counts.get("output_tokens", 0) or _number(told, ("prompt_tokens",))
+            if given and given == _number(told, (name,)) and not within:
+                self._counts["input_tokens"] = given + sum(_number(told, (other,)) for other in others)
+        self._total = 0 if any(_number(told, (name,)) for name in NEWLY_CACHED) else total or self._total
 
     def take_all(self, value: Any) -> None:
         """Takes the first report of a whole document that has a count."""
@@ -92,6 +103,8 @@ class Counts:
 
     def usage(self, model: str) -> v1.Usage:
         usage = v1.Usage(model_calls=1, model=model, provider="", **self._counts)
+        if usage.cached_input_tokens > usage.input_tokens:  # Databricks counts it apart under OpenAI's names
+            usage.input_tokens += usage.cached_input_tokens
         usage.output_tokens += self._apart(usage)
         return usage
 

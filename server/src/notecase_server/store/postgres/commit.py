@@ -39,6 +39,7 @@ from notecase_server.store.postgres.wire import (
     unescaped,
 )
 from notecase_server.store.sql.statements import REWIND, message_row, session_row
+from notecase_server.store.steps import KEYS_AT_ONCE
 from notecase_server.store.stretches import superseded_at
 from notecase_server.store.tables import Applied, Changes, Recorded, SessionRow
 
@@ -60,7 +61,7 @@ READS = {
         for state, (kind, of) in OF_STATE.items()
     },
     **{
-        f"entries {state}": f"""ARRAY(SELECT ROW(key, body) FROM entries
+        f"entries {state}": f"""ARRAY(SELECT ROW(key, CASE WHEN key = ANY({{}}) THEN body ELSE '' END) FROM entries
             WHERE tenant = $1 AND kind = '{kind}' AND id = {of} AND key = ANY({{}}))"""
         for state, (kind, of) in OF_STATE.items()
     },
@@ -145,9 +146,9 @@ class CommitTables(PostgresTables):
         if commit.newest and not self._rewinds():
             yield "newest", (commit.newest + 1,)
         for state, keys in needs.keys.items():
-            if state != "user" or commit.create is None:
+            if (state != "user" or commit.create is None) and len(needs.values[state]) <= KEYS_AT_ONCE:
                 yield f"version {state}", ()
-                yield f"entries {state}", (keys,)
+                yield f"entries {state}", (needs.values[state], keys)
 
     def _rewinds(self) -> list[int]:
         """Where the commit goes back to."""
@@ -186,15 +187,18 @@ class CommitTables(PostgresTables):
             return held_calls(self._read["calls"])
         return super().messages_of_calls(key, calls)
 
-    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+    def state(
+        self, scope: Scope, keys: Collection[str], values: Collection[str] | None = None
+    ) -> tuple[int, dict[str, v1.StateEntry | None]]:
         state = "" if scope.kind == "session" else scope.kind
-        if f"version {state}" in self._read and set(keys) <= self._needs.keys[state]:
+        is_read = f"version {state}" in self._read and set(keys) <= self._needs.keys[state]
+        if is_read and values is not None and set(values) <= self._needs.values[state]:
             version = self._read[f"version {state}"] or 0
             entries: dict[str, v1.StateEntry | None] = {
                 unescaped(key): v1.StateEntry.FromString(body) for key, body in self._read[f"entries {state}"]
             }
         else:
-            version, entries = super().state(scope, keys)
+            version, entries = super().state(scope, keys, values)
         self._versions[scope] = version
         return version, entries
 

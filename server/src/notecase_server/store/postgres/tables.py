@@ -49,6 +49,9 @@ CHANGES_READ = 500
 AT_ONCE_BYTES = 128 << 10
 """Bytes of events that are parsed, and replayed, before others have their turn."""
 
+CHANGES_AT_ONCE_BYTES = 16 << 10
+"""The same of changes of a state: a thousand small values take some milliseconds."""
+
 MESSAGES = f"""SELECT e.sequence, {MESSAGE}, length(coalesce(c.body, e.body)) AS size
     FROM events e {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = $1 AND e.uid = $2"""
 
@@ -317,7 +320,7 @@ class PostgresTables(Tables):
                 AND tenant = $1 AND uid = $2 AND sequence > $3 AND sequence <= $4""",
             *("sequence", (*of(key), after, until), CHANGES_READ),
         ):
-            yield from (v1.Event.FromString(row["body"]) for row in _in_turn(rows))
+            yield from (v1.Event.FromString(row["body"]) for row in _in_turn(rows, CHANGES_AT_ONCE_BYTES))
             after = rows[-1]["sequence"]
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
@@ -407,17 +410,28 @@ class PostgresTables(Tables):
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         self.do(PUT_RECORD, *of(key), run, deaths, int(released))
 
-    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+    def state(
+        self, scope: Scope, keys: Collection[str], values: Collection[str] | None = None
+    ) -> tuple[int, dict[str, v1.StateEntry | None]]:
         rows = self.rows(
-            """SELECT s.version, e.key, e.body FROM states s LEFT JOIN entries e
+            """SELECT s.version, e.key, CASE WHEN e.key = ANY($5) THEN e.body ELSE '' END
+                FROM states s LEFT JOIN entries e
                 ON e.tenant = s.tenant AND e.kind = s.kind AND e.id = s.id AND e.key = ANY($4)
                 WHERE s.tenant = $1 AND s.kind = $2 AND s.id = $3""",
-            *(*scope, keys),
+            *(*scope, keys, keys if values is None else values),
         )
         entries: dict[str, v1.StateEntry | None] = {
             unescaped(key): v1.StateEntry.FromString(body) for _, key, body in rows if key is not None
         }
         return (rows[0][0] if rows else 0), entries
+
+    def entry_bytes(self, scope: Scope, keys: Collection[str]) -> int:
+        (size,) = self.one(
+            """SELECT coalesce(sum(octet_length(body)), 0) FROM entries
+                WHERE tenant = $1 AND kind = $2 AND id = $3 AND key = ANY($4)""",
+            *(*scope, keys),
+        )
+        return int(size)
 
     def put_version(self, scope: Scope, version: int) -> None:
         self.do(PUT_VERSION, *scope, version)
@@ -520,13 +534,13 @@ def _columns(rows: Iterable[Iterable[Any]]) -> Iterator[list[Any]]:
     return map(list, zip(*rows, strict=True))
 
 
-def _in_turn(rows: Iterable[Record]) -> Iterator[Record]:
-    """Yields rows, and lets others have their turn between them: a step runs on the event loop."""
+def _in_turn(rows: Iterable[Record], at_once: int = AT_ONCE_BYTES) -> Iterator[Record]:
+    """Yields rows, and lets others have their turn after every so many bytes: a step runs on the event loop."""
     size = 0
     for row in rows:
         yield row
         size += row["size"]
-        if size >= AT_ONCE_BYTES:
+        if size >= at_once:
             size = 0
             awaited(asyncio.sleep(0))
 

@@ -152,8 +152,15 @@ class Tables(Pieces):
         """Sets what is known of a run that has not ended; None leaves the deaths as they are. Else nothing."""
 
     @abstractmethod
-    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
-        """The version, and those of the keys that exist."""
+    def state(
+        self, scope: Scope, keys: Collection[str], values: Collection[str] | None = None
+    ) -> tuple[int, dict[str, v1.StateEntry | None]]:
+        """The version, and the entries of those of the keys that exist. If `values` is given, all others are empty, and
+        are not read."""
+
+    @abstractmethod
+    def entry_bytes(self, scope: Scope, keys: Collection[str]) -> int:
+        """How many bytes the entries of these keys have together."""
 
     @abstractmethod
     def put_version(self, scope: Scope, version: int) -> None:

@@ -193,6 +193,12 @@ def require_closed(path: Path) -> None:
     )
 
 
+def require_existing(path: Path) -> None:
+    """Raises StoreOpenError when there is no file at the path."""
+    if not path.is_file():
+        raise StoreOpenError(f"There is no store at {path}. Name the file of one as sqlite:PATH.")
+
+
 def backup(path: Path, destination: Path, force: bool) -> None:
     """Copies the database as it is at one moment, whoever owns it, into a file that is whole or not there. No lock of
     the owner's is taken, and its commits do not wait.
@@ -202,8 +208,7 @@ def backup(path: Path, destination: Path, force: bool) -> None:
     path, destination = Path(os.path.realpath(path)), Path(os.path.realpath(destination))
     try:
         with ExitStack() as opened:
-            if not path.is_file():
-                raise StoreOpenError(f"There is no store at {path}.")
+            require_existing(path)
             _require_free(path, destination, force, opened)
             source = _connection(path, opened)
             _check(path, source)

@@ -8,7 +8,7 @@ from pathlib import Path
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.renewal import renewed_answer, renewed_session
 from notecase_server.store.rows import UIDS
-from notecase_server.store.sqlite.file import connect, require_closed
+from notecase_server.store.sqlite.file import connect, require_closed, require_existing
 from notecase_server.store.sqlite.schema import HEAD
 
 OWN = {"active_runs": ("run_agents",), "events": ("logs", "lookups")}
@@ -24,8 +24,7 @@ def renew(path: Path, new_uid: Callable[[], str]) -> int:
     Raises StoreOpenError, also when there is no such store, when a server has it open, and when the log of a server
     that was killed was left next to it: a backup may have been put in the place of the file that the log belongs
     to."""
-    if not path.is_file():
-        raise StoreOpenError(f"There is no store at {path}.")
+    require_existing(path)
     require_closed(path)
     opened = connect(path, 0)
     connection = opened.writer

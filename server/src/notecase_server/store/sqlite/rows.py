@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.rows import TABLES, Head, Row, Table
-from notecase_server.store.sqlite.file import UNFINISHED, Connections, connect, has_table
+from notecase_server.store.sqlite.file import UNFINISHED, Connections, connect, has_table, require_existing
 from notecase_server.store.sqlite.schema import HEAD
 
 CHECKPOINT_PAGES = 4000
@@ -54,8 +54,7 @@ class SqliteRows:
     @classmethod
     def open_source(cls, path: Path) -> Self:
         """Opens a store that exists. Raises StoreOpenError, also while a server has it open."""
-        if not path.is_file():
-            raise StoreOpenError(f"There is no store at {path}.")
+        require_existing(path)
         return cls(path, connect(path, 0))
 
     @classmethod

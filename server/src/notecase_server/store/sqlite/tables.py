@@ -520,17 +520,28 @@ class SqliteTables(Tables):
             (deaths, released, *of(key), run),
         )
 
-    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+    def state(
+        self, scope: Scope, keys: Collection[str], values: Collection[str] | None = None
+    ) -> tuple[int, dict[str, v1.StateEntry | None]]:
+        body = "e.body" if values is None else f"CASE WHEN e.key IN ({_marks(values)}) THEN e.body ELSE x'' END"
         rows = self._execute(
-            f"""SELECT s.version, e.key, e.body FROM states s LEFT JOIN entries e
+            f"""SELECT s.version, e.key, {body} FROM states s LEFT JOIN entries e
                 ON e.tenant = s.tenant AND e.kind = s.kind AND e.id = s.id AND e.key IN ({_marks(keys)})
                 WHERE s.tenant = ? AND s.kind = ? AND s.id = ?""",
-            (*keys, *scope),
+            (*(values or ()), *keys, *scope),
         ).fetchall()
         entries: dict[str, v1.StateEntry | None] = {
             key: v1.StateEntry.FromString(body) for _, key, body in rows if key is not None
         }
         return (rows[0][0] if rows else 0), entries
+
+    def entry_bytes(self, scope: Scope, keys: Collection[str]) -> int:
+        (size,) = self._execute(
+            f"""SELECT coalesce(sum(length(body)), 0) FROM entries
+                WHERE tenant = ? AND kind = ? AND id = ? AND key IN ({_marks(keys)})""",
+            (*scope, *keys),
+        ).fetchone()
+        return int(size)
 
     def put_version(self, scope: Scope, version: int) -> None:
         self._execute("REPLACE INTO states (tenant, kind, id, version) VALUES (?, ?, ?, ?)", (*scope, version))
