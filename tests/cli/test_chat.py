@@ -68,6 +68,12 @@ async def test_a_session_is_resumed(served: Running, agent: v1.Agent) -> None:
     assert "You said: And now?\nMy instruction is: The case: .\nThis request had 5 messages.\n" == done.out
 
 
+async def test_a_line_that_is_too_long_for_a_message_ends_the_chat(served: Running, agent: v1.Agent) -> None:
+    """It is not read to its end, which may never come."""
+    done = await notecase("chat", "--server", served.address, said="x" * ((32 << 20) + 1))
+    assert (2, True) == (done.code, "A line of standard input has more than 33554432 characters." in done.err)
+
+
 async def test_a_session_of_a_chosen_id_is_opened_once(served: Running, agent: v1.Agent) -> None:
     new = ("chat", "--new", "--session", "case", "--server", served.address)
     assert 0 == (await notecase(*new)).code

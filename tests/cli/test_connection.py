@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -179,3 +180,40 @@ async def test_output_on_a_full_disk_is_reported_without_a_traceback(words: tupl
     process = await asyncio.create_subprocess_shell(f"{command} > /dev/full", stderr=asyncio.subprocess.PIPE)
     _, err = await process.communicate()
     assert (1, b"Error: The output cannot be written: No space left on device.\n") == (process.returncode, err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("logs", "s", "--after"),
+        ("sessions", "fork", "s", "--at"),
+        ("sessions", "rewind", "s", "--to"),
+        ("sessions", "list", "--limit"),
+        ("state", "put", "s", "k", "1", "--if-version"),
+    ],
+    ids=lambda words: words[-1],
+)
+async def test_a_number_that_no_request_can_have_is_refused(words: tuple[str, ...]) -> None:
+    """Otherwise the command would end in a traceback."""
+    done = await notecase(*words, str(1 << 63))
+    assert (2, True) == (done.code, "9223372036854775808 is too large." in done.err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "-"),
+        ("messages", "append", "s", "-"),
+        ("agents", "apply", "-f", "-"),
+        ("agents", "apply", "-f", "/dev/zero"),
+        ("profiles", "set", "p", "--token", "-"),
+    ],
+    ids=" ".join,
+)
+def test_no_more_text_is_read_than_a_request_can_have(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Otherwise the command would fill the machine's memory, with a device or with a program that never ends."""
+    env = environment({"XDG_CONFIG_HOME": str(tmp_path)})
+    with Path("/dev/zero").open("rb") as endless:
+        command = (sys.executable, "-m", "notecase_server", *words)
+        done = subprocess.run(command, env=env, stdin=endless, stderr=subprocess.PIPE, text=True, check=False)
+    assert (2, True) == (done.returncode, "has more than 33554432 characters" in done.stderr)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import stat
 import time
 from collections.abc import AsyncIterator
@@ -107,7 +108,8 @@ async def test_a_file_with_a_token_that_others_can_read_is_not_used(tmp_path: Pa
     file.chmod(0o644)
     done = await notecase("agents", "list", env=env)
     assert (1, True) == (done.code, f"The token cannot be read from {Path.cwd() / 'token'}" in done.err)
-    for text in ('{"profiles": {"a": {"adress": "x"}}}', "[" * 100_000):
+    number, words = '{"profiles": {"a": {"address": 5}}}', '{"profiles": {"a": {"address": "a:1", "plaintext": "no"}}}'
+    for text in ('{"profiles": {"a": {"adress": "x"}}}', number, words, "[" * 100_000):
         file.write_text(text)
         done = await notecase("agents", "list", env=env)
         assert (2, True) == (done.code, "is not a profiles file" in done.err)
@@ -145,7 +147,7 @@ def test_a_printed_token_is_used_until_shortly_before_it_expires(tmp_path: Path)
     def token(expires: float) -> str:
         return of(json.dumps({"exp": time.time() + expires}))
 
-    odd = [(of(claims), True) for claims in (f'{{"exp": {"9" * 400}}}', "[" * 100_000)]
+    odd = [(of(claims), True) for claims in (f'{{"exp": {"9" * 400}}}', "[" * 40_000)]
     file = tmp_path / "token"
     for first, used in ((token(5), False), (token(3600), True), ("one", True), ("a.b.c", True), *odd):
         printed = Printed(f"cat {file}")
@@ -176,3 +178,33 @@ def test_certificates_that_are_given_are_not_passed_over_for_plain_text(
         with click.Context(click.Command("list")) as context:
             context.meta["notecase.connection"] = given
             assert (profile.address, {"token": "one", **({"ca": ca} if tls else {"plaintext": True})}) == connection()
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("yes", "it printed more than 65536 bytes"),
+        ("true", "it did not print one word of ASCII"),
+        ("echo a secret", "it did not print one word of ASCII"),
+        ("echo word; exit 3", "returned non-zero exit status 3"),
+        ("exec sleep 60", "timed out after 0.2 seconds"),
+    ],
+    ids=["endless", "silent", "words", "failed", "slow"],
+)
+def test_a_command_that_prints_no_token_says_so(command: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles_file, "COMMAND_SECONDS", 0.2 if "sleep" in command else 60)
+    with pytest.raises(click.ClickException, match=problem) as refused:
+        Printed(command)()
+    assert "secret" not in refused.value.message
+
+
+def test_a_command_has_ended_when_its_shell_has(tmp_path: Path) -> None:
+    """A program that it started in the background may keep the output open."""
+    os.mkfifo(tmp_path / "open")
+    assert "word" == Printed(f"echo word; cat {tmp_path / 'open'} &")()
+    os.close(os.open(tmp_path / "open", os.O_WRONLY))
+
+
+def test_a_file_that_is_too_large_for_a_token_is_not_read_to_its_end() -> None:
+    with pytest.raises(click.ClickException, match="more than 65536 characters"):
+        Profile("127.0.0.1:1", token_file="/dev/zero").arguments()["token"]()

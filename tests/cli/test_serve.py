@@ -15,6 +15,7 @@ from notecase_server.models.offline import OfflineProvider
 from structlog.testing import capture_logs
 
 from tests.cli.command import notecase
+from tests.support import http2
 from tests.support.server import Running, Spawned, running
 
 NOBODY = "127.0.0.1:1"
@@ -211,3 +212,13 @@ async def test_a_server_that_does_not_serve_is_alive(served: Running) -> None:
 async def test_a_port_is_part_of_where_to_listen() -> None:
     done = await notecase("serve", "--port", "8080")
     assert (2, True) == (done.code, "There is no --port; use --listen HOST:PORT." in done.err)
+
+
+async def test_headers_that_cannot_be_parsed_write_nothing_to_the_log(tmp_path: Path) -> None:
+    """The core's own lines would, for anybody who calls, in any number, and they are not JSON."""
+    server = await Spawned.start("memory:", tmp_path / "log", "--log-format", "json")
+    path = "/notecase.v1.ServerService/GetServerInfo"
+    for odd in ({"grpc-timeout": b"soon"}, {"grpc-encoding": b"none"}, {"x-bin": b"!"}):
+        assert b"grpc-status\x0213" in await http2.trailers(server.address, http2.header_block(path, **odd))
+    assert 0 == await server.stop()
+    assert [] == [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("{")]

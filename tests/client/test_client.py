@@ -636,6 +636,19 @@ async def test_what_a_pipe_gives_is_uploaded(client: Client) -> None:
     assert [b"A plan."] == [piece async for piece in client.download(blob)]
 
 
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="the system has no such files")
+async def test_a_file_of_the_system_is_uploaded_whatever_size_it_says(client: Client) -> None:
+    """Its size is 0, or a page."""
+    blob = await client.upload("/proc/version")
+    assert [Path("/proc/version").read_bytes()] == [piece async for piece in client.download(blob)]
+
+
+async def test_no_more_is_read_of_a_device_than_can_be_held(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("notecase.content.PIPE_BYTES", 1 << 20)
+    with pytest.raises(OSError, match="more than 1 MiB"):
+        await client.upload("/dev/zero", "text/plain")
+
+
 async def test_an_upload_is_patient_as_long_as_it_gets_on(served: Running) -> None:
     """Failures are counted in a row: two tries outlast five cuts when something got through before each."""
     data = bytes(range(256)) * (96 << 10)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -294,3 +295,30 @@ async def test_a_refused_token_is_fetched_once_more_and_not_again(issuer: Issuer
         with pytest.raises(NotecaseError):
             await client.create_session()
         assert 3 == len(asked)
+
+
+@pytest.mark.parametrize("token", ["x", None, lambda: asyncio.sleep(0, "x")], ids=["token", "none", "late"])
+async def test_the_status_of_a_call_is_raised_that_ends_while_it_is_written_to(
+    token: str | Callable[[], Awaitable[str]] | None,
+) -> None:
+    """grpc's write fails, and what it raises then says nothing of the reason."""
+
+    async def refuse(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        async for _ in chunks:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not an export")
+        raise AssertionError
+
+    async def endless() -> AsyncIterator[v1.ImportSessionRequest]:
+        while True:
+            yield v1.ImportSessionRequest(chunk=bytes(1 << 20))
+
+    server = grpc.aio.server(options=(("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10)))
+    handlers: Any = {"ImportSession": grpc.stream_unary_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("notecase.v1.SessionService", handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with Client(f"127.0.0.1:{port}", token=token) as client:
+        for _ in range(20):
+            with pytest.raises(NotecaseError, match="not an export"):
+                await client.sessions.ImportSession(endless())
+    await server.stop(None)

@@ -1,7 +1,7 @@
 """Each bound that an operator sets, reached by a low setting; and those that are fixed, each reached by a request."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from notecase import v1
 from notecase_server.auth.principal import Principal, Role
+from notecase_server.engine.opening import incoming
+from notecase_server.rpc import messages
 from notecase_server.rpc.caller import Caller, caller
 from notecase_server.rpc.run import MAX_RESULTS, Results
 
@@ -368,6 +370,28 @@ async def test_a_large_write_and_a_large_page_wait_for_their_turn_and_small_ones
         heavy.give_back()
         await asyncio.gather(*waiting)
         heavy.take()
+
+
+async def test_messages_that_wait_for_their_turn_are_not_copied_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy would have the size of the request, and many may wait."""
+    copied: list[str] = []
+
+    def count(new_id: Callable[[], str], said: Sequence[v1.Message], user: str) -> list[v1.Message]:
+        copied.append(user)
+        return incoming(new_id, said, user)
+
+    monkeypatch.setattr(messages, "incoming", count)
+    async with running(max_heavy_reads=1) as served:
+        await create_one(served, 0)
+        heavy = served.server.heavy
+        heavy.take()
+        append = v1.AppendMessagesRequest(parent="sessions/s", messages=[said("x" * (65 << 10))])
+        waiting = asyncio.ensure_future(served.messages.AppendMessages(append))
+        await until(lambda: heavy.waiting == 1)
+        assert not copied
+        heavy.give_back()
+        await waiting
+        assert 1 == len(copied)
 
 
 async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) -> None:

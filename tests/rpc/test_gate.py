@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc import gate as gate_module
 from notecase_server.rpc import ops
+from notecase_server.rpc import receiving as receiving_module
 from notecase_server.rpc.gate import Gate, Outlet
 from structlog.testing import capture_logs
 
@@ -116,6 +118,32 @@ async def test_the_bytes_of_requests_are_bounded_for_a_connection_and_for_the_se
         await served.state.PutState(put)
 
 
+async def test_requests_of_a_principal_are_received_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others' bytes stay with their senders, but for the first ones; and a request that is never complete keeps
+    its turn for a time only."""
+    monkeypatch.setattr(receiving_module, "SHARE", 2)
+    monkeypatch.setattr(receiving_module, "PATIENCE", 3600.0)
+    async with running() as served, Deaf(served.address) as deaf:
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+        receiving = served.server.gate.receiving
+        for _ in range(3):
+            await deaf.begin(UPDATE, b"the beginning of a request")
+        await until(lambda: receiving.waiting == 1)
+        opened = await deaf.windows()
+        assert {1, 3} == opened.keys() - {0}
+        assert min(opened[1], opened[3]) > 900 << 10
+        for _ in range(2):
+            await deaf.begin(UPDATE, b"the beginning of a request")
+        await until(lambda: receiving.waiting == 3)
+        get = asyncio.ensure_future(served.sessions.GetSession(v1.GetSessionRequest(name="sessions/s")))
+        await until(lambda: receiving.waiting == 4)
+        receiving.pass_on(asyncio.get_running_loop().time() + receiving_module.PATIENCE)
+        await get  # in the turn of its connection, not behind all of the other's
+        await until(lambda: receiving.waiting == 1)
+        assert 5 in await deaf.windows()
+    await until(lambda: not (receiving.waiting or receiving._own))
+
+
 async def test_a_frame_of_a_stream_counts_until_the_next_is_read() -> None:
     async with running(max_heavy_reads=1) as served:
         await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="echo", agent=v1.Agent(llm=v1.LlmAgent())))
@@ -178,6 +206,17 @@ async def test_a_probe_holds_no_large_request(method: str) -> None:
         probe: Any = served.channel.unary_stream(f"/grpc.health.v1.Health/{method}")
         frame = health_pb2.HealthCheckRequest(service="x" * (4 << 10)).SerializeToString()
         assert "PAYLOAD_TOO_LARGE" == reason_of(await refusal(probe(frame).read()))
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_a_probe_whose_request_does_not_come_ends(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no credential, and what came of its request would be held as long as its connection."""
+    monkeypatch.setattr(gate_module, "PATIENCE", 0.0)
+    async with running() as served, Deaf(served.address) as deaf:
+        with capture_logs() as lines:
+            await deaf.begin(f"/grpc.health.v1.Health/{method}", b"the beginning")
+            await until(lambda: reasons(lines) == ["INVALID_FIELD"])
+        await until(lambda: not served.server.gate._connections)
 
 
 async def test_a_watcher_of_health_that_reads_nothing_delays_no_other_caller() -> None:
@@ -258,6 +297,18 @@ async def test_a_reader_may_leave_something_unread_whatever_others_do() -> None:
     gate.enter(_Context("b"), probe=False)
     calls[1].read(60 << 10)
     assert calls[1].has_room(1 << 20)
+
+
+async def test_a_write_that_fails_because_the_caller_is_gone_ends_the_call_as_its_cancel_does() -> None:
+    """It was logged as a defect when grpc's cancel came later than that."""
+    gate = Gate(100, 100, 100)
+    context: Any = _Context("a")
+    call = gate.enter(context, probe=False)
+    context.write = AsyncMock(side_effect=grpc.aio.InternalError("Failed"))
+    with pytest.raises(asyncio.CancelledError):
+        await Outlet(call, bytes, context, 60.0).write(b"frame")
+    call.left(None)
+    assert not gate.unread
 
 
 class _Context:

@@ -83,7 +83,7 @@ async def call(module: str, arguments: Sequence[str], env: Mapping[str, str], sa
 
 def _run(module: str, arguments: Sequence[str], env: Mapping[str, str], files: Sequence[Path]) -> None:
     os.environ.clear()
-    os.environ.update({"GRPC_VERBOSITY": "ERROR", **env})  # set by the import, which is long past
+    os.environ.update({"GRPC_VERBOSITY": "NONE", **env})  # set by the import, which is long past
     for number, file in enumerate(files):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND * (number > 0)), number)
     sys.stdin, sys.stdout, sys.stderr = (

@@ -74,6 +74,19 @@ class Deaf:
             self._stream += 2
         await self._writer.drain()
 
+    async def windows(self) -> dict[int, int]:
+        """Reads what the server has sent, and returns how many more bytes each stream may send, by its number."""
+        self._writer.write(frame(PING, 0, 0, bytes(8)))
+        opened: dict[int, int] = {}
+        while True:
+            head = await self._reader.readexactly(9)
+            kind, stream = head[3], int.from_bytes(head[5:], "big")
+            payload = await self._reader.readexactly(int.from_bytes(head[:3], "big"))
+            if kind == WINDOW_UPDATE:
+                opened[stream] = opened.get(stream, 0) + int.from_bytes(payload, "big")
+            if kind == PING and head[4] & ACK:
+                return opened
+
     async def begin(self, method: str, beginning: bytes) -> None:
         """Sends a call whose request has a mebibyte, and only the beginning of that."""
         self._writer.write(frame(HEADERS, END_HEADERS, self._stream, header_block(method)))
@@ -85,3 +98,18 @@ class Deaf:
 def _string(text: bytes) -> bytes:
     assert len(text) < 127  # longer ones take more than a byte for their length
     return bytes([len(text)]) + text
+
+
+async def trailers(address: str, headers: bytes, request: bytes = b"") -> bytes:
+    """Makes a call with these headers over a connection of its own, and returns the last headers of the answer as they
+    came. Raises OSError and EOFError when the connection ends before."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(OPENING + ACKNOWLEDGED + WIDE + frame(HEADERS, END_HEADERS, 1, headers))
+    writer.write(frame(DATA, END_STREAM, 1, message(request)))
+    while True:
+        head = await reader.readexactly(9)
+        payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
+        if head[3] == HEADERS and head[4] & END_STREAM:
+            writer.transport.abort()
+            return payload

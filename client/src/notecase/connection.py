@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from os import PathLike
 from typing import Any, Self, cast
@@ -21,6 +21,12 @@ log = logging.getLogger("notecase")
 TOLD_AFTER = 1.0
 """Seconds after which the log says that the first connection is not made yet. gRPC itself waits 20 s for a host that
 does not answer."""
+
+STATUS_SECONDS = 1.0
+"""How long to wait for the status of a call whose write failed."""
+
+_WRITE_FAILED = "Internal error from Core"
+"""What grpc says of it."""
 
 Token = str | Callable[[], str | Awaitable[str]]
 """A token, or a function that returns a valid one. It is called before each call, so it should keep a token until that
@@ -145,7 +151,10 @@ class _Channel:
         def multicallable(*args: Any, **kwargs: Any) -> Callable[..., Any]:
             @cache
             def method() -> Callable[..., Any]:
-                return cast("Callable[..., Any]", getattr(self._channel, shape)(*args, **kwargs))
+                opened: Callable[..., Any] = getattr(self._channel, shape)(*args, **kwargs)
+                if shape.startswith("stream_"):
+                    return lambda *args, **kwargs: _keep_status(opened(*args, **kwargs))
+                return opened
 
             return lambda *args, **kwargs: self._call(method, args, kwargs)
 
@@ -195,8 +204,10 @@ class _Call:
 
     def __await__(self) -> Generator[Any, None, Any]:
         call = yield from self._begun().__await__()
-        with _translating(self._address):
+        try:
             return (yield from call.__await__())
+        except aio.AioRpcError as error:
+            raise (yield from self._translated(error).__await__()) from error
 
     def __aiter__(self) -> Self:
         return self
@@ -204,23 +215,37 @@ class _Call:
     async def __anext__(self) -> Any:
         if self._responses is None:
             self._responses = aiter(await self._begun())
-        with _translating(self._address):
+        try:
             return await anext(self._responses)
+        except aio.AioRpcError as error:
+            raise await self._translated(error) from error
 
     async def read(self) -> Any:
         call = await self._begun()
-        with _translating(self._address):
+        try:
             return await call.read()
+        except aio.AioRpcError as error:
+            raise await self._translated(error) from error
 
     async def write(self, request: Any) -> None:
         call = await self._begun()
-        with _translating(self._address):
+        try:
             await call.write(request)
+        except aio.AioRpcError as error:
+            raise await self._translated(error) from error
 
     async def wait_for_connection(self) -> None:
         call = await self._begun()
-        with _translating(self._address):
+        try:
             await call.wait_for_connection()
+        except aio.AioRpcError as error:
+            raise await self._translated(error) from error
+
+    async def _translated(self, error: aio.AioRpcError) -> NotecaseError:
+        """Returns the error to raise for grpc's."""
+        if error.details() == _WRITE_FAILED:
+            error = await _ended(self._call) or error
+        return NotecaseError.from_rpc_error(error, self._address)
 
 
 class _LateCall(_Call):
@@ -259,9 +284,34 @@ class _LateCall(_Call):
         return bool(self._token.cancel() if self._call is None else self._call.cancel())
 
 
-@contextmanager
-def _translating(address: str) -> Iterator[None]:
+def _keep_status(call: Any) -> Any:
+    """Has a call with a stream of requests remember the status that the server sent. When the server ends such a call
+    while it is written to, grpc's write fails, and grpc puts INTERNAL in the place of the status, before or after it
+    was received."""
+    call.kept_status = asyncio.get_running_loop().create_future()
+
+    def keep(call: Any) -> None:
+        details = _present(call.details())
+        if details != _WRITE_FAILED and not call.kept_status.done():
+            metadata = _present(call.trailing_metadata())
+            call.kept_status.set_result(aio.AioRpcError(_present(call.code()), aio.Metadata(), metadata, details))
+
+    call.add_done_callback(keep)
+    return call
+
+
+async def _ended(call: Any) -> aio.AioRpcError | None:
+    """Returns the error that a server ended a call with, or None if it sent none within STATUS_SECONDS."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(STATUS_SECONDS):
+            return cast(aio.AioRpcError, await call.kept_status)
+    return None
+
+
+def _present(value: Coroutine[Any, Any, Any]) -> Any:
+    """Returns what a coroutine of a call that is done returns; it does not wait."""
     try:
-        yield
-    except aio.AioRpcError as error:
-        raise NotecaseError.from_rpc_error(error, address) from error
+        value.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise RuntimeError("the call is not done")

@@ -2,9 +2,12 @@
 
 import asyncio
 import codecs
+import errno
 import hashlib
 import mimetypes
+import os
 import re
+import stat
 import uuid
 from collections.abc import AsyncIterator
 from io import BytesIO
@@ -22,6 +25,10 @@ from notecase.retry import Backoff, Retry, repeat
 
 CHUNK_BYTES = 1 << 20
 """The most bytes that the server accepts in one frame."""
+
+PIPE_BYTES = 256 << 20
+"""The most bytes that are uploaded from a pipe or a device. They are held in memory, since an upload may have to be
+continued."""
 
 _NAMES = mimetypes.MimeTypes()
 """Python's own types of file names. A machine's types may call a Rust program application/rls-services+xml."""
@@ -147,7 +154,16 @@ def _opened(content: bytes | str | PathLike[str]) -> BinaryIO:
     if isinstance(content, bytes):
         return BytesIO(content)
     opened = Path(content).open("rb")  # noqa: SIM115 - its reader closes it
-    if opened.seekable():
+    found = os.fstat(opened.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_size > _LOOKED_AT:
         return opened
-    with opened:  # a pipe can be read only once, and an upload may have to be continued
-        return BytesIO(opened.read())
+    with opened:  # small files may be the system's, such as those in /proc, whose sizes are wrong
+        return BytesIO(read_once(opened))
+
+
+def read_once(source: BinaryIO) -> bytes:
+    """Reads a pipe, a device or a small file. Raises OSError EFBIG for more than PIPE_BYTES."""
+    content = source.read(PIPE_BYTES + 1)
+    if len(content) > PIPE_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {PIPE_BYTES >> 20} MiB; write it to a file first")
+    return content

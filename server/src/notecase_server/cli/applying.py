@@ -11,7 +11,7 @@ import click
 from notecase import Client, NotecaseError, v1
 
 from notecase_server.cli import manifest, screen
-from notecase_server.cli.ask import read_text
+from notecase_server.cli.ask import limited, read_text
 from notecase_server.cli.connection import Exit, Refusal
 
 
@@ -21,8 +21,7 @@ def read_files(files: Sequence[str]) -> list[manifest.Declared]:
     wrong: list[str] = []
     for file in files:
         try:
-            text = read_text("-") if file == "-" else Path(file).read_text(encoding="utf-8-sig")
-            found += manifest.read("standard input" if file == "-" else file, text)
+            found += manifest.read("standard input" if file == "-" else file, _text(file))
         except manifest.Mistakes as mistakes:
             wrong.append(str(mistakes))
         except OSError as error:
@@ -36,6 +35,13 @@ def read_files(files: Sequence[str]) -> list[manifest.Declared]:
     if wrong:
         raise Refusal(screen.harmless("the files are wrong:\n" + "\n".join(wrong)), Exit.USAGE)
     return found
+
+
+def _text(file: str) -> str:
+    if file == "-":
+        return read_text("-")
+    with Path(file).open(encoding="utf-8-sig") as opened:
+        return limited(opened)
 
 
 async def apply(client: Client, declared: Sequence[manifest.Declared], dry_run: bool) -> Exit:

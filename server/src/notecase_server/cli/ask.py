@@ -4,12 +4,16 @@ import asyncio
 import io
 import sys
 from collections.abc import Awaitable, Callable
+from typing import TextIO
 
 import click
 from notecase import Client, NotecaseError
 
 from notecase_server.cli import screen
 from notecase_server.cli.connection import Exit, Refusal, connection
+
+MOST_TEXT = 32 << 20
+"""Characters of a file or of standard input that are read as text: more than one request can have."""
 
 
 def ask(conversation: Callable[[Client], Awaitable[int | None]]) -> None:
@@ -74,8 +78,17 @@ def run_of(given: str) -> tuple[str, str]:
 
 
 def read_text(given: str) -> str:
-    """Returns the words of an argument, or all of standard input for `-`."""
+    """Returns the words of an argument, or all of standard input for `-`. Raises Refusal for more than MOST_TEXT."""
     if given != "-":
         return given
     replace_unknown()
-    return sys.stdin.read() if sys.stdin is not None else ""
+    return limited(sys.stdin) if sys.stdin is not None else ""
+
+
+def limited(opened: TextIO) -> str:
+    """Returns the rest of a file. Raises Refusal for more than MOST_TEXT."""
+    text = opened.read(MOST_TEXT + 1)
+    if len(text) > MOST_TEXT:
+        what = "Standard input" if opened is sys.stdin else screen.one_line(str(opened.name), 400)
+        raise Refusal(f"{what} has more than {MOST_TEXT} characters, the most that can be read as text.", Exit.USAGE)
+    return text

@@ -5,6 +5,7 @@ import re
 import sys
 
 from notecase import Client, v1
+from notecase.content import read_once
 
 from notecase_server.cli import screen
 from notecase_server.cli.connection import Exit, Refusal
@@ -27,11 +28,12 @@ async def upload(client: Client, file: str, media_type: str = "", say: str = "as
     media type is not UTF-8."""
     try:
         if file == "-":
-            return await client.upload(sys.stdin.buffer.read(), media_type)
+            return await client.upload(read_once(sys.stdin.buffer), media_type)
         name = os.fsencode(os.path.basename(file)).decode(errors="replace")
         return await client.upload(file, media_type, filename=name)
     except OSError as error:
-        raise Refusal(f"{screen.one_line(file, 400)} cannot be read: {error.strerror or error}.", Exit.USAGE) from None
+        what = "Standard input" if file == "-" else screen.one_line(file, 400)
+        raise Refusal(f"{what} cannot be read: {error.strerror or error}.", Exit.USAGE) from None
     except ValueError:
         what = "standard input" if file == "-" else screen.one_line(file, 400)
         problem = "is not UTF-8" if media_type else "is unknown"

@@ -13,7 +13,7 @@ from notecase import Client, NotecaseError, RunStream, text_of, v1
 from notecase.names import quoted
 
 from notecase_server.cli import approvals, attaching, named, notes, screen, terminal
-from notecase_server.cli.ask import name_of
+from notecase_server.cli.ask import MOST_TEXT, name_of
 from notecase_server.cli.connection import Exit, Refusal, connection
 from notecase_server.cli.follow import Follower, Left
 from notecase_server.cli.left import LeftRun
@@ -101,7 +101,10 @@ class _Chat:
         """Yields the user's messages without blank ones."""
         if not self._terminal:
             # Nothing else goes on between replies, so the loop may as well wait.
-            for line in sys.stdin:
+            while line := sys.stdin.readline(MOST_TEXT + 1):
+                if len(line) > MOST_TEXT:
+                    problem = f"A line of standard input has more than {MOST_TEXT} characters."
+                    raise Refusal(problem, Exit.USAGE)
                 if line.strip():
                     yield line.rstrip()
             return

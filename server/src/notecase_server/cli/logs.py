@@ -9,7 +9,7 @@ from notecase_server.cli import ids, named, output, screen
 from notecase_server.cli.ask import ask
 from notecase_server.cli.connection import renews_token
 from notecase_server.cli.notes import line_of
-from notecase_server.cli.options import OUTPUT, SERVER
+from notecase_server.cli.options import OUTPUT, SERVER, Number
 
 PATIENT = Retry(tries=1000)
 """Following resumes after a cut, and gives up after more than an hour without a server."""
@@ -20,7 +20,7 @@ PATIENT = Retry(tries=1000)
 @click.option(
     "-f", "--follow", is_flag=True, help="Keep printing new events until Ctrl-C; if the server is away, wait for it."
 )
-@click.option("--after", type=click.IntRange(0), default=0, metavar="SEQUENCE", help="Start after this sequence.")
+@click.option("--after", type=Number(0), default=0, metavar="SEQUENCE", help="Start after this sequence.")
 @OUTPUT
 @SERVER
 def logs(session: str, follow: bool, after: int, form: str) -> None:

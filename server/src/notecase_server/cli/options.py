@@ -17,6 +17,17 @@ DEFAULT_ADDRESS = "127.0.0.1:7420"
 
 MAX_PORT = 65535
 
+
+class Number(click.IntRange):
+    """A whole number that a request can have. The help does not show the upper bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number: int = super().convert(value, param, ctx)
+        if number >= 1 << 63:
+            self.fail(f"{number} is too large.", param, ctx)
+        return number
+
+
 _TARGETS = "unix|unix-abstract|dns|ipv4|ipv6|vsock|xds|passthrough"
 """gRPC's own schemes of naming a server, which it judges itself."""
 
@@ -142,7 +153,7 @@ OUTPUT = click.option(
 )
 """The output format of a command."""
 
-LIMIT = click.option("--limit", type=click.IntRange(1), default=50, help="The most entries to list.")
+LIMIT = click.option("--limit", type=Number(1), default=50, help="The most entries to list.")
 
 WAIT = click.option(
     "--wait",

@@ -7,6 +7,7 @@ from dataclasses import replace
 import click
 
 from notecase_server.cli import ids, profiles_file
+from notecase_server.cli.ask import limited
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import DEFAULT_ADDRESS, OUTPUT, address, filled
 from notecase_server.cli.profiles_file import Profile, Profiles, ProfilesError
@@ -87,7 +88,7 @@ def set_profile(
     held = _read(strict=False)
     one = held.profiles.get(name, Profile(DEFAULT_ADDRESS))
     if any(given is not None for given in tokens.values()):
-        tokens["token"] = sys.stdin.read().strip() if token == "-" else token
+        tokens["token"] = limited(sys.stdin).strip() if token == "-" else token
         one = replace(
             one, token=tokens["token"] or "", token_file=_absolute(token_file), token_command=token_command or ""
         )

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import stat
 import subprocess
 import tempfile
@@ -13,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+LOOK_SECONDS = 0.1
+"""How often to look whether the command has ended, while a program that it started may keep its output open."""
+
+MOST_TOKEN = 64 << 10
+"""Bytes of a token and what surrounds it; a server takes 8 KiB of a token."""
 
 COMMAND_SECONDS = 60
 """How long a command may take to print a token; one that waits for a password in a browser takes a while."""
@@ -76,6 +83,9 @@ class Profiles:
         return self.profiles[name]
 
 
+_FORM = asdict(Profile(""))
+
+
 def path() -> Path:
     """Returns where the file is, whether it exists or not."""
     return Path(click.get_app_dir("notecase")) / "profiles.json"
@@ -91,6 +101,10 @@ def read(strict: bool = True) -> Profiles:
             held = json.load(opened)
         profiles = {name: Profile(**told) for name, told in held["profiles"].items()}
         found = Profiles(profiles, held.get("current", ""))
+        if not all(
+            type(value) is type(_FORM[name]) for one in profiles.values() for name, value in asdict(one).items()
+        ):
+            raise TypeError
     except FileNotFoundError:
         return Profiles()
     except OSError as error:
@@ -131,7 +145,11 @@ def _from_file(name: str) -> str:
     file = Path(name).expanduser()
     try:
         refuse_readable(str(file))
-        return file.read_text(encoding="utf-8-sig").strip()
+        with file.open(encoding="utf-8-sig") as opened:
+            token = opened.read(MOST_TOKEN + 1)
+        if len(token) > MOST_TOKEN:
+            raise ValueError(f"it has more than {MOST_TOKEN} characters")
+        return token.strip()
     except ProfilesError as error:
         raise click.ClickException(str(error)) from None
     except (OSError, ValueError) as error:
@@ -149,14 +167,42 @@ class Printed:
     def __call__(self) -> str:
         if not self._token or time.monotonic() > self._until:
             try:
-                done = subprocess.run(
-                    self._command, shell=True, check=True, stdout=subprocess.PIPE, text=True, timeout=COMMAND_SECONDS
-                )
+                self._token = _printed(self._command).strip()
             except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: it is not text
                 raise click.ClickException(f"The command for the token failed: {error}") from None
-            self._token = done.stdout.strip()
+            if not self._token or not self._token.isascii() or not self._token.isprintable() or " " in self._token:
+                raise click.ClickException("The command for the token failed: it did not print one word of ASCII.")
             self._until = time.monotonic() + _usable(self._token)
         return self._token
+
+
+def _printed(command: str) -> str:
+    """Returns what a command prints until its shell has ended; a program that it started may go on. Raises OSError,
+    ValueError and subprocess.SubprocessError."""
+    printed, until = b"", time.monotonic() + COMMAND_SECONDS
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as shell:
+        assert shell.stdout is not None
+        try:
+            while True:
+                has_ended = shell.poll() is not None
+                if select.select([shell.stdout], [], [], 0 if has_ended else LOOK_SECONDS)[0]:
+                    piece = os.read(shell.stdout.fileno(), MOST_TOKEN)
+                    printed += piece
+                    if not piece:
+                        shell.wait(max(until - time.monotonic(), 0))
+                        break
+                elif has_ended:
+                    break
+                if len(printed) > MOST_TOKEN:
+                    raise ValueError(f"it printed more than {MOST_TOKEN} bytes")
+                if time.monotonic() > until:
+                    raise subprocess.TimeoutExpired(command, COMMAND_SECONDS)
+        except BaseException:
+            shell.kill()
+            raise
+    if shell.returncode:
+        raise subprocess.CalledProcessError(shell.returncode, command)
+    return printed.decode()
 
 
 def _usable(token: str) -> float:

@@ -5,7 +5,7 @@ from notecase import Client, v1
 
 from notecase_server.cli import ids, named, output, screen, transfer
 from notecase_server.cli.ask import ask, confirm, name_of
-from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES, filled
+from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES, Number, filled
 
 SESSION = click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 NEW_ID = click.option("--id", "new_id", default="", show_default=False, metavar="ID", help="The id of the new session.")
@@ -140,7 +140,7 @@ def delete_sessions(sessions: tuple[str, ...], yes: bool) -> None:
 @SESSION
 @click.option(
     "--at",
-    type=click.IntRange(0),
+    type=Number(0),
     metavar="SEQUENCE",
     help="Copy the session as it was at this sequence; by default as it is now.",
 )
@@ -160,7 +160,7 @@ def fork_session(session: str, at: int | None, new_id: str) -> None:
 
 @sessions.command("rewind")
 @SESSION
-@click.option("--to", type=click.IntRange(0), metavar="SEQUENCE", required=True, help="The newest sequence to keep.")
+@click.option("--to", type=Number(0), metavar="SEQUENCE", required=True, help="The newest sequence to keep.")
 @SERVER
 def rewind_session(session: str, to: int) -> None:
     """Rewind a session to a sequence: later messages are superseded, and its state is restored.

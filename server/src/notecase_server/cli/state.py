@@ -4,7 +4,7 @@ import click
 
 from notecase_server.cli import ids, notes
 from notecase_server.cli.ask import ask, read_text
-from notecase_server.cli.options import SERVER
+from notecase_server.cli.options import SERVER, Number
 
 
 @click.group()
@@ -44,7 +44,7 @@ def get_state(owner: str, keys: tuple[str, ...], form: str | None) -> None:
 @click.option("--file", "from_file", is_flag=True, help="VALUE is the path of a file, which is uploaded as a blob.")
 @click.option(
     "--if-version",
-    type=click.IntRange(0),
+    type=Number(0),
     default=None,
     help="Set it only if the key has this version; 0: only if the key does not exist.",
 )

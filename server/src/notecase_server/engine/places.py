@@ -25,6 +25,11 @@ class Places:
         """How many wait for a slot."""
         return sum(map(len, self._waiting.values()))
 
+    @property
+    def idle(self) -> bool:
+        """No place is taken, and nobody waits for one."""
+        return not (self._taken or self._waiting)
+
     def take(self) -> None:
         """Takes a slot at once. Raises NotecaseError RATE_LIMITED when there is none, or others wait for one."""
         if self._taken >= self.most or self._waiting:

@@ -3,7 +3,6 @@ takes."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from typing import Any, Self
 
 from google.protobuf.message import DecodeError
@@ -13,6 +12,7 @@ from notecase_server import errors
 from notecase_server.errors import Violation
 from notecase_server.rpc.caller import caller, frame_bytes
 from notecase_server.rpc.gate import Call
+from notecase_server.rpc.receiving import SHARE, Receiving
 from notecase_server.store.contract import PAGE_BYTES
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -88,10 +88,11 @@ class Decoder:
 class Decoded:
     """Gives the messages of a stream as they come. A generator would also be registered with the loop, and closed."""
 
-    __slots__ = ("_call", "_decode", "_read")
+    __slots__ = ("_begun", "_call", "_decode", "_read")
 
     def __init__(self, decode: Decoder, context: Any, call: Call) -> None:
         """`context` is grpc's of the call, without a deserializer."""
+        self._begun = False
         self._call = call
         self._decode = decode
         self._read = context.read
@@ -101,7 +102,11 @@ class Decoded:
 
     async def __anext__(self) -> Any:
         self._call.takes(0)
-        frame = await self._read()
+        if self._begun:
+            frame = await self._read()
+        else:
+            self._begun = True
+            frame = await self._call.receive(caller.get().principal, self._read)
         if frame is EOF:
             raise StopAsyncIteration
         return await self._decode(frame, self._call)
@@ -115,13 +120,20 @@ class Decoded:
         raise errors.invalid([Violation("request", "the call has no message")])
 
 
-async def drain(frames: AsyncIterator[bytes]) -> None:
-    """Discards further frames of a caller, up to a limit. Some clients lose the status of a call that ends while they
-    write."""
+async def drain(frames: AsyncIterator[bytes], receiving: Receiving) -> None:
+    """Discards further frames of a caller, up to a limit, unless that is being done for many others. Some clients lose
+    the status of a call that ends while they write."""
+    if receiving.draining >= SHARE:
+        return
     left = DRAIN_BYTES
-    with suppress(TimeoutError):
+    receiving.draining += 1
+    try:
         async with asyncio.timeout(DRAIN_SECONDS):
             async for frame in frames:
                 left -= len(frame)
                 if left < 0:
                     break
+    except TimeoutError:
+        pass
+    finally:
+        receiving.draining -= 1

@@ -12,8 +12,12 @@ from contextlib import aclosing
 from inspect import isasyncgen
 from typing import Any
 
+import grpc
+
 from notecase_server import errors
+from notecase_server.auth.principal import Principal
 from notecase_server.rpc.peers import Peers
+from notecase_server.rpc.receiving import PATIENCE, Receiving
 
 READ_AHEAD = 64 << 10
 """Bytes a connection may always leave unread. About what HTTP/2 lets each end send ahead."""
@@ -54,6 +58,7 @@ class Gate:
         self._max_unread = max_unread
         self._max_requested = max_requested
         self._connections: dict[str, _Connection] = {}
+        self.receiving = Receiving()
         self.calls = 0
         """Open now, without probes."""
         self.unread = 0
@@ -107,7 +112,8 @@ class Call:
 
     def __init__(self, gate: Gate, peer: str, connection: _Connection, probe: bool) -> None:
         self.due = math.inf
-        """The loop's time at which a frame has waited for its reader for too long; infinite while none waits."""
+        """The loop's time at which a frame has waited for its reader for too long, or the request of a probe has been
+        received for too long; infinite while neither is so."""
         self._gate = gate
         self._peer = peer
         self._probe = probe
@@ -135,6 +141,26 @@ class Call:
         self.requested = size
         self._connection.requested += more
         self._gate.requested += more
+
+    async def receive(self, principal: Principal, read: Callable[[], Awaitable[Any]]) -> Any:
+        """Reads the first request of a call in its turn; a probe's at once, but not for longer than PATIENCE."""
+        if self._probe:
+            self.due = asyncio.get_running_loop().time() + PATIENCE
+            try:
+                return await read()
+            finally:
+                self.due = math.inf
+        turn = await self._gate.receiving.turn(principal, self._peer)
+        try:
+            return await read()
+        finally:
+            turn.end()
+
+    def overdue(self, stall: float) -> errors.NotecaseError:
+        """Returns the error with which a call ends at `due`; `stall` is how long a frame may wait for its reader."""
+        if self._probe and not self.whole:
+            return errors.invalid([errors.Violation("request", f"was not complete within {PATIENCE:g} seconds")])
+        return errors.watcher_too_slow(stall)
 
     def has_room(self, size: int) -> bool:
         """Whether a frame of so many bytes may wait, too. A connection on which nothing waits takes any."""
@@ -189,6 +215,8 @@ class Outlet:
         call.due = self._time() + self._stall
         try:
             await self._write(frame)
+        except grpc.aio.InternalError:  # the caller is gone, and grpc is about to cancel the call
+            raise asyncio.CancelledError from None
         finally:
             call.due = math.inf
         call.read(size)

@@ -103,7 +103,7 @@ class Doorway(grpc.aio.ServerInterceptor):
         self.stall = stall
         self.judge_request = judge
         self._tenants = tenants
-        self._gate = gate
+        self.gate = gate
         self._chain = chain
         self._new_id = new_id
         self._endpoints: dict[str, Any] = {}
@@ -147,7 +147,7 @@ class Doorway(grpc.aio.ServerInterceptor):
             raise errors.draining()
         task = asyncio.current_task()
         assert task is not None
-        call = self._gate.enter(context, probe=method.startswith(HEALTH))
+        call = self.gate.enter(context, probe=method.startswith(HEALTH))
         one = self._under_way[task] = UnderWay(task, call, context, metadata, lasts)
         return one
 
@@ -201,14 +201,15 @@ class Doorway(grpc.aio.ServerInterceptor):
                 await asyncio.sleep(0)
 
     async def keep_moving(self) -> None:
-        """Ends the streams whose readers are too slow, without end."""
+        """Ends the streams whose readers are too slow, and the turns of slow requests, without end."""
         time = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(min(LOOK_SECONDS, self.stall))
             now = time()
+            self.gate.receiving.pass_on(now)
             for one in self._under_way.values():
                 if one.call.due <= now:
-                    one.end(errors.watcher_too_slow(self.stall))
+                    one.end(one.call.overdue(self.stall))
 
     def leave(self, one: UnderWay) -> None:
         """Ends what `enter` began."""
@@ -255,7 +256,7 @@ class Endpoint(ABC):
                 why = errors.internal(caller.get().request_id)
             error.__traceback__ = error.__context__ = error.__cause__ = None  # the status may wait, and hold frames
             if self.drains and why is error and one is not None and not one.call.whole:
-                await drain(request)
+                await drain(request, self._door.gate.receiving)
             await self._refuse(context, why)
         finally:
             if one is not None:

@@ -53,14 +53,14 @@ class Messages(v1.MessageServiceServicer):
         repeat = await once(request, answer)
         key = await self.desk.session(parent, repeat)
         _, session = await self.desk.sessions.watched(key)
-        kept = await self.desk.contents.kept(key, request.messages, most=MAX_APPENDED_BYTES)
-        said = incoming(self.desk.new_id, kept, session.user)
-        events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
-        expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
-        principal = caller.get().principal_name
-        commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events, principal=principal)
         large = frame_bytes.get() > LARGE_BYTES
-        async with self.desk.patiently(heavy=large):
+        async with self.desk.patiently(heavy=large):  # before the messages are copied
+            kept = await self.desk.contents.kept(key, request.messages, most=MAX_APPENDED_BYTES)
+            said = incoming(self.desk.new_id, kept, session.user)
+            events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
+            expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
+            principal = caller.get().principal_name
+            commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events, principal=principal)
             done = await self.desk.sessions.commit(commit)
         if large:
             await asyncio.sleep(0)

@@ -19,6 +19,8 @@ from notecase_server.rpc.keys import KeysService
 from notecase_server.rpc.messages import Messages
 from notecase_server.rpc.ops import SERVICE as HEALTH
 from notecase_server.rpc.ops import Health
+from notecase_server.rpc.paths import tolerate_any_path
+from notecase_server.rpc.receiving import READ_AHEAD
 from notecase_server.rpc.reflection import add_reflection
 from notecase_server.rpc.runs import RunsService
 from notecase_server.rpc.servers import Servers
@@ -29,6 +31,9 @@ from notecase_server.store.contract import Store
 
 FIXED = {
     "grpc.max_receive_message_length": TRANSPORT_BYTES,
+    # What a stream may send before it is read: without a fixed size, grpc receives up to 16 MiB of each ahead.
+    "grpc.http2.bdp_probe": 0,
+    "grpc.http2.lookahead_bytes": READ_AHEAD,
     # Only "identity": grpc decompresses a request before the caller is known, and a frame of 15 KiB may hold 15 MiB.
     "grpc.compression_enabled_algorithms_bitset": 1,
     # Headers: refused at random above the first, always above the second.
@@ -98,6 +103,7 @@ async def build(
 ) -> tuple[grpc.aio.Server, Health]:
     """Makes a server with every service added and no port yet. `channel` are grpc's arguments, as `options` makes
     them."""
+    tolerate_any_path()
     server = grpc.aio.server(interceptors=[doorway], options=channel)
     methods: Any = _Unregistered(server)
     v1.add_ServerServiceServicer_to_server(Servers(desk, store.kind), methods)

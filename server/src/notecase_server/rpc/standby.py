@@ -12,6 +12,7 @@ from notecase_server.auth.principal import AuthContext, Metadata
 from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.ops import Health
+from notecase_server.rpc.paths import tolerate_any_path
 from notecase_server.rpc.peers import Peers
 from notecase_server.rpc.server import SERVICES, options
 
@@ -51,6 +52,7 @@ def _never(frames: Any, context: Any) -> NoReturn:
 async def build_standby(peers: Peers, new_id: Callable[[], str]) -> grpc.aio.Server:
     """Makes the server, without a port yet."""
     doorway = _Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, REQUEST_BYTES, peers))
+    tolerate_any_path()
     server = grpc.aio.server(interceptors=[doorway], options=options(CALLS, CALLS))
     health = Health([f"notecase.v1.{name}" for name in SERVICES])
     await health.add_to(server)
