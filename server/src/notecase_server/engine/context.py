@@ -4,6 +4,7 @@ the part of the history that fits.
 The log is never cut; only the request is.
 """
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
@@ -17,7 +18,7 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
 from notecase_server.engine.transcripts import Transcript, Transcripts
-from notecase_server.models.contract import looked_at, texts_of
+from notecase_server.models.contract import MUCH_BYTES, looked_at, texts_of
 from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
 
 PAGE = 500
@@ -93,8 +94,7 @@ async def build(
         return Content(instruction, whole.messages[first:], texts and texts[first:], whole.size)
     told = None if context.stateless else await in_effect(store, key, summary)
     messages, size = await shown(store, key, context, run, told, most_tokens, newest)
-    texts = await looked_at(messages, size, partial(texts_of, messages))
-    return Content(instruction, messages, texts, size)
+    return Content(instruction, messages, await _texts(messages, size), size)
 
 
 def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
@@ -117,10 +117,15 @@ async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message
         messages += page.rows
         size += page.size
     messages.reverse()
-    found = Transcript(messages, await looked_at(messages, size, partial(texts_of, messages)), size)
+    found = Transcript(messages, await _texts(messages, size), size)
     if goes_on:
         live.keep(found, head)
     return found
+
+
+async def _texts(messages: Sequence[v1.Message], size: int) -> Sequence[str] | None:
+    """Returns what `texts_of` does, in a thread for messages of many bytes."""
+    return await asyncio.to_thread(texts_of, messages) if size > MUCH_BYTES else texts_of(messages)
 
 
 async def _instruction(store: StateStore, key: SessionKey, user: str, source: str) -> str:
