@@ -432,8 +432,9 @@ async def test_a_watch_outlives_the_servers_restart(tmp_path: Path) -> None:
     store, log = f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log"
     port = free_port()
     server = await Spawned.start(store, log, port=port)
+    patient = Retry(tries=1000, max_delay=0.5)  # a restart may take a busy machine longer than the usual tries do
     try:
-        async with Client(server.address) as client:
+        async with Client(server.address, retry=patient) as client:
             session = await client.create_session(session_id="s")
             keep = v1.WatchOptions(keep_open=True)
             async with client.attach(session.name, 0, options=keep) as watching:

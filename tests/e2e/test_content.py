@@ -13,7 +13,7 @@ from typing import Any, cast
 import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
-from notecase import Client, NotecaseError, v1
+from notecase import Client, NotecaseError, Retry, v1
 from notecase_server import errors
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now
@@ -736,7 +736,8 @@ async def test_two_hundred_megabytes_pass_through_a_server_that_stays_small(tmp_
     store = f"sqlite:{tmp_path / 'notecase.db'}"
     port = free_port()
     server = await Spawned.start(store, tmp_path / "log", port=port)
-    async with Proxy(server.address) as proxy, Client(proxy.address) as client:
+    patient = Retry(tries=1000, max_delay=0.5)  # a restart may take a busy machine longer than the usual tries do
+    async with Proxy(server.address) as proxy, Client(proxy.address, retry=patient) as client:
         sending = asyncio.create_task(client.upload(path, "application/octet-stream", upload_id="large"))
         await arrived(client, 60 * MIB)
         await server.kill()

@@ -44,7 +44,12 @@ TYPESCRIPT = Language(
         ("examples/typescript", f"{NPM_INSTALL} && npm run --silent build"),
     ),
 )
-JAVA = Language("java", ("mvn",), ("proto", "examples/java"), (("examples/java", "mvn --batch-mode --quiet compile"),))
+JAVA = Language(
+    "java",
+    ("mvn",),
+    ("proto", "examples/java"),
+    (("examples/java", "mvn --batch-mode --quiet compile exec:help"),),  # which fetches what runs the example, too
+)
 RUST = Language("rust", ("cargo",), ("proto",), ())
 
 

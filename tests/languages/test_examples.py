@@ -26,7 +26,7 @@ COMMANDS = {
     "java": "mvn --batch-mode --quiet compile exec:java -Dexec.args=ADDRESS",
 }
 
-PATIENCE = 100
+PATIENCE = 200
 """Seconds for an example that is built. One that hangs is killed before pytest gives up on the test and forgets it."""
 
 

@@ -2,6 +2,7 @@
 one that has made them once. Each is a separate process, with its own memory and files."""
 
 import asyncio
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -26,6 +27,13 @@ _FORKS.set_forkserver_preload(
         "tests.support.crashing",
     ]
 )
+
+
+@atexit.register
+def _kill() -> None:
+    """Kills what a test that failed has left behind: multiprocessing would wait for its end, without a bound."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 class Forked:

@@ -86,7 +86,7 @@ class _Program:
         with anyio.move_on_after(EXIT_SECONDS):
             while self.process.poll() is None:  # noqa: ASYNC110  (see LOOK_SECONDS)
                 await anyio.sleep(LOOK_SECONDS)
-        return self.process.returncode is not None
+        return self.process.poll() is not None  # it may have ended while this process had no turn
 
     async def end(self) -> int | None:
         """Closes the program's input, and ends it with its children when it does not end by itself: then returns None,
