@@ -33,7 +33,6 @@ class Receiving:
         """Those that were not ended, in the order of `due`."""
         self.draining = 0
         """Calls that were refused, and whose requests are received to be discarded."""
-        self._time = asyncio.get_running_loop().time
 
     @property
     def waiting(self) -> int:
@@ -55,7 +54,7 @@ class Receiving:
         except BaseException:
             self._leave(key)
             raise
-        turn = Turn(self, key, self._time() + PATIENCE)
+        turn = Turn(self, key, asyncio.get_running_loop().time() + PATIENCE)
         self._turns[turn] = None
         return turn
 
