@@ -48,8 +48,8 @@ OFTEN = {"Run", "Invoke", "CreateRun", "SendCommand", "AppendMessages", "RewindS
 WEIGHTS = [1 if name in SELDOM else 12 if name in OFTEN else 4 for name in NAMES]
 """How often each method is called: what ends everything seldom, what sets things going often."""
 
-CACHES = {"Template", "_MeteredNode", "_MeteredTag", "_OutputNode", "_RangeEnd"}
-"""What is kept of templates, whose number is bounded."""
+CACHES = {"_Known", "Template", "_MeteredNode", "_MeteredTag", "_OutputNode", "_RangeEnd"}
+"""What is kept of templates, and of the kinds of messages that imports had, whose numbers are bounded."""
 
 
 @tool
