@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from notecase import Client, NotecaseError, Retry, v1
+from notecase import Client, NotecaseError, Retry, connection, v1
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.auth.settings import IssuerSettings
 from notecase_server.auth.tokens import Tokens
@@ -299,9 +299,10 @@ async def test_a_refused_token_is_fetched_once_more_and_not_again(issuer: Issuer
 
 @pytest.mark.parametrize("token", ["x", None, lambda: asyncio.sleep(0, "x")], ids=["token", "none", "late"])
 async def test_the_status_of_a_call_is_raised_that_ends_while_it_is_written_to(
-    token: str | Callable[[], Awaitable[str]] | None,
+    monkeypatch: pytest.MonkeyPatch, token: str | Callable[[], Awaitable[str]] | None
 ) -> None:
     """grpc's write fails, and what it raises then says nothing of the reason."""
+    monkeypatch.setattr(connection, "STATUS_SECONDS", 60)
 
     async def refuse(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         async for _ in chunks:

@@ -830,8 +830,8 @@ class TestRefused:
         self, server: OpenAIServer, provider: OpenAIProvider, only_text: bool
     ) -> None:
         """As LM Studio does where a template fails; but not once there is something of a reply."""
-        told = 'Error rendering prompt with jinja template: "Conversation roles must alternate".'
-        refused = event({"error": {"message": told}})
+        words = 'Error rendering prompt with jinja template: "Conversation roles must alternate".'
+        refused = event({"error": {"message": words}})
         request = ask(instruction="Be brief.")._replace(texts=["Hello"] if only_text else None)
         server.script(error(400, "stream_options: Extra inputs are not permitted"), stream(refused), reply("Hi"))
         assert "Hi" == fold(await pieces_of(provider, request)).text
@@ -839,7 +839,7 @@ class TestRefused:
         assert (False, "user") == ("stream_options" in last, last["messages"][0]["role"])
         for answer in (stream(refused), stream(chunk({"content": "a"}), refused)):
             server.script(*[answer] * 2)
-            assert told in (await failure(provider, request)).message
+            assert words in (await failure(provider, request)).message
         assert 6 == len(server.requests)
 
     @pytest.mark.parametrize(
@@ -873,8 +873,8 @@ class TestRefused:
         server.script(error(status, words), reply("Hi"))
         tools = [Tool("long", "é" * 1025, ""), Tool("short", "e" * 1024, "")]
         assert "Hi" == fold(await pieces_of(provider, ask()._replace(tools=tools))).text
-        told = [[tool["function"]["description"] for tool in sent["tools"]] for sent in server.requests]
-        assert [["é" * 1025, "e" * 1024], ["é" * 1023 + "…", "e" * 1024]] == told
+        declared = [[tool["function"]["description"] for tool in sent["tools"]] for sent in server.requests]
+        assert [["é" * 1025, "e" * 1024], ["é" * 1023 + "…", "e" * 1024]] == declared
 
     @pytest.mark.parametrize("refused", [error(500, "Invalid response format."), error(400, "max_completion_tokens")])
     async def test_a_request_that_has_no_other_form_is_sent_once(

@@ -135,8 +135,8 @@ def mend_about(result: dict[str, Any]) -> None:
     """Makes what a server says of itself what the protocol has: servers that were written by hand leave out its
     version, and say of a capability only that they have it."""
     info, capabilities = result.get("serverInfo"), result.get("capabilities")
-    told = {name: value for name, value in info.items() if value is not None} if isinstance(info, dict) else {}
-    result["serverInfo"] = {"name": "", "version": ""} | told
+    known = {name: value for name, value in info.items() if value is not None} if isinstance(info, dict) else {}
+    result["serverInfo"] = {"name": "", "version": ""} | known
     result["capabilities"] = {
         name: {} if value is True else value
         for name, value in (capabilities.items() if isinstance(capabilities, dict) else ())

@@ -344,7 +344,7 @@ def call_piece(value: Json, index: Label = None) -> CallPiece:
     held = value.get("function")
     function = held if isinstance(held, dict) else value
     name = function.get("name")
-    arguments = next((told for member in _ARGUMENTS if (told := function.get(member)) is not None), None)
+    arguments = next((given for member in _ARGUMENTS if (given := function.get(member)) is not None), None)
     if isinstance(arguments, dict | list):
         arguments = json.dumps(arguments, ensure_ascii=False, separators=(",", ":")) if arguments else "{}"
     return CallPiece(
